@@ -1,0 +1,40 @@
+# make train                 installs into .venv, then runs CONFIG (configs/digits.py unless given)
+# make test, make test-slow  installs with the test extra, then lint and tests, or the long tests
+# make … PYTHON=python3.12   takes another interpreter, with an environment of its own
+
+PYTHON ?= python3
+CONFIG ?= configs/digits.py
+VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+
+.PHONY: train test test-slow lint install clean
+
+train: $(VENV)/installed
+	$(BIN)/python train.py --config $(CONFIG) $(if $(WORKDIR),--workdir $(WORKDIR))
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/installed
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "error: Python %d.%d is too old; expected 3.11 or later: make … PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,38 @@
+"""The few types that rooms hand to each other."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+Params = dict[str, Any]
+"""Nested dictionary of arrays; its keys joined by "/" are the keys of a released file."""
+
+FlatParams = dict[str, Any]
+"""The same parameters as one dictionary: joined key -> array."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Pictures of one split, in host memory.
+
+    Attributes:
+        images: uint8 [n h w 3], RGB.
+        labels: int32 [n], indices into the dataset's class names.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What a run trains and is tested on; `class_names[label]` names a label."""
+
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
