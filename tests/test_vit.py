@@ -1,0 +1,206 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from configs import models as variants
+from vit_jax import pretrained
+from vit_jax.models import VisionTransformer
+
+MICRO = {"patch_size": 4, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "mlp_dim": 40}
+
+
+def init_shapes(model, image_size):
+    """Key -> shape and dtype, without computing anything."""
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images)["params"], sep="/")
+
+
+def count_parameters(model, image_size):
+    return sum(leaf.size for leaf in init_shapes(model, image_size).values())
+
+
+def create_variant(name, num_classes=1000):
+    return VisionTransformer(num_classes, **variants.get_config(name).to_dict())
+
+
+def random_params(*, grid, num_classes=5, representation_size=None, seed=0):
+    """Every array far from its neutral value, so that none can be left out unnoticed."""
+    shapes = reference.released_shapes(
+        **MICRO,
+        representation_size=representation_size,
+        num_classes=num_classes,
+        num_tokens=1 + grid[0] * grid[1],
+    )
+    rng = np.random.default_rng(seed)
+    flat = {key: rng.normal(0, 0.3, shape).astype(np.float32) for key, shape in shapes.items()}
+    return unflatten_dict(flat, sep="/")
+
+
+def random_images(height, width, num=2):
+    return np.random.default_rng(1).uniform(-1, 1, (num, height, width, 3)).astype(np.float32)
+
+
+def assert_matches_reference(params, images, **kwargs):
+    model = VisionTransformer(5, **MICRO, **kwargs)
+    expected = reference.forward(params, images)
+    with jax.default_matmul_precision("highest"):
+        logits = jax.jit(model.apply)({"params": params}, images)
+    error = np.linalg.norm(np.asarray(logits) - expected) / np.linalg.norm(expected)
+    assert logits.shape == (len(images), 5)
+    assert error < 1e-5
+
+
+# ---- names and sizes
+
+
+def test_parameter_tree_is_the_released_file():
+    model = VisionTransformer(21843, representation_size=768)
+    leaves = init_shapes(model, 224)
+    expected = reference.released_shapes(
+        **reference.B_16, representation_size=768, num_classes=21843, num_tokens=1 + 14 * 14
+    )
+    assert {key: leaf.shape for key, leaf in leaves.items()} == expected
+    assert len(leaves) == 202
+    assert sum(leaf.size for leaf in leaves.values()) == 103_186_515
+    assert {leaf.dtype for leaf in leaves.values()} == {np.dtype(np.float32)}
+
+
+def test_parameter_tree_without_pre_logits_has_200_arrays():
+    leaves = init_shapes(VisionTransformer(1000), 384)
+    assert len(leaves) == 200
+    assert leaves["Transformer/posembed_input/pos_embedding"].shape == (1, 577, 768)
+
+
+@pytest.mark.parametrize(
+    ("variant", "count"),
+    [
+        ("Ti_16", 5_717_416),
+        ("S_16", 22_050_664),
+        ("B_16", 86_567_656),
+        ("B_32", 88_224_232),
+        ("L_16", 304_326_632),
+        ("H_14", 632_045_800),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(variant, count):
+    assert count_parameters(create_variant(variant), 224) == count
+
+
+def test_variants_differ_only_in_the_patch():
+    def shapes(name):
+        return {key: leaf.shape for key, leaf in init_shapes(create_variant(name), 224).items()}
+
+    sixteen, thirty_two = shapes("L_16"), shapes("L_32")
+    different = {key for key in sixteen if sixteen[key] != thirty_two[key]}
+    assert different == {"embedding/kernel", "Transformer/posembed_input/pos_embedding"}
+
+
+@pytest.mark.parametrize("variant", variants.VARIANTS)
+def test_sizes_are_read_back_off_the_shapes(variant):
+    arguments = variants.get_config(variant).to_dict()
+    image_size = 7 * arguments["patch_size"]
+    tree = unflatten_dict(init_shapes(create_variant(variant, num_classes=10), image_size), sep="/")
+    del arguments["dropout_rate"]
+    assert pretrained.infer_architecture(tree) == {**arguments, "representation_size": None, "num_classes": 10}
+
+
+def test_the_head_and_the_class_token_start_at_zero():
+    params = VisionTransformer(5, **MICRO).init(jax.random.key(0), random_images(8, 8))["params"]
+    for leaf in (params["head"]["kernel"], params["head"]["bias"], params["cls"]):
+        assert not np.any(leaf)
+
+
+# ---- logits
+
+
+@pytest.mark.parametrize("representation_size", [None, 16])
+def test_logits_match_the_reference(representation_size):
+    params = random_params(grid=(4, 4), representation_size=representation_size)
+    assert_matches_reference(params, random_images(16, 16), representation_size=representation_size)
+
+
+def test_logits_match_the_reference_on_oblong_pictures():
+    assert_matches_reference(random_params(grid=(2, 4)), random_images(8, 16))
+
+
+@pytest.mark.parametrize(("grid", "new_grid"), [((4, 4), (6, 6)), ((4, 4), (3, 5)), ((2, 6), (4, 4))])
+def test_logits_match_the_reference_after_resampling(grid, new_grid):
+    source = random_params(grid=grid, representation_size=16, num_classes=7)
+    height, width = (4 * size for size in new_grid)
+    target = random_params(grid=new_grid, seed=2)
+    params, _ = pretrained.adapt_params(source, target, grid=new_grid, pretrained_grid=grid)
+    assert_matches_reference(params, random_images(height, width))
+
+
+def test_patches_are_numbered_row_by_row():
+    params = random_params(grid=(2, 4))
+    images = random_images(8, 16)
+    plain = reference.forward(params, images)
+    upright = reference.forward(params, images.swapaxes(1, 2))
+    assert np.abs(plain - upright).max() > 0.1  # the reference itself sees the difference
+
+
+def test_float64_reaches_the_reference_to_rounding():
+    """Twelve digits: what float32 hides, such as another epsilon or form of GELU, would show here."""
+    params, images = random_params(grid=(4, 4), representation_size=16), random_images(16, 16)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+        model = VisionTransformer(5, **MICRO, representation_size=16, dtype=jnp.float64)
+        logits = model.apply({"params": wide}, jnp.asarray(images, jnp.float64))
+        assert logits.dtype == jnp.float64
+        np.testing.assert_allclose(logits, reference.forward(params, images), rtol=1e-11, atol=1e-11)
+
+
+# ---- dtype, dropout, refusals
+
+
+def test_bfloat16_reaches_every_submodule():
+    model = VisionTransformer(5, **MICRO, representation_size=16, dtype=jnp.bfloat16)
+    images = random_images(16, 16)
+    params = model.init(jax.random.key(0), images)["params"]
+    logits, state = model.apply({"params": params}, images, capture_intermediates=True, mutable=["intermediates"])
+    outputs = flatten_dict(state["intermediates"], sep="/")
+    last = ("__call__", "head/__call__")
+    assert logits.dtype == jnp.float32
+    assert len(outputs) > 2 * 10
+    assert {key: leaf[0].dtype for key, leaf in outputs.items()} == {
+        key: jnp.dtype(jnp.float32 if key in last else jnp.bfloat16) for key in outputs
+    }
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+
+
+def test_bfloat16_stays_near_the_reference():
+    params, images = random_params(grid=(4, 4)), random_images(16, 16)
+    logits = VisionTransformer(5, **MICRO, dtype=jnp.bfloat16).apply({"params": params}, images)
+    expected = reference.forward(params, images)
+    assert np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 0.05
+
+
+@pytest.mark.parametrize("rate", ["dropout_rate", "attention_dropout_rate"])
+def test_dropout_is_active_in_training_only(rate):
+    model = VisionTransformer(5, **MICRO, **{rate: 0.5})
+    variables, images = {"params": random_params(grid=(4, 4))}, random_images(16, 16)
+    plain = VisionTransformer(5, **MICRO).apply(variables, images)
+    first = model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(1)})
+    second = model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(2)})
+    again = model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(1)})
+    np.testing.assert_array_equal(model.apply(variables, images), plain)
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - plain).max() > 1e-3
+    assert np.abs(first - second).max() > 1e-3
+
+
+def test_training_without_dropout_needs_no_key():
+    variables, images = {"params": random_params(grid=(4, 4))}, random_images(16, 16)
+    model = VisionTransformer(5, **MICRO)
+    np.testing.assert_array_equal(model.apply(variables, images, train=True), model.apply(variables, images))
+
+
+@pytest.mark.parametrize(("height", "width"), [(18, 16), (16, 18)])
+def test_pictures_that_are_no_multiple_of_the_patch_are_refused(height, width):
+    model = VisionTransformer(5, **MICRO)
+    with pytest.raises(ValueError, match=f"{height} × {width} pixels.*patches of 4 × 4"):
+        model.init(jax.random.key(0), random_images(height, width))

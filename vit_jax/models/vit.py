@@ -1,0 +1,193 @@
+"""The Vision Transformer (Dosovitskiy et al. 2021, section 3.1).
+
+Axes in comments: b batch, h w height and width, c channels, n tokens, d width. The submodules carry the names of the
+released files, so that the flattened parameter tree is a file's key list.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class MlpBlock(nn.Module):
+    """Two dense layers with a tanh-approximated GELU between them (Eq. 3).
+
+    Attributes:
+        mlp_dim: width of the hidden layer.
+        dropout_rate: after each of the two layers.
+        dtype: of the computation.
+    """
+
+    mlp_dim: int
+    dropout_rate: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+        """[b n d] -> [b n d]."""
+        hidden_size = x.shape[-1]
+        dense = functools.partial(
+            nn.Dense,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            bias_init=nn.initializers.normal(1e-6),
+        )
+        x = dense(self.mlp_dim, name="Dense_0")(x)
+        x = nn.gelu(x, approximate=True)
+        x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
+        x = dense(hidden_size, name="Dense_1")(x)
+        return nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm self-attention and MLP, each with a residual connection (Eq. 2 and 3).
+
+    Attributes:
+        num_heads: of the attention; divides the width.
+        mlp_dim: width of the MLP's hidden layer.
+        dropout_rate: after the attention's output and in the MLP.
+        attention_dropout_rate: on the attention weights.
+        dtype: of the computation; the softmax and the norms' sums are at least float32.
+    """
+
+    num_heads: int
+    mlp_dim: int
+    dropout_rate: float
+    attention_dropout_rate: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+        """[b n d] -> [b n d]."""
+        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_0")(x)
+        y = nn.MultiHeadDotProductAttention(
+            num_heads=self.num_heads,
+            dtype=self.dtype,
+            dropout_rate=self.attention_dropout_rate,
+            broadcast_dropout=False,
+            kernel_init=nn.initializers.xavier_uniform(),
+            force_fp32_for_softmax=jnp.finfo(self.dtype).bits < 32,
+            name="MultiHeadDotProductAttention_1",
+        )(y, y, deterministic=deterministic)
+        y = nn.Dropout(self.dropout_rate)(y, deterministic=deterministic)
+        x = x + y
+
+        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_2")(x)
+        y = MlpBlock(self.mlp_dim, self.dropout_rate, self.dtype, name="MlpBlock_3")(y, deterministic=deterministic)
+        return x + y
+
+
+class PositionEmbedding(nn.Module):
+    """Adds one learned vector to every token (Eq. 1)."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b n d] -> [b n d]."""
+        embedding = self.param("pos_embedding", nn.initializers.normal(0.02), (1, *x.shape[1:]))
+        return x + embedding.astype(self.dtype)
+
+
+class Encoder(nn.Module):
+    """Position embeddings, the blocks, and a last norm (Eq. 1 to 4)."""
+
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    dropout_rate: float
+    attention_dropout_rate: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+        """[b n d] -> [b n d]."""
+        x = PositionEmbedding(self.dtype, name="posembed_input")(x)
+        x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
+        for i in range(self.num_layers):
+            x = EncoderBlock(
+                self.num_heads,
+                self.mlp_dim,
+                self.dropout_rate,
+                self.attention_dropout_rate,
+                self.dtype,
+                name=f"encoderblock_{i}",
+            )(x, deterministic=deterministic)
+        return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="encoder_norm")(x)
+
+
+class VisionTransformer(nn.Module):
+    """Pictures to class logits.
+
+    Attributes:
+        num_classes: width of the head, which starts at zero.
+        patch_size: pixels; divides the pictures' height and width.
+        hidden_size: width of the tokens.
+        num_layers: encoder blocks.
+        num_heads: of each attention; divides `hidden_size`.
+        mlp_dim: hidden width of each MLP.
+        representation_size: width of the tanh layer `pre_logits` before the head; None, as in fine-tuning, has none.
+        dropout_rate: after the position embeddings, the attention output and in the MLP.
+        attention_dropout_rate: on the attention weights.
+        dtype: of the computation; parameters are float32 always, logits at least float32.
+
+    Source:
+        Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section 3.1.
+    """
+
+    num_classes: int
+    patch_size: int = 16
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    representation_size: int | None = None
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        """Computes logits.
+
+        Args:
+            images: [b h w 3], in [-1, 1].
+            train: whether dropout is on; it then needs `rngs={"dropout": key}`.
+
+        Returns:
+            [b num_classes], float32 (float64 where `dtype` is).
+
+        Raises:
+            ValueError: height or width is not a multiple of `patch_size`.
+        """
+        batch, height, width, _ = images.shape
+        patch = self.patch_size
+        if height % patch or width % patch:
+            raise ValueError(f"pictures of {height} × {width} pixels do not divide into patches of {patch} × {patch}")
+
+        embedding = nn.Conv(
+            self.hidden_size, (patch, patch), (patch, patch), padding="VALID", dtype=self.dtype, name="embedding"
+        )
+        x = embedding(images)
+        x = x.reshape(batch, -1, self.hidden_size)  # [b n d]
+        cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size)).astype(self.dtype)
+        x = jnp.concatenate([jnp.tile(cls, (batch, 1, 1)), x], axis=1)  # [b 1+n d]
+
+        x = Encoder(
+            self.num_layers,
+            self.num_heads,
+            self.mlp_dim,
+            self.dropout_rate,
+            self.attention_dropout_rate,
+            self.dtype,
+            name="Transformer",
+        )(x, deterministic=not train)
+        x = x[:, 0]  # [b d]
+
+        if self.representation_size is not None:
+            x = jnp.tanh(nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x))
+        logits_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        return nn.Dense(self.num_classes, dtype=logits_dtype, kernel_init=nn.initializers.zeros, name="head")(x)
