@@ -1,0 +1,266 @@
+"""`fetch` against a real server on this machine."""
+
+import contextlib
+import hashlib
+import http.server
+import socket
+import threading
+
+import pytest
+
+from vit_jax import download
+from vit_jax.errors import UserError
+
+CONTENT = bytes(range(256)) * 4  # 1,024 bytes
+PLAIN = {"status": 200, "type": "application/octet-stream"}
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers every GET with the next of `answers`, the last one over and over; keeps the asked ranges."""
+
+    daemon_threads = True
+
+    def __init__(self, *answers):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers = [PLAIN | answer for answer in answers] or [PLAIN]
+        self.asked_ranges = []
+        self.url = f"http://127.0.0.1:{self.server_port}/file.bin"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        answers = self.server.answers
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        asked = self.headers.get("Range")
+        self.server.asked_ranges.append(asked)
+        content = answer.get("content", CONTENT)
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and answer.get("ranges", True) else 0
+        if answer["status"] != 200:
+            self.send_error(answer["status"])
+            return
+        if start and start >= len(content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(content)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Type", answer["type"])
+        self.send_header("Content-Length", str(len(content) - start))
+        if start:
+            first = start + answer.get("shift", 0)
+            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        self.wfile.write(content[start : answer.get("break_at", len(content))])
+
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def serve(*answers):
+    with Server(*answers) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def fetch(url, path, **kwargs):
+    return download.fetch(url, path, **{"pause_seconds": 0.01, "timeout_seconds": 2.0} | kwargs)
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "cache" / "file.bin"
+
+
+@pytest.fixture
+def part(path):
+    path.parent.mkdir()
+    return path.with_name("file.bin.part")
+
+
+def test_fetch_writes_the_whole_file(path, part):
+    with serve() as server:
+        assert fetch(server.url, path) == path
+    assert path.read_bytes() == CONTENT
+    assert not part.exists()
+
+
+def test_fetch_makes_the_directory(path):
+    with serve() as server:
+        fetch(server.url, path)
+    assert path.read_bytes() == CONTENT
+
+
+def test_fetch_shows_progress_on_stderr(path, capfd):
+    with serve() as server:
+        fetch(server.url, path)
+    out, err = capfd.readouterr()
+    assert "file.bin" in err and "1.00k/1.00k" in err
+    assert out == ""
+
+
+def test_fetch_returns_an_existing_file_without_asking(path, part):
+    path.write_bytes(b"mine")
+    assert fetch("http://127.0.0.1:1/file.bin", path) == path
+    assert path.read_bytes() == b"mine"
+
+
+def test_fetch_resumes_a_part_of_an_earlier_call(path, part):
+    part.write_bytes(CONTENT[:100])
+    with serve() as server:
+        fetch(server.url, path)
+    assert server.asked_ranges == ["bytes=100-"]
+    assert path.read_bytes() == CONTENT
+
+
+def test_fetch_resumes_where_a_connection_broke_off(path, part):
+    with serve({"break_at": 300}, {"break_at": 700}, {}) as server:
+        fetch(server.url, path)
+    assert server.asked_ranges == [None, "bytes=300-", "bytes=700-"]
+    assert path.read_bytes() == CONTENT
+
+
+def test_fetch_counts_only_attempts_that_bring_nothing_new(path, part):
+    breaks = [{"break_at": stop} for stop in range(100, 1000, 100)]
+    with serve(*breaks, {}) as server:
+        fetch(server.url, path, num_attempts=2)
+    assert path.read_bytes() == CONTENT
+
+
+def test_fetch_keeps_the_part_when_the_connection_stays_broken(path, part):
+    with serve({"break_at": 300}) as server, pytest.raises(UserError, match="broke off after 300 of 1,024 bytes"):
+        fetch(server.url, path)
+    assert len(server.asked_ranges) == 4
+    assert part.read_bytes() == CONTENT[:300]
+    assert not path.exists()
+
+
+def test_fetch_starts_afresh_where_the_server_knows_no_ranges(path, part):
+    part.write_bytes(b"x" * 100)
+    with serve({"ranges": False}) as server:
+        fetch(server.url, path)
+    assert path.read_bytes() == CONTENT
+
+
+def test_fetch_starts_afresh_where_the_server_sends_another_range(path, part):
+    part.write_bytes(CONTENT[:100])
+    with serve({"shift": 1}, {}) as server:
+        fetch(server.url, path)
+    assert server.asked_ranges == ["bytes=100-", None]
+    assert path.read_bytes() == CONTENT
+
+
+def test_fetch_takes_a_complete_part(path, part):
+    part.write_bytes(CONTENT)
+    with serve() as server:
+        fetch(server.url, path)
+    assert server.asked_ranges == ["bytes=1024-"]
+    assert path.read_bytes() == CONTENT
+
+
+def test_fetch_starts_afresh_where_the_part_is_too_long(path, part):
+    part.write_bytes(CONTENT + b"more")
+    with serve() as server:
+        fetch(server.url, path)
+    assert server.asked_ranges == ["bytes=1028-", None]
+    assert path.read_bytes() == CONTENT
+
+
+def test_fetch_refuses_a_wrong_length_before_loading_it(path, part):
+    with serve() as server, pytest.raises(UserError, match="has 1,024 bytes, expected 1,025"):
+        fetch(server.url, path, num_bytes=1025)
+    assert len(server.asked_ranges) == 1
+    assert not part.exists() and not path.exists()
+
+
+def test_fetch_checks_the_sha256(path, part):
+    with serve() as server:
+        fetch(server.url, path, num_bytes=1024, sha256=hashlib.sha256(CONTENT).hexdigest())
+    assert path.read_bytes() == CONTENT
+
+
+def test_fetch_refuses_a_wrong_sha256(path, part):
+    with serve() as server, pytest.raises(UserError, match=f"expected {'0' * 64}"):
+        fetch(server.url, path, sha256="0" * 64)
+    assert not part.exists() and not path.exists()
+
+
+def test_fetch_hands_the_part_to_check(path, part):
+    seen = []
+    with serve() as server:
+        fetch(server.url, path, check=lambda file: seen.append((file, file.read_bytes())))
+    assert seen == [(part, CONTENT)]
+
+
+def test_fetch_refuses_what_check_refuses(path, part):
+    def refuse(file):
+        raise UserError("no array in it")
+
+    with serve() as server, pytest.raises(UserError, match="no array in it; download it by hand"):
+        fetch(server.url, path, check=refuse)
+    assert not part.exists() and not path.exists()
+
+
+def test_fetch_refuses_an_html_page(path, part):
+    with serve({"type": "text/html; charset=utf-8"}) as server, pytest.raises(UserError, match="got an HTML page"):
+        fetch(server.url, path)
+    assert not part.exists() and not path.exists()
+
+
+def test_fetch_says_address_reason_and_advice_in_one_line(path, part):
+    with serve({"status": 404}) as server, pytest.raises(UserError) as caught:
+        fetch(server.url, path)
+    assert str(caught.value) == (
+        f"cannot fetch {server.url}: HTTP 404 Not Found; download it by hand and put it at {path}"
+    )
+    assert len(server.asked_ranges) == 1
+    assert not part.exists() and not path.exists()
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_fetch_tries_again_when_the_server_is_busy(path, part, status):
+    with serve({"status": status}, {"status": status}, {}) as server:
+        fetch(server.url, path)
+    assert path.read_bytes() == CONTENT
+
+
+def test_fetch_gives_up_on_a_busy_server(path, part):
+    with serve({"status": 503}) as server, pytest.raises(UserError, match="HTTP 503"):
+        fetch(server.url, path, num_attempts=3)
+    assert len(server.asked_ranges) == 3
+
+
+def test_fetch_reports_a_refused_connection(path, part):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # bound, not listening: nobody else can take the port
+        with pytest.raises(UserError, match="Connection refused; download it by hand"):
+            fetch(f"http://127.0.0.1:{free.getsockname()[1]}/file.bin", path)
+    assert not part.exists() and not path.exists()
+
+
+def test_fetch_reports_a_silent_server(path, part):
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match="timed out"):
+        fetch(f"http://127.0.0.1:{silent.getsockname()[1]}/file.bin", path, timeout_seconds=0.1, num_attempts=2)
+    assert not path.exists()
+
+
+def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))
+    assert download.cache_dir() == tmp_path
+
+
+def test_cache_dir_defaults_to_the_home(monkeypatch, tmp_path):
+    monkeypatch.delenv("VIT_JAX_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert download.cache_dir() == tmp_path / ".cache" / "vit_jax"

@@ -1,0 +1,89 @@
+"""A dataset's name -> uint8 pictures, int labels and class names in host memory.
+
+Known names are `digits`, `cifar10`, `cifar100`, `folder:DIR` and `tfds:NAME`. A split may be sliced as TFDS writes it
+(`train[:90%]`). Batches are not made here: the device walks through the arrays.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from vit_jax.data.cifar import CIFARS, load_cifar
+from vit_jax.data.pictures import decode_picture, load_folder
+from vit_jax.data.splits import nearest_first, parse_split, slice_split
+from vit_jax.data.tfds_sets import load_tfds
+from vit_jax.errors import UsageError
+from vit_jax.types import Dataset, Split
+
+__all__ = ["KNOWN_DATASETS", "decode_picture", "load_dataset"]
+
+KNOWN_DATASETS = ("digits", "cifar10", "cifar100", "folder:DIR", "tfds:NAME")
+
+
+def load_dataset(
+    name: str,
+    *,
+    data_dir: str = "",
+    train_split: str = "train",
+    test_split: str = "test",
+    image_size: int,
+) -> Dataset:
+    """Reads a dataset into host memory.
+
+    Args:
+        name: "digits" | "cifar10" | "cifar100" | "folder:DIR" | "tfds:NAME".
+        data_dir: an archive or folder already on disk (cifar10, cifar100), TFDS's own directory (tfds:NAME);
+            "" downloads into the cache (cifar10, cifar100) or means TFDS's default.
+        train_split: what to train on: a split's name, or a slice of it such as "train[:90%]".
+        test_split: what to test on, in the same form.
+        image_size: pixels, square, that the model sees. Pictures of a folder or of TFDS that all have one size of
+            at most twice this are kept as they are; otherwise every one is resized to [image_size image_size].
+
+    Returns:
+        Both splits, uint8 [n h w 3] and int32 [n], and the class names.
+
+    Raises:
+        UsageError: an unknown name, an unknown split, or a slice that cannot be read.
+        UserError: files that are missing, damaged, empty, inconsistent or too large for the memory; an empty slice.
+    """
+    kind, _, argument = name.partition(":")
+    if kind in ("folder", "tfds") and argument:
+        splits = {"train": parse_split(train_split), "test": parse_split(test_split)}
+        if kind == "tfds":
+            return load_tfds(argument, data_dir, splits, image_size)
+        _refuse_data_dir(name, data_dir)
+        return load_folder(Path(argument).expanduser(), splits, image_size)
+    if name not in ("digits", *CIFARS):
+        raise UsageError(f"unknown dataset {name!r}; known are {', '.join(nearest_first(name, KNOWN_DATASETS))}")
+    known = ("train", "test")
+    splits = {"train": parse_split(train_split, known=known), "test": parse_split(test_split, known=known)}
+    if name == "digits":
+        _refuse_data_dir(name, data_dir)
+        whole, class_names = _load_digits()
+    else:
+        whole, class_names = load_cifar(CIFARS[name], data_dir, {split.name for split in splits.values()})
+    train, test = (slice_split(whole[split.name], split) for split in splits.values())
+    return Dataset(train=train, test=test, class_names=class_names)
+
+
+def _refuse_data_dir(name: str, data_dir: str) -> None:
+    if data_dir:
+        raise UsageError(f"dataset {name!r} does not read data_dir, got {data_dir!r}; leave it empty")
+
+
+def _load_digits() -> tuple[dict[str, Split], tuple[str, ...]]:
+    """Scikit-learn's 1,797 handwritten digits, 8 × 8: 1,437 to train on, 360 to test on.
+
+    Source: the test part of "Optical Recognition of Handwritten Digits", UCI, Alpaydin and Kaynak 1998.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.RandomState(0).permutation(len(digits.target))
+    grey = np.round(digits.images[order] * (255 / 16)).astype(np.uint8)  # [n h w], 0..16 -> 0..255
+    images = np.repeat(grey[..., None], 3, axis=-1)  # [n h w c]
+    labels = digits.target[order].astype(np.int32)
+    num_train = len(order) * 4 // 5
+    train = Split(images=images[:num_train], labels=labels[:num_train])
+    test = Split(images=images[num_train:], labels=labels[num_train:])
+    return {"train": train, "test": test}, tuple(str(digit) for digit in digits.target_names)
