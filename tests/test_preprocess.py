@@ -1,0 +1,106 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax import preprocess
+
+
+def test_normalize_maps_the_ends_of_uint8_to_minus_one_and_one():
+    pixels = jnp.array([0, 255], jnp.uint8)
+    np.testing.assert_array_equal(preprocess.normalize(pixels), [-1.0, 1.0])
+
+
+def test_for_evaluation_leaves_pixels_alone_at_their_own_size():
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
+    result = preprocess.for_evaluation(images, image_size=8)
+    np.testing.assert_allclose(result, (images - 127.5) / 127.5, rtol=1e-6)
+
+
+def test_for_evaluation_doubles_a_row_as_worked_out_by_hand():
+    # Half-pixel centres: outputs read inputs at -1/4, 1/4, 3/4, 5/4; the first and last are clamped to the edge.
+    row = np.array([0, 200], np.uint8)
+    images = np.tile(row[None, None, :, None], (1, 2, 1, 3))
+    result = preprocess.for_evaluation(images, image_size=4)
+    expected = (np.array([0, 50, 150, 200]) - 127.5) / 127.5
+    np.testing.assert_allclose(result[0, :, :, 0], np.tile(expected, (4, 1)), atol=1e-6)
+
+
+def test_resize_of_a_crop_never_reads_beyond_its_edge():
+    image = jnp.arange(36.0).reshape(6, 6, 1)
+    result = preprocess._resize(image, (1, 2, 2, 2), image_size=4)
+    crop = image[1:3, 2:4, 0]  # 8 9 / 14 15
+    assert float(result.min()) == pytest.approx(float(crop.min()))
+    assert float(result.max()) == pytest.approx(float(crop.max()))
+    np.testing.assert_allclose(result[0, :, 0], [8, 8.25, 8.75, 9], atol=1e-5)
+    np.testing.assert_allclose(result[:, 0, 0], [8, 9.5, 12.5, 14], atol=1e-5)
+
+
+def test_flip_mirrors_left_and_right_only():
+    images = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 3)).astype(np.uint8)
+    keys = jax.random.split(jax.random.PRNGKey(0), 64)
+    result = np.asarray(preprocess.for_training(keys, images, image_size=4, augment="flip"))
+    plain = np.asarray(preprocess.normalize(images))
+    same = np.isclose(result, plain, atol=1e-6).all(axis=(1, 2, 3))
+    mirrored = np.isclose(result, plain[:, :, ::-1], atol=1e-6).all(axis=(1, 2, 3))
+    assert (same ^ mirrored).all()
+    assert 16 < mirrored.sum() < 48  # half of 64, within four standard deviations
+
+
+def test_pad_crop_gives_every_shift_and_grey_margins():
+    images = np.full((400, 8, 8, 3), 255, np.uint8)
+    keys = jax.random.split(jax.random.PRNGKey(1), 400)
+    result = np.asarray(preprocess.for_training(keys, images, image_size=8, augment="pad_crop"))
+    assert set(np.unique(result.round(5))) == {0.0, 1.0}  # mid-grey margin, white picture
+    white_rows = (result[:, :, 4, 0] == 1).sum(axis=1)
+    first_row_grey = result[:, 0, 4, 0] == 0
+    assert set(white_rows) == {7, 8}  # margin of one pixel: shifted up or down by one, or not
+    assert 0 < first_row_grey.sum() < (white_rows == 7).sum()
+
+
+def test_a_pictures_draw_depends_on_its_key_alone():
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
+    keys = jax.random.split(jax.random.PRNGKey(0), 8)
+    whole = preprocess.for_training(keys, images, image_size=8, augment="inception")
+    half = preprocess.for_training(keys[4:], images[4:], image_size=8, augment="inception")
+    np.testing.assert_allclose(whole[4:], half, atol=1e-6)
+
+
+def original_crop(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
+    """The original's rejection sampler, written from its description with plain Python numbers."""
+    while True:
+        aspect = rng.uniform(0.75, 1.33)
+        smallest, largest = 0.05 * height * width, 1.0 * height * width
+        rows, most = round((smallest / aspect) ** 0.5), round((largest / aspect) ** 0.5)
+        if round(most * aspect) > width:
+            most = int((width + 0.5 - 1e-7) / aspect)
+        most = min(most, height)
+        rows = min(rows, most)
+        rows += rng.integers(0, most - rows + 1)
+        columns = round(rows * aspect)
+        if rows * columns < smallest:
+            rows += 1
+            columns = round(rows * aspect)
+        if rows * columns > largest:
+            rows -= 1
+            columns = round(rows * aspect)
+        if not (smallest <= rows * columns <= largest and 0 < rows <= height and 0 < columns <= width):
+            continue
+        top = rng.integers(0, height - rows) if rows < height else 0
+        left = rng.integers(0, width - columns) if columns < width else 0
+        return top, left, rows, columns
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 48)])
+def test_random_crop_box_follows_the_original_distribution(height, width):
+    count = 20_000
+    keys = jax.random.split(jax.random.PRNGKey(0), count)
+    draw = jax.vmap(lambda key: preprocess.random_crop_box(key, height=height, width=width))
+    ours = np.stack(jax.jit(draw)(keys), axis=1)
+    rng = np.random.default_rng(0)
+    theirs = np.array([original_crop(rng, height, width) for _ in range(count)])
+    assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
+    for column, size in enumerate((height, width, height, width)):
+        histograms = [np.bincount(boxes[:, column], minlength=size + 1) / count for boxes in (ours, theirs)]
+        # Largest gap between the cumulative distributions; 0.0195 is the 0.1 % point of Kolmogorov and Smirnov.
+        assert np.abs(np.cumsum(histograms[0] - histograms[1])).max() < 1.95 * (2 / count) ** 0.5

@@ -1,0 +1,144 @@
+"""Pictures made ready for the model, on the device, inside the step.
+
+A crop with its resize and flip is two small matrix products, one over rows and one over columns: output row i reads
+the crop at (i + 1/2) · height / image_size - 1/2, between two pixels, clamped at the crop's edge.
+"""
+
+import jax
+import jax.numpy as jnp
+
+AUGMENTATIONS = ("none", "flip", "pad_crop", "inception")
+
+Box = tuple[jax.Array | int, jax.Array | int, jax.Array | int, jax.Array | int]
+"""Top, left, height, width in pixels."""
+
+
+def normalize(images: jax.Array) -> jax.Array:
+    """uint8 [...] -> float32 [...] in [-1, 1], as the released models were trained."""
+    return (images.astype(jnp.float32) - 127.5) / 127.5
+
+
+def for_evaluation(images: jax.Array, *, image_size: int) -> jax.Array:
+    """Resizes whole pictures.
+
+    Args:
+        images: uint8 [b h w 3].
+        image_size: pixels, square.
+
+    Returns:
+        float32 [b image_size image_size 3] in [-1, 1].
+    """
+    if images.shape[1:3] == (image_size, image_size):
+        return normalize(images)
+    return jax.vmap(lambda image: _resize(normalize(image), _whole(image), image_size=image_size))(images)
+
+
+def for_training(keys: jax.Array, images: jax.Array, *, image_size: int, augment: str) -> jax.Array:
+    """Crops, flips and resizes, each picture by a key of its own.
+
+    A picture's draw depends on its key alone, so that devices and accumulation do not change it.
+
+    Args:
+        keys: [b] random keys.
+        images: uint8 [b h w 3].
+        image_size: pixels, square.
+        augment: "none"; "flip" (half the pictures, left to right); "pad_crop" (a margin of an eighth in mid-grey, a
+            crop of the picture's size, and flip); "inception" (5 to 100 % of the area, and flip).
+
+    Returns:
+        float32 [b image_size image_size 3] in [-1, 1].
+
+    Source:
+        "inception": Szegedy et al. 2015, section 6, as TensorFlow's sample_distorted_bounding_box draws it.
+        "pad_crop": He et al. 2016, section 4.2, there with a margin of 4 pixels for 32.
+    """
+    if augment == "none":
+        return for_evaluation(images, image_size=image_size)
+
+    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+        crop_key, flip_key = jax.random.split(key)
+        image = normalize(image)
+        box: Box = _whole(image)
+        if augment == "pad_crop":
+            margin = image.shape[0] // 8
+            top, left = jax.random.randint(crop_key, (2,), 0, 2 * margin + 1)
+            box = (top, left, box[2], box[3])
+            image = jnp.pad(image, ((margin, margin), (margin, margin), (0, 0)))
+        elif augment == "inception":
+            box = random_crop_box(crop_key, height=image.shape[0], width=image.shape[1])
+        return _resize(image, box, image_size=image_size, flip=jax.random.bernoulli(flip_key))
+
+    return jax.vmap(one)(keys, images)
+
+
+def random_crop_box(
+    key: jax.Array,
+    *,
+    height: int,
+    width: int,
+    area_range: tuple[float, float] = (0.05, 1.0),
+    aspect_range: tuple[float, float] = (0.75, 1.33),
+) -> Box:
+    """Draws a crop as the original training did.
+
+    The aspect (width / height) is uniform; the crop's height is uniform over the integers whose area lies within
+    bounds and that fit the picture; the corner is uniform over the places that fit, the last one left out.
+
+    Args:
+        key: one random key.
+        height: of the picture, pixels.
+        width: of the picture, pixels.
+        area_range: of the crop, as a share of the picture's area.
+        aspect_range: of the crop's width to its height.
+
+    Returns:
+        int32 scalars (top, left, crop height, crop width).
+
+    Source:
+        TensorFlow's kernel of sample_distorted_bounding_box. Its rare redraw, for crops that rounding puts out of
+        bounds, is replaced by a clip to the picture.
+    """
+    aspect_key, height_key, top_key, left_key = jax.random.split(key, 4)
+    aspect = jax.random.uniform(aspect_key, minval=aspect_range[0], maxval=aspect_range[1])
+    smallest_area, largest_area = (share * height * width for share in area_range)
+
+    def width_of(rows: jax.Array) -> jax.Array:
+        return jnp.round(rows * aspect)
+
+    largest = jnp.round(jnp.sqrt(largest_area / aspect))
+    largest = jnp.where(width_of(largest) > width, jnp.floor((width + 0.4999) / aspect), largest)
+    largest = jnp.minimum(largest, height)
+    smallest = jnp.minimum(jnp.round(jnp.sqrt(smallest_area / aspect)), largest)
+    rows = smallest + jnp.floor(jax.random.uniform(height_key) * (largest - smallest + 1))
+    rows = jnp.where(rows * width_of(rows) < smallest_area, rows + 1, rows)
+    rows = jnp.where(rows * width_of(rows) > largest_area, rows - 1, rows)
+    rows = jnp.clip(rows, 1, height)
+    columns = jnp.clip(width_of(rows), 1, width)
+
+    top = jnp.floor(jax.random.uniform(top_key) * (height - rows))
+    left = jnp.floor(jax.random.uniform(left_key) * (width - columns))
+    top, left, rows, columns = (value.astype(jnp.int32) for value in (top, left, rows, columns))
+    return top, left, rows, columns
+
+
+def _whole(image: jax.Array) -> Box:
+    """The box (top, left, height, width) of a whole picture [h w c]."""
+    return 0, 0, image.shape[0], image.shape[1]
+
+
+def _resize(image: jax.Array, box: Box, *, image_size: int, flip: jax.Array | bool = False) -> jax.Array:
+    """Cuts a box out of a picture [h w c], resizes it bilinearly to a square, flips it left to right on request."""
+    top, left, height, width = box
+    rows = _bilinear(top, height, image.shape[0], image_size)
+    columns = _bilinear(left, width, image.shape[1], image_size)
+    columns = jnp.where(flip, columns[::-1], columns)
+    # At the highest precision: tensor cores would otherwise round pixels to 8 or 10 bits.
+    image = jnp.einsum("ih,hwc->iwc", rows, image, precision="highest")
+    return jnp.einsum("jw,iwc->ijc", columns, image, precision="highest")
+
+
+def _bilinear(start: jax.Array | int, length: jax.Array | int, input_size: int, output_size: int) -> jax.Array:
+    """The matrix [output_size input_size] that resizes the interval of `length` pixels from `start`."""
+    offset = (jnp.arange(output_size) + 0.5) * (length / output_size) - 0.5
+    position = start + jnp.clip(offset, 0, length - 1)
+    return jnp.maximum(0.0, 1.0 - jnp.abs(position[:, None] - jnp.arange(input_size)[None, :]))
