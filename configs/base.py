@@ -1,0 +1,54 @@
+"""Every key of a run, once, with its unit and reason. A recipe copies this and sets only what its name says."""
+
+from ml_collections import ConfigDict, FieldReference
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The neutral values: a key that a recipe does not set changes nothing.
+
+    Args:
+        arg: what stands behind the colon in `--config configs/NAME.py:ARG`; this file knows none.
+    """
+    if arg:
+        raise ValueError(f"configs/base.py takes no argument, got {arg!r}")
+    config = ConfigDict()
+
+    config.seed = 0  # of initialisation, order of pictures, augmentation, dropout
+    config.architecture = "vit"
+    # The module's constructor arguments; may stay empty where `pretrained` gives a file: sizes are read off it.
+    config.model = ConfigDict()
+    config.dtype = "float32"  # of activations and matmuls ("float32" | "bfloat16"); parameters are always float32
+    # "" (from scratch) | a released name such as "imagenet21k/ViT-B_16" | "micro" | the path of a .npz
+    config.pretrained = ""
+
+    config.dataset = ConfigDict()
+    config.dataset.name = ""  # cifar10 | cifar100 | digits | folder:DIR | tfds:NAME
+    config.dataset.data_dir = ""  # an archive or folder already on disk; "" downloads into the cache
+    config.dataset.train_split = "train"  # may be sliced, as in "train[:90%]"
+    config.dataset.test_split = "test"  # give "train[90%:]" to tune without looking at the test pictures
+    config.image_size = 224  # pixels, square: what the model sees
+    config.augment = "none"  # of training pictures: "none" | "flip" | "pad_crop" | "inception"
+
+    # What trains: a mode's name, or a tuple of regular expressions over whole parameter paths.
+    config.trainable = FieldReference("full", field_type=object)
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "sgd"  # "sgd" | "adamw"
+    config.optimizer.momentum = 0.9  # sgd only
+    config.optimizer.momentum_dtype = "float32"  # sgd only; "bfloat16" halves the optimizer's memory
+    config.optimizer.weight_decay = 0.0  # sgd: L2 added to the gradient; adamw: decoupled
+    config.optimizer.clip_norm = 0.0  # global norm of the gradient, before anything else; 0 leaves it unclipped
+
+    config.learning_rate = 0.01  # the peak
+    config.schedule = "cosine"  # to zero at num_steps: "cosine" | "linear" | "constant"
+    config.warmup_steps = 0  # linear from rate 0 at the first update
+
+    config.batch_size = 128  # pictures per update, over all devices and processes
+    config.eval_batch_size = 256  # a wish: rounded up to the devices, the last batch padded and masked
+    config.accumulation_steps = 1  # splits batch_size to save memory; the update is the same
+
+    config.num_steps = 1000  # updates
+    config.log_every_steps = 10  # a line in metrics.jsonl; the only moments at which the host waits for the device
+    config.eval_every_steps = 500  # over every test picture; always once more at the end
+    config.checkpoint_every_steps = 500  # besides the one after every evaluation
+    return config.lock()

@@ -1,0 +1,24 @@
+import numpy as np
+
+from vit_jax import plotting
+
+RECORDS = [
+    {"step": 1, "train/loss": 2.0, "train/accuracy": 0.1, "learning_rate": 0.0},
+    {"step": 2, "train/loss": 1.0, "train/accuracy": 0.5, "learning_rate": 0.1},
+    {"step": 2, "test/loss": 1.5, "test/accuracy": 0.4, "test/accuracy_top5": 0.9},
+]
+
+
+def test_plot_curves_draws_each_record_at_its_step():
+    loss, accuracy, rate = plotting.plot_curves(RECORDS).axes
+    np.testing.assert_array_equal(loss.lines[0].get_xydata(), [[1, 2.0], [2, 1.0]])
+    np.testing.assert_array_equal(loss.lines[1].get_xydata(), [[2, 1.5]])
+    np.testing.assert_array_equal(accuracy.lines[1].get_xydata(), [[2, 0.4]])
+    np.testing.assert_array_equal(rate.lines[0].get_xydata(), [[1, 0.0], [2, 0.1]])
+
+
+def test_plot_curves_labels_axes_and_lines():
+    loss, accuracy, rate = plotting.plot_curves(RECORDS, title="digits").axes
+    assert [axes.get_title() for axes in (loss, accuracy, rate)] == ["Loss", "Accuracy", "Learning rate"]
+    assert all(axes.get_xlabel() == "step" and axes.get_ylabel() for axes in (loss, accuracy, rate))
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["train (single batches)", "test"]

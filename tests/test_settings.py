@@ -1,0 +1,96 @@
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base, cifar10, cifar10_micro, cifar100, digits
+from vit_jax import settings
+from vit_jax.errors import UsageError, UserError
+
+
+def config_with(**changes) -> ConfigDict:
+    """The digits recipe with keys such as `optimizer.name` set to anything at all."""
+    config = digits.get_config().to_dict()
+    for key, value in changes.items():
+        *parents, name = key.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[name] = value
+    return ConfigDict(config)
+
+
+@pytest.mark.parametrize("recipe", [digits, cifar10, cifar100, cifar10_micro])
+def test_check_config_accepts_the_recipes(recipe):
+    settings.check_config(recipe.get_config())
+
+
+@pytest.mark.parametrize("recipe", [cifar10, cifar100])
+def test_recipes_take_their_argument(recipe):
+    assert recipe.get_config("head").trainable == "head"
+    with pytest.raises(ValueError, match="takes full or head, got 'tail'"):
+        recipe.get_config("tail")
+
+
+def test_every_key_of_base_is_checked():
+    assert set(settings._flatten(base.get_config().to_dict())) == set(settings._RULES)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("batch_size", 0, "config.batch_size is 0; expected a whole number of at least 1"),
+        ("batch_size", 2.5, "config.batch_size is 2.5; expected a whole number"),
+        ("batch_size", True, "config.batch_size is True; expected a whole number"),
+        ("num_steps", -1, "config.num_steps is -1; expected a whole number of at least 0"),
+        ("learning_rate", float("nan"), "config.learning_rate is nan"),
+        ("learning_rate", "fast", "config.learning_rate is 'fast'; expected a number"),
+        ("schedule", "cosinus", "config.schedule is 'cosinus'; expected one of cosine, linear, constant"),
+        ("optimizer.name", "lion", "config.optimizer.name is 'lion'; expected one of sgd, adamw"),
+        ("dataset.name", "", "config.dataset.name is ''; expected a text that is not empty"),
+        ("trainable", "haed", "no mode 'haed'"),
+        ("trainable", ("head/(",), "is not a regular expression"),
+        ("accumulation_steps", 3, "config.batch_size 64 does not divide into 3 accumulation_steps"),
+        ("warmup_steps", 10_000, "config.warmup_steps 10000 is above num_steps 770"),
+        ("batch_sise", 8, "config.batch_sise: no such key; did you mean config.batch_size?"),
+    ],
+)
+def test_check_config_refuses(key, value, message):
+    with pytest.raises(UsageError) as error:
+        settings.check_config(config_with(**{key: value}))
+    assert message in str(error.value)
+
+
+def test_check_config_names_a_missing_key():
+    config = config_with()
+    with config.unlocked():
+        del config["schedule"]
+    with pytest.raises(UsageError, match="config.schedule is missing: start from configs/base.py"):
+        settings.check_config(config)
+
+
+def test_a_config_is_read_back_as_it_was_saved(tmp_path):
+    config = config_with(trainable=("head/.*", "cls"))
+    settings.save_config(config, tmp_path)
+    settings.check_same(config, tmp_path)
+    assert list(settings.load_config(tmp_path).trainable) == ["head/.*", "cls"]
+
+
+def test_check_same_shows_what_differs(tmp_path):
+    settings.save_config(config_with(), tmp_path)
+    with pytest.raises(UsageError, match=r"learning_rate: 0.03 → 0.5; seed: 0 → 7\)"):
+        settings.check_same(config_with(learning_rate=0.5, seed=7), tmp_path)
+
+
+def test_check_same_lets_through_what_does_not_matter(tmp_path):
+    settings.save_config(config_with(), tmp_path)
+    settings.check_same(config_with(log_every_steps=1, eval_batch_size=7), tmp_path)
+
+
+def test_load_config_says_that_a_folder_holds_no_run(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        settings.load_config(tmp_path)
+
+
+def test_load_config_says_that_a_file_is_damaged(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="could not be read"):
+        settings.load_config(tmp_path)

@@ -1,0 +1,142 @@
+"""A run's config: checked key by key, written to and compared with `config.json`."""
+
+import difflib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from vit_jax import optim, preprocess
+from vit_jax.errors import UsageError, UserError, one_line
+from vit_jax.writer import write_beside
+
+
+class _Rule(NamedTuple):
+    types: tuple[type, ...]
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def _whole(least: int) -> _Rule:
+    return _Rule((int,), f"a whole number of at least {least}", lambda value: value >= least)
+
+
+def _number(expected: str, holds: Callable[[float], bool]) -> _Rule:
+    return _Rule((int, float), expected, lambda value: math.isfinite(value) and holds(value))
+
+
+def _one_of(*names: str) -> _Rule:
+    return _Rule((str,), "one of " + ", ".join(names), lambda value: value in names)
+
+
+_TEXT = _Rule((str,), "a text", lambda value: True)
+_NAME = _Rule((str,), "a text that is not empty", bool)
+_NOT_NEGATIVE = _number("a number of at least 0", lambda value: value >= 0)
+_FLOATS = _one_of("float32", "bfloat16")
+
+_RULES = {
+    "seed": _whole(0),
+    "architecture": _one_of("vit"),
+    "dtype": _FLOATS,
+    "pretrained": _TEXT,
+    "dataset.name": _NAME,
+    "dataset.data_dir": _TEXT,
+    "dataset.train_split": _NAME,
+    "dataset.test_split": _NAME,
+    "image_size": _whole(1),
+    "augment": _one_of(*preprocess.AUGMENTATIONS),
+    "trainable": _Rule((str, tuple, list), "a mode's name or a tuple of regular expressions", bool),
+    "optimizer.name": _one_of(*optim.OPTIMIZERS),
+    "optimizer.momentum": _number("a number of at least 0 and below 1", lambda value: 0 <= value < 1),
+    "optimizer.momentum_dtype": _FLOATS,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.clip_norm": _NOT_NEGATIVE,
+    "learning_rate": _NOT_NEGATIVE,
+    "schedule": _one_of(*optim.SCHEDULES),
+    "warmup_steps": _whole(0),
+    "batch_size": _whole(1),
+    "eval_batch_size": _whole(1),
+    "accumulation_steps": _whole(1),
+    "num_steps": _whole(0),
+    "log_every_steps": _whole(1),
+    "eval_every_steps": _whole(1),
+    "checkpoint_every_steps": _whole(1),
+}
+
+# A run may go on with these changed: they do not touch what it computes.
+_FREE = ("dataset.data_dir", "eval_batch_size", "log_every_steps", "eval_every_steps", "checkpoint_every_steps")
+
+
+def check_config(config: ConfigDict) -> None:
+    """Checks every key's presence, type and range, as far as that needs neither data nor model.
+
+    Raises:
+        UsageError: names the first key that is wrong, what was got and what was expected.
+    """
+    flat = _flatten(config.to_dict())
+    for key in flat:
+        if key not in _RULES and not key.startswith("model."):
+            near = difflib.get_close_matches(key, _RULES, n=1)
+            raise UsageError(f"config.{key}: no such key" + (f"; did you mean config.{near[0]}?" if near else ""))
+    for key, rule in _RULES.items():
+        if key not in flat:
+            raise UsageError(f"config.{key} is missing: start from configs/base.py, which holds every key")
+        value = flat[key]
+        if isinstance(value, bool) or not isinstance(value, rule.types) or not rule.holds(value):
+            raise UsageError(f"config.{key} is {value!r}; expected {rule.expected}")
+    optim.trainable_patterns(config.trainable)
+    if config.batch_size % config.accumulation_steps:
+        raise UsageError(
+            f"config.batch_size {config.batch_size} does not divide into {config.accumulation_steps} accumulation_steps"
+        )
+    if config.warmup_steps > config.num_steps:
+        raise UsageError(f"config.warmup_steps {config.warmup_steps} is above num_steps {config.num_steps}")
+
+
+def check_same(config: ConfigDict, workdir: Path) -> None:
+    """Compares a config with the one that a workdir was started with, if any.
+
+    Raises:
+        UsageError: something that matters differs; the message is the difference.
+    """
+    if not (workdir / "config.json").exists():
+        return
+    old, new = _flatten(load_config(workdir).to_dict()), _flatten(json.loads(json.dumps(config.to_dict())))
+    keys = [key for key in sorted(old.keys() | new.keys()) if key not in _FREE and old.get(key) != new.get(key)]
+    if keys:
+        changes = "; ".join(f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in keys)
+        raise UsageError(
+            f"{workdir} belongs to a run with another config ({changes}); "
+            "give another --workdir, or delete this one to start afresh"
+        )
+
+
+def save_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes `workdir/config.json`."""
+    write_beside(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def load_config(workdir: Path) -> ConfigDict:
+    """Reads `workdir/config.json`.
+
+    Raises:
+        UserError: it is missing or not JSON.
+    """
+    path = workdir / "config.json"
+    try:
+        return ConfigDict(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise UserError(f"{workdir} holds no run: there is no {path}; give the --workdir of a run") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} could not be read: {one_line(error)}; give the --workdir of a run") from error
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries -> one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

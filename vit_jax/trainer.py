@@ -1,0 +1,213 @@
+"""A run from its config to its results, and back from its folder."""
+
+import contextlib
+import dataclasses
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vit_jax import checkpoint, metrics, plotting, settings, sharding
+from vit_jax.errors import UserError
+from vit_jax.job import create_evaluate, create_job, load_dataset
+from vit_jax.models import VisionTransformer
+from vit_jax.types import Params
+from vit_jax.writer import Writer, format_speed, read_records
+
+
+def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+    """Trains, evaluates and checkpoints; goes on where an earlier run in `workdir` stopped.
+
+    Args:
+        config: laid out as in `configs/base.py`.
+        workdir: the run's folder; will hold config.json, metrics.jsonl, TensorBoard events, checkpoints, curves.png.
+
+    Returns:
+        "test/loss", "test/accuracy", "test/accuracy_top5" after the last step; empty where SIGTERM ended the run early.
+
+    Raises:
+        UsageError: the config is wrong, or not the one that `workdir` was started with.
+        UserError: data, pretrained file or storage failed, or the loss is no longer finite.
+        KeyboardInterrupt: Ctrl-C; the state was saved first.
+    """
+    workdir = Path(workdir)
+    settings.check_config(config)
+    settings.check_same(config, workdir)
+    make_folder(workdir)
+    with checkpoint.open_manager(workdir) as checkpoints, stop_signals() as signals:
+        restored_step = checkpoints.latest_step()
+        if restored_step == config.num_steps:
+            return report(config, workdir)
+
+        job = create_job(config)
+        state = job.state
+        if restored_step is not None:
+            print(f"going on from step {restored_step}")
+            state = checkpoint.restore(checkpoints, state, restored_step)
+        settings.save_config(config, workdir)
+        train_step = job.compile_train_step(state)
+        first_step = (restored_step or 0) + 1
+        permutation = job.permute(state)
+
+        with Writer(workdir, step=first_step - 1, num_steps=config.num_steps) as writer:
+            for step in range(first_step, config.num_steps + 1):
+                if (step - 1) % job.steps_per_epoch == 0:
+                    permutation = job.permute(state)
+                state, scalars = train_step(state, *job.train_arrays, permutation)
+
+                last = step == config.num_steps
+                logging = last or step % config.log_every_steps == 0
+                evaluating = last or step % config.eval_every_steps == 0
+                saving = evaluating or step % config.checkpoint_every_steps == 0 or bool(signals)
+                if logging or saving:
+                    scalars, nonfinite_step = fetch((scalars, state.first_nonfinite_step))
+                    stop_if_nonfinite(nonfinite_step, checkpoints.latest_step())
+                if logging:
+                    writer.log_training(step, scalars, batch_size=config.batch_size)
+                results = metrics.means(fetch(job.evaluate(state))) if evaluating else {}
+                if evaluating:
+                    writer.log_evaluation(step, results)
+                if saving:
+                    checkpoint.save(checkpoints, step, state, job.about, accuracy=results.get("test/accuracy"))
+                    writer.start_clock(step)
+                if signals and not last:
+                    break
+            if config.num_steps == 0:
+                results = metrics.means(fetch(job.evaluate(state)))
+                writer.log_evaluation(0, results)
+                checkpoint.save(checkpoints, 0, state, job.about, accuracy=results["test/accuracy"])
+        checkpoint.finish(checkpoints)
+        if signals and checkpoints.latest_step() != config.num_steps:
+            print(f"stopped by {signals[0].name}; saved step {step} in {workdir}: the same command goes on from there")
+            if signals[0] == signal.SIGINT:
+                raise KeyboardInterrupt
+            return {}
+        return report(config, workdir)
+
+
+def fetch(tree: Any) -> Any:
+    """Brings device arrays to the host: the one place where a run waits for its device."""
+    return jax.tree.map(lambda leaf: leaf.item(), jax.device_get(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished or interrupted run, read from its folder."""
+
+    config: ConfigDict
+    step: int
+    model: VisionTransformer
+    params: Params
+    class_names: tuple[str, ...]
+    mesh: Mesh
+
+
+def load_run(workdir: str | Path, *, step: int | None = None) -> Run:
+    """Reads config, model and parameters of a run from its folder alone.
+
+    Args:
+        workdir: of the run.
+        step: which checkpoint; None takes the latest.
+
+    Raises:
+        UserError: no run there, no such checkpoint, or a damaged one.
+    """
+    workdir = Path(workdir)
+    config = settings.load_config(workdir)
+    mesh = sharding.create_mesh()
+    with checkpoint.open_manager(workdir, read_only=True) as checkpoints:
+        there = sorted(checkpoints.all_steps())
+        if not there:
+            raise UserError(f"{workdir} holds no checkpoint yet; train until the first one is written")
+        step = there[-1] if step is None else step
+        if step not in there:
+            raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, there))}")
+        params, about = checkpoint.restore_params(checkpoints, step, sharding.replicated(mesh))
+    model = VisionTransformer(**about["model"], dtype=jnp.dtype(config.dtype))
+    return Run(config, step, model, params, tuple(about["class_names"]), mesh)
+
+
+def evaluate_run(run: Run) -> dict[str, float]:
+    """Test results of a run's parameters, over every test picture of the dataset in its config.
+
+    Raises:
+        UserError: the dataset cannot be read, or its classes are not those of the run.
+    """
+    dataset = load_dataset(run.config)
+    if dataset.class_names != run.class_names:
+        raise UserError(
+            f"the run knows {len(run.class_names)} classes, {', '.join(run.class_names[:5])}, …; the dataset has "
+            f"{len(dataset.class_names)}, {', '.join(dataset.class_names[:5])}, …; "
+            "give the --data_dir that the run was trained on"
+        )
+    evaluate = create_evaluate(run.config, run.model, dataset.test, run.mesh)
+    return metrics.means(fetch(evaluate(run.params)))
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[signal.Signals]]:
+    """While inside, SIGTERM and Ctrl-C are noted in the list that this yields; a second one acts as usual."""
+    received: list[signal.Signals] = []
+    usual: dict[int, Any] = {}
+
+    def note(number: int, _: object) -> None:
+        received.append(signal.Signals(number))
+        signal.signal(number, usual[number])
+        print("stopping after this step; a checkpoint is being written …", file=sys.stderr)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(ValueError):  # signals can be handled in the main thread only
+            usual[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for known, handler in usual.items():
+            signal.signal(known, handler)
+
+
+def stop_if_nonfinite(nonfinite_step: int, saved_step: int | None) -> None:
+    """Raises UserError where some step's loss or update was not finite."""
+    if nonfinite_step:
+        kept = f"the last good checkpoint is step {saved_step}" if saved_step else "no checkpoint had been written"
+        raise UserError(
+            f"the loss or the update was not finite at step {nonfinite_step}; {kept}; "
+            "start again in another --workdir with a lower learning_rate, a longer warmup_steps, or optimizer.clip_norm"
+        )
+
+
+def make_folder(workdir: Path) -> None:
+    """Makes the run's folder; one that cannot be written is an error now, not after the first epoch."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}; give another") from error
+
+
+def report(config: ConfigDict, workdir: Path) -> dict[str, float]:
+    """Draws a finished run's curves, prints its results and what to type next; returns the results."""
+    records = read_records(workdir / "metrics.jsonl", last_step=config.num_steps)
+    plotting.plot_curves(records, title=workdir.name).savefig(workdir / "curves.png", dpi=120)
+    results = next(record for record in reversed(records) if "test/accuracy" in record)
+    speeds = sorted(record["images_per_second"] for record in records if "images_per_second" in record)
+    rows = [
+        ("test accuracy", f"{results['test/accuracy']:.2%}"),
+        ("test accuracy, top 5", f"{results['test/accuracy_top5']:.2%}"),
+        ("test loss", f"{results['test/loss']:.4f}"),
+        ("steps", f"{config.num_steps:,} × {config.batch_size} pictures"),
+        ("pictures/s, median", format_speed(speeds[len(speeds) // 2]) if speeds else "–"),
+        ("checkpoints", str(workdir / "checkpoints")),
+        ("metrics", str(workdir / "metrics.jsonl")),
+        ("curves", str(workdir / "curves.png")),
+    ]
+    print("\n" + "\n".join(f"{name:<22}{value}" for name, value in rows))
+    print(f"\nnext:  python -m vit_jax.evaluate --workdir {workdir}\n       tensorboard --logdir {workdir}")
+    return {key: value for key, value in results.items() if key != "step"}
