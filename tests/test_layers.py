@@ -32,7 +32,7 @@ def imported_rooms(path: Path) -> set[str]:
 def files() -> dict[str, list[Path]]:
     package = ROOT / "vit_jax"
     rooms = {path.stem: [path] for path in package.glob("*.py") if path.stem != "__init__"}
-    folders = {"models", "data"}  # files of one folder may know each other
+    folders = {"models", "data", "pretrained"}  # files of one folder may know each other
     return rooms | {name: sorted((package / name).glob("*.py")) for name in folders}
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,10 @@ def random_params(*, grid, num_classes=5, representation_size=None, seed=0):
 
 def random_images(height, width, num=2):
     return np.random.default_rng(1).uniform(-1, 1, (num, height, width, 3)).astype(np.float32)
+
+
+def apply_plain(model, variables, images, **kwargs):
+    return jax.jit(functools.partial(model.apply, **kwargs))(variables, images)
 
 
 def assert_matches_reference(params, images, **kwargs):
@@ -108,8 +114,13 @@ def test_sizes_are_read_back_off_the_shapes(variant):
 
 
 def test_the_head_and_the_class_token_start_at_zero():
-    params = VisionTransformer(5, **MICRO).init(jax.random.key(0), random_images(8, 8))["params"]
-    for leaf in (params["head"]["kernel"], params["head"]["bias"], params["cls"]):
+    model = VisionTransformer(5, **MICRO)
+
+    def init(key):
+        params = model.init(key, random_images(8, 8))["params"]
+        return {"head": params["head"], "cls": params["cls"]}  # the rest is never computed
+
+    for leaf in jax.tree.leaves(jax.jit(init)(jax.random.key(0))):
         assert not np.any(leaf)
 
 
@@ -149,7 +160,7 @@ def test_float64_reaches_the_reference_to_rounding():
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
         model = VisionTransformer(5, **MICRO, representation_size=16, dtype=jnp.float64)
-        logits = model.apply({"params": wide}, jnp.asarray(images, jnp.float64))
+        logits = jax.jit(model.apply)({"params": wide}, jnp.asarray(images, jnp.float64))
         assert logits.dtype == jnp.float64
         np.testing.assert_allclose(logits, reference.forward(params, images), rtol=1e-11, atol=1e-11)
 
@@ -159,9 +170,13 @@ def test_float64_reaches_the_reference_to_rounding():
 
 def test_bfloat16_reaches_every_submodule():
     model = VisionTransformer(5, **MICRO, representation_size=16, dtype=jnp.bfloat16)
-    images = random_images(16, 16)
-    params = model.init(jax.random.key(0), images)["params"]
-    logits, state = model.apply({"params": params}, images, capture_intermediates=True, mutable=["intermediates"])
+    images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
+
+    def apply(images):
+        variables = model.init(jax.random.key(0), images)
+        return variables, model.apply(variables, images, capture_intermediates=True, mutable=["intermediates"])
+
+    variables, (logits, state) = jax.eval_shape(apply, images)
     outputs = flatten_dict(state["intermediates"], sep="/")
     last = ("__call__", "head/__call__")
     assert logits.dtype == jnp.float32
@@ -169,25 +184,25 @@ def test_bfloat16_reaches_every_submodule():
     assert {key: leaf[0].dtype for key, leaf in outputs.items()} == {
         key: jnp.dtype(jnp.float32 if key in last else jnp.bfloat16) for key in outputs
     }
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype(jnp.float32)}
 
 
 def test_bfloat16_stays_near_the_reference():
     params, images = random_params(grid=(4, 4)), random_images(16, 16)
-    logits = VisionTransformer(5, **MICRO, dtype=jnp.bfloat16).apply({"params": params}, images)
+    logits = jax.jit(VisionTransformer(5, **MICRO, dtype=jnp.bfloat16).apply)({"params": params}, images)
     expected = reference.forward(params, images)
     assert np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 0.05
 
 
 @pytest.mark.parametrize("rate", ["dropout_rate", "attention_dropout_rate"])
 def test_dropout_is_active_in_training_only(rate):
-    model = VisionTransformer(5, **MICRO, **{rate: 0.5})
+    small = {**MICRO, "num_layers": 1}
+    model = VisionTransformer(5, **small, **{rate: 0.5})
     variables, images = {"params": random_params(grid=(4, 4))}, random_images(16, 16)
-    plain = VisionTransformer(5, **MICRO).apply(variables, images)
-    first = model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(1)})
-    second = model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(2)})
-    again = model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(1)})
-    np.testing.assert_array_equal(model.apply(variables, images), plain)
+    train = jax.jit(lambda key: model.apply(variables, images, train=True, rngs={"dropout": key}))
+    plain = apply_plain(VisionTransformer(5, **small), variables, images)
+    first, second, again = (train(jax.random.key(seed)) for seed in (1, 2, 1))
+    np.testing.assert_array_equal(apply_plain(model, variables, images), plain)
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - plain).max() > 1e-3
     assert np.abs(first - second).max() > 1e-3
@@ -196,11 +211,12 @@ def test_dropout_is_active_in_training_only(rate):
 def test_training_without_dropout_needs_no_key():
     variables, images = {"params": random_params(grid=(4, 4))}, random_images(16, 16)
     model = VisionTransformer(5, **MICRO)
-    np.testing.assert_array_equal(model.apply(variables, images, train=True), model.apply(variables, images))
+    trained = apply_plain(model, variables, images, train=True)
+    np.testing.assert_array_equal(trained, apply_plain(model, variables, images))
 
 
 @pytest.mark.parametrize(("height", "width"), [(18, 16), (16, 18)])
 def test_pictures_that_are_no_multiple_of_the_patch_are_refused(height, width):
     model = VisionTransformer(5, **MICRO)
     with pytest.raises(ValueError, match=f"{height} × {width} pixels.*patches of 4 × 4"):
-        model.init(jax.random.key(0), random_images(height, width))
+        jax.eval_shape(model.init, jax.random.key(0), random_images(height, width))

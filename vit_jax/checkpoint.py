@@ -152,12 +152,20 @@ def _restore(manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any]
 
 def _check_shapes(wanted: Any, found: Any, path: Any) -> None:
     """Compares names and shapes before a restore: Orbax's own error would name no parameter."""
-    wanted_shapes = {jax.tree_util.keystr(k): tuple(v.shape) for k, v in jax.tree_util.tree_leaves_with_path(wanted)}
-    if len(wanted_shapes) != len(jax.tree.leaves(found)):
-        raise UserError(
-            f"{path} holds {len(jax.tree.leaves(found))} arrays, this run has {len(wanted_shapes)}; "
-            "it was written by another model or optimizer: use another --workdir"
-        )
+    wanted_shapes, found_shapes = _shapes(wanted), _shapes(found)
+    for name, shape in wanted_shapes.items():
+        if found_shapes.get(name) != shape:
+            there = f"is of shape {found_shapes[name]}" if name in found_shapes else "is not in it"
+            raise UserError(
+                f"{path} was written by another model or optimizer: {name} {there}, this run has {shape}; "
+                "use another --workdir"
+            )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Joined names -> shapes."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _check_space(manager: ocp.CheckpointManager, state: TrainState) -> None:

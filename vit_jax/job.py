@@ -161,7 +161,7 @@ def build_model(arguments: dict[str, Any], *, num_classes: int, dtype: str, imag
         if key not in fields or key in ("num_classes", "dtype", "parent", "name"):
             raise UsageError(f"config.model.{key}: VisionTransformer has no such argument")
         if key.endswith("_rate"):
-            if not 0 <= value < 1:
+            if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise UsageError(f"config.model.{key} is {value!r}; expected a number of at least 0 and below 1")
         elif value is not None and (not isinstance(value, int) or value < 1):
             raise UsageError(f"config.model.{key} is {value!r}; expected a whole number of at least 1")

@@ -1,0 +1,81 @@
+import json
+
+import jax
+import pytest
+
+from configs import digits
+from vit_jax import trainer
+from vit_jax.errors import UserError
+
+
+def small_config(**changes):
+    config = digits.get_config("scratch")
+    config.model = dict(patch_size=4, hidden_size=16, num_layers=1, num_heads=2, mlp_dim=16)
+    config.update(num_steps=40, warmup_steps=5, log_every_steps=20, eval_every_steps=40, checkpoint_every_steps=40)
+    config.update(changes)
+    return config
+
+
+def test_a_run_waits_for_its_device_on_log_and_evaluation_steps_only(tmp_path, monkeypatch):
+    fetches = []
+    fetch = trainer.fetch
+    monkeypatch.setattr(trainer, "fetch", lambda tree: fetches.append(tree) or fetch(tree))
+    trainer.train_and_evaluate(small_config(), tmp_path)
+    assert len(fetches) == 3  # the lines of steps 20 and 40, and one evaluation
+
+
+def test_train_and_evaluate_returns_the_last_evaluation(tmp_path):
+    results = trainer.train_and_evaluate(small_config(), tmp_path)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"step": 40, **results} == last
+    assert trainer.train_and_evaluate(small_config(), tmp_path) == results
+
+
+@pytest.mark.parametrize(("optimizer", "trainable"), [("adamw", "full"), ("adamw", "head"), ("sgd", "head")])
+def test_load_run_gives_model_and_parameters(tmp_path, optimizer, trainable):
+    config = small_config(trainable=trainable, dtype="bfloat16")
+    config.optimizer.name = optimizer
+    results = trainer.train_and_evaluate(config, tmp_path)
+    run = trainer.load_run(tmp_path)
+    assert run.step == 40
+    assert run.class_names == tuple("0123456789")
+    assert run.model.dtype == jax.numpy.bfloat16
+    assert trainer.evaluate_run(run) == pytest.approx(results, rel=1e-5)
+
+
+def test_load_run_names_the_checkpoints_that_there_are(tmp_path):
+    trainer.train_and_evaluate(small_config(), tmp_path)
+    with pytest.raises(UserError, match="no checkpoint of step 7; it has 40"):
+        trainer.load_run(tmp_path, step=7)
+
+
+def test_evaluate_run_refuses_other_classes(tmp_path):
+    trainer.train_and_evaluate(small_config(), tmp_path)
+    run = trainer.load_run(tmp_path)
+    other = type(run)(run.config, run.step, run.model, run.params, ("cat", "dog"), run.mesh)
+    with pytest.raises(UserError, match="the run knows 2 classes, cat, dog, …; the dataset has 10, 0, 1, 2, 3, 4, …"):
+        trainer.evaluate_run(other)
+
+
+def test_steps_compiled_once_serve_a_resumed_run(tmp_path, monkeypatch):
+    """A run interrupted in one process and resumed in another number of devices goes on from its step."""
+    from vit_jax import sharding
+
+    trainer.train_and_evaluate(small_config(), tmp_path / "whole")
+    everything = sharding.create_mesh
+    config = small_config(checkpoint_every_steps=20)
+    save = trainer.checkpoint.save
+
+    def stop_after_20(manager, step, *args, **kwargs):
+        save(manager, step, *args, **kwargs)
+        if step == 20:
+            raise InterruptedError
+
+    monkeypatch.setattr(trainer.checkpoint, "save", stop_after_20)
+    with pytest.raises(InterruptedError):
+        trainer.train_and_evaluate(config, tmp_path / "halves")
+    monkeypatch.setattr(trainer.checkpoint, "save", save)
+    monkeypatch.setattr(sharding, "create_mesh", lambda: everything(jax.devices()[:1]))
+    results = trainer.train_and_evaluate(config, tmp_path / "halves")
+    whole = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert results["test/loss"] == pytest.approx(whole["test/loss"], abs=1e-5)

@@ -1,0 +1,19 @@
+"""Released parameter files: found by name, read, checked, fitted to a model, and written again. Host NumPy only."""
+
+from vit_jax.pretrained.adapt import Grid, Report, adapt_params, resample_position_embeddings
+from vit_jax.pretrained.architecture import POSITION_KEY, infer_architecture
+from vit_jax.pretrained.npz import load_npz, save_npz
+from vit_jax.pretrained.released import RELEASED, resolve
+
+__all__ = [
+    "POSITION_KEY",
+    "RELEASED",
+    "Grid",
+    "Report",
+    "adapt_params",
+    "infer_architecture",
+    "load_npz",
+    "resample_position_embeddings",
+    "resolve",
+    "save_npz",
+]
