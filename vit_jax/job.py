@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import vit_jax
 from vit_jax import data, optim, pretrained, sharding, steps
-from vit_jax.errors import UsageError
+from vit_jax.errors import UsageError, UserError
 from vit_jax.models import VisionTransformer
 from vit_jax.types import Dataset, Params, Split
 
@@ -121,7 +121,11 @@ def create_model(config: ConfigDict, *, num_classes: int) -> tuple[VisionTransfo
     source = None
     if config.pretrained:
         source = pretrained.load_npz(pretrained.resolve(config.pretrained))
-        arguments = agree(arguments, pretrained.infer_architecture(source), config.pretrained)
+        try:
+            sizes = pretrained.infer_architecture(source)
+        except UserError as error:
+            raise UserError(f"{config.pretrained}: {error}") from error
+        arguments = agree(arguments, sizes, config.pretrained)
     elif not arguments:
         raise UsageError("config.model is empty: give the model's sizes, or a pretrained file to read them off")
     model = build_model(arguments, num_classes=num_classes, dtype=config.dtype, image_size=config.image_size)
@@ -145,12 +149,14 @@ def init_params(model: VisionTransformer, key: jax.Array, image_size: int) -> Pa
 def agree(arguments: dict[str, Any], sizes: dict[str, Any], name: str) -> dict[str, Any]:
     """Fills constructor arguments up with the sizes read off a file; what both say must be equal."""
     sizes = {key: value for key, value in sizes.items() if key not in ("num_classes", "representation_size")}
-    for key in sizes.keys() & arguments.keys():
-        if sizes[key] != arguments[key]:
-            raise UsageError(
-                f"config.model.{key} is {arguments[key]}, but in {name} it is {sizes[key]}: another variant; "
-                "mend one of the two, or leave config.model empty to take the file's sizes"
-            )
+    others = [
+        f"{key} {arguments[key]} (file: {sizes[key]})" for key in sizes if arguments.get(key, sizes[key]) != sizes[key]
+    ]
+    if others:
+        raise UsageError(
+            f"config.model does not fit {name}, which is of another variant: {', '.join(others)}; "
+            "mend one of the two, or leave config.model empty to take the file's sizes"
+        )
     return sizes | arguments
 
 
