@@ -1,10 +1,6 @@
 """Eight simulated devices, and what several tests share."""
 
 import os
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-
 import subprocess
 import sys
 import tempfile
@@ -12,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-
-# Processes that run the same recipe compile it once between them.
+# JAX reads these when it is imported: by the tests, not by anything above.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Tests and processes that compile the same compile it once between them.
 _CACHE_FOLDER = tempfile.TemporaryDirectory(prefix="vit_jax_tests_")
-_COMPILATION_CACHE = {
-    "JAX_COMPILATION_CACHE_DIR": _CACHE_FOLDER.name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-}
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE_FOLDER.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -53,4 +50,4 @@ def command_line(*arguments: object) -> list[str]:
 def command_env(extra: dict[str, str] | None = None) -> dict[str, str]:
     """The environment of a user's shell, on the CPU."""
     env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    return {**env, "JAX_PLATFORMS": "cpu", **_COMPILATION_CACHE, **(extra or {})}
+    return {**env, "JAX_PLATFORMS": "cpu", **(extra or {})}
