@@ -28,10 +28,16 @@ def config_with(*, model=None, **changes):
     return config
 
 
+def create_model(config):
+    return job.create_model(config, job.load_source(config), num_classes=10)
+
+
 def test_sizes_left_out_are_read_off_the_file(file):
-    model, params = job.create_model(config_with(pretrained=str(file)), num_classes=10)
+    config = config_with(pretrained=str(file))
+    model = create_model(config)
     assert {name: getattr(model, name) for name in SIZES} == SIZES
     assert model.representation_size is None
+    params = job.create_params(config, model, job.load_source(config))
     with np.load(file) as source:
         for key, leaf in flatten_dict(params, sep="/").items():
             expected = np.zeros(leaf.shape) if key.startswith("head/") else source[key]
@@ -41,18 +47,17 @@ def test_sizes_left_out_are_read_off_the_file(file):
 def test_sizes_given_must_be_those_of_the_file(file):
     model = {**SIZES, "hidden_size": 48}
     with pytest.raises(UsageError, match=r"config.model does not fit .*file.npz, .*: hidden_size 48 \(file: 24\);"):
-        job.create_model(config_with(pretrained=str(file), model=model), num_classes=10)
+        create_model(config_with(pretrained=str(file), model=model))
 
 
 def test_options_that_a_file_does_not_know_are_kept(file):
     config = config_with(pretrained=str(file), model={**SIZES, "dropout_rate": 0.1})
-    model, _ = job.create_model(config, num_classes=10)
-    assert model.dropout_rate == 0.1
+    assert create_model(config).dropout_rate == 0.1
 
 
 def test_a_model_from_scratch_needs_sizes():
     with pytest.raises(UsageError, match="config.model is empty"):
-        job.create_model(config_with(), num_classes=10)
+        create_model(config_with())
 
 
 @pytest.mark.parametrize(
@@ -70,7 +75,7 @@ def test_a_model_from_scratch_needs_sizes():
 )
 def test_wrong_constructor_arguments_are_refused(model, message):
     with pytest.raises(UsageError) as error:
-        job.create_model(config_with(model={**SIZES, **model}), num_classes=10)
+        create_model(config_with(model={**SIZES, **model}))
     assert message in str(error.value)
 
 
@@ -90,5 +95,5 @@ def test_adamw_and_bfloat16_make_a_job():
     config.optimizer.name = "adamw"
     made = job.create_job(config)
     assert made.steps_per_epoch == 1437 // 64
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(made.state.trainable)} == {"float32"}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(made.create_state().trainable)} == {"float32"}
     assert made.about["class_names"] == [str(digit) for digit in range(10)]

@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding
 from orbax.checkpoint import checkpoint_managers as managers
 
 from vit_jax import optim
 from vit_jax.errors import UserError, one_line
+from vit_jax.sharding import abstract
 from vit_jax.steps import TrainState
 from vit_jax.types import Params
 
@@ -90,21 +91,21 @@ def finish(manager: ocp.CheckpointManager) -> None:
 
 
 def restore(manager: ocp.CheckpointManager, state: TrainState, step: int) -> TrainState:
-    """Reads a whole checkpoint onto the devices that `state` lives on, however many wrote it.
+    """Reads a whole checkpoint onto the devices that `state` names, however many wrote it.
 
     Args:
         manager: of the run.
-        state: gives structure, shapes, dtypes and places; its values are not used.
+        state: structure, shapes, dtypes and places; leaves are `jax.ShapeDtypeStruct` with shardings.
         step: which checkpoint.
 
     Raises:
         UserError: the checkpoint is damaged, or its arrays have other names or shapes.
     """
     params = optim.merge_params(state.trainable, state.frozen)
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"params": params, "training": _training(state)})
-    for item, tree in abstract.items():
+    wanted = {"params": params, "training": _training(state)}
+    for item, tree in wanted.items():
         _check_shapes(tree, manager.item_metadata(step)[item], manager.directory / str(step) / item)
-    items = _restore(manager, step, abstract)
+    items = _restore(manager, step, wanted)
     flat = flatten_dict(items["params"])
     trainable, frozen = (
         unflatten_dict({path: flat[path] for path in flatten_dict(part)}) for part in (state.trainable, state.frozen)
@@ -112,7 +113,7 @@ def restore(manager: ocp.CheckpointManager, state: TrainState, step: int) -> Tra
     return TrainState(trainable=trainable, frozen=frozen, **items["training"])
 
 
-def restore_params(manager: ocp.CheckpointManager, step: int, sharding: Sharding) -> tuple[Params, dict[str, Any]]:
+def restore_params(manager: ocp.CheckpointManager, step: int, sharding: NamedSharding) -> tuple[Params, dict[str, Any]]:
     """Reads the parameters alone, and what they are.
 
     Args:
@@ -127,11 +128,10 @@ def restore_params(manager: ocp.CheckpointManager, step: int, sharding: Sharding
         UserError: the checkpoint is damaged.
     """
     try:
-        arrays = dict(manager.item_metadata(step)["params"])
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arrays)
+        params = abstract(dict(manager.item_metadata(step)["params"]), sharding)
     except (*_STORAGE_ERRORS, TypeError, AttributeError) as error:
         raise _read_error(manager, step, error) from error
-    items = _restore(manager, step, {"params": abstract})
+    items = _restore(manager, step, {"params": params})
     return items["params"], items["about"]
 
 
@@ -141,9 +141,9 @@ def _training(state: TrainState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in names}
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any]) -> Any:
+def _restore(manager: ocp.CheckpointManager, step: int, wanted: dict[str, Any]) -> Any:
     """Restores array items into abstract trees, and `about`."""
-    arrays = {item: ocp.args.StandardRestore(tree) for item, tree in abstract.items()}
+    arrays = {item: ocp.args.StandardRestore(tree) for item, tree in wanted.items()}
     try:
         return manager.restore(step, args=ocp.args.Composite(**arrays, about=ocp.args.JsonRestore()))
     except _STORAGE_ERRORS as error:

@@ -24,7 +24,8 @@ class Job:
     """What the loop works with.
 
     Attributes:
-        state: before the first update.
+        create_state: () -> the state before the first update.
+        abstract_state: the same state as shapes, dtypes and places, to restore a checkpoint into.
         train_arrays: all training pictures and labels, on every device.
         steps_per_epoch: whole batches in the training split.
         train_step: see `steps.make_train_step`.
@@ -33,7 +34,8 @@ class Job:
         about: what the model is; saved with every checkpoint.
     """
 
-    state: steps.TrainState
+    create_state: Callable[[], steps.TrainState]
+    abstract_state: steps.TrainState
     train_arrays: tuple[jax.Array, jax.Array]
     steps_per_epoch: int
     train_step: Any
@@ -41,23 +43,26 @@ class Job:
     evaluate: Callable
     about: dict[str, Any]
 
-    def compile_train_step(self, state: steps.TrainState) -> Callable:
+    def compile_train_step(self) -> Callable:
         """Compiles ahead, so that the first step's time is that of a step."""
         print("compiling the training step …", file=sys.stderr)
-        permutation = jax.eval_shape(self.permute, state)
-        return self.train_step.lower(state, *self.train_arrays, permutation).compile()
+        permutation = jax.eval_shape(self.permute, self.abstract_state)
+        return self.train_step.lower(self.abstract_state, *self.train_arrays, permutation).compile()
 
 
 def create_job(config: ConfigDict) -> Job:
-    """Builds data, model, optimizer, state and functions, all checked against each other."""
+    """Builds data, model, optimizer and functions, all checked against each other; computes nothing yet."""
     mesh = sharding.create_mesh()
+    everywhere = sharding.replicated(mesh)
     check_batch(config, num_shards=mesh.size)
     dataset = load_dataset(config)
     if config.batch_size > len(dataset.train):
         raise UsageError(f"config.batch_size {config.batch_size} is above the {len(dataset.train)} training pictures")
-    model, params = create_model(config, num_classes=len(dataset.class_names))
+    source = load_source(config)
+    model = create_model(config, source, num_classes=len(dataset.class_names))
+    abstract_params = jax.eval_shape(init_params(model, config))
     patterns = optim.trainable_patterns(config.trainable)
-    print(optim.describe_trainable(params, patterns))
+    print(optim.describe_trainable(abstract_params, patterns))
 
     schedule = optim.make_schedule(
         config.schedule,
@@ -66,28 +71,30 @@ def create_job(config: ConfigDict) -> Job:
         num_steps=config.num_steps,
     )
     tx = optim.create_optimizer(schedule=schedule, **config.optimizer)
-    everywhere = sharding.replicated(mesh)
-    create_state = jax.jit(
-        lambda params: steps.create_train_state(params, patterns=patterns, tx=tx, seed=config.seed),
-        out_shardings=everywhere,
-        donate_argnums=0,
-    )
-    train_step = steps.make_train_step(
-        model,
-        tx,
-        schedule,
-        mesh,
-        batch_size=config.batch_size,
-        accumulation_steps=config.accumulation_steps,
-        image_size=config.image_size,
-        augment=config.augment,
-    )
+
+    def state_from(params: Params) -> steps.TrainState:
+        return steps.create_train_state(params, patterns=patterns, tx=tx, seed=config.seed)
+
+    def create_state() -> steps.TrainState:
+        params = sharding.place(create_params(config, model, source), everywhere)
+        return jax.jit(state_from, out_shardings=everywhere, donate_argnums=0)(params)
+
     evaluate = create_evaluate(config, model, dataset.test, mesh)
     return Job(
-        state=create_state(sharding.place(params, everywhere)),
+        create_state=create_state,
+        abstract_state=sharding.abstract(jax.eval_shape(state_from, abstract_params), everywhere),
         train_arrays=sharding.place((dataset.train.images, dataset.train.labels), everywhere),
         steps_per_epoch=len(dataset.train) // config.batch_size,
-        train_step=train_step,
+        train_step=steps.make_train_step(
+            model,
+            tx,
+            schedule,
+            mesh,
+            batch_size=config.batch_size,
+            accumulation_steps=config.accumulation_steps,
+            image_size=config.image_size,
+            augment=config.augment,
+        ),
         permute=steps.make_permutation(len(dataset.train), config.batch_size, mesh),
         evaluate=lambda state: evaluate(optim.merge_params(state.trainable, state.frozen)),
         about=describe(config, model, dataset),
@@ -112,15 +119,15 @@ def load_dataset(config: ConfigDict) -> Dataset:
     return dataset
 
 
-def create_model(config: ConfigDict, *, num_classes: int) -> tuple[VisionTransformer, Params]:
-    """The model and its parameters before the first update, from the pretrained file or drawn at random.
+def load_source(config: ConfigDict) -> Params | None:
+    """The parameters of the pretrained file, or None where the run starts from scratch."""
+    return pretrained.load_npz(pretrained.resolve(config.pretrained)) if config.pretrained else None
 
-    Sizes that `config.model` leaves out are read off the file; those it gives must agree with the file.
-    """
+
+def create_model(config: ConfigDict, source: Params | None, *, num_classes: int) -> VisionTransformer:
+    """The module. Sizes that `config.model` leaves out are read off the file; those it gives must be the file's."""
     arguments = config.model.to_dict()
-    source = None
-    if config.pretrained:
-        source = pretrained.load_npz(pretrained.resolve(config.pretrained))
+    if source is not None:
         try:
             sizes = pretrained.infer_architecture(source)
         except UserError as error:
@@ -128,22 +135,26 @@ def create_model(config: ConfigDict, *, num_classes: int) -> tuple[VisionTransfo
         arguments = agree(arguments, sizes, config.pretrained)
     elif not arguments:
         raise UsageError("config.model is empty: give the model's sizes, or a pretrained file to read them off")
-    model = build_model(arguments, num_classes=num_classes, dtype=config.dtype, image_size=config.image_size)
-    key = jax.random.PRNGKey(config.seed)
+    return build_model(arguments, num_classes=num_classes, dtype=config.dtype, image_size=config.image_size)
+
+
+def create_params(config: ConfigDict, model: VisionTransformer, source: Params | None) -> Params:
+    """The parameters before the first update, adapted from the file or drawn at random; says what it did."""
+    init = init_params(model, config)
     if source is None:
         print("parameters drawn at random")
-        return model, jax.jit(lambda key: init_params(model, key, config.image_size))(key)
+        return jax.jit(init)()
     # The compiler leaves out all that this does not return, so that only the head is really drawn.
-    head = jax.jit(lambda key: init_params(model, key, config.image_size)["head"])(key)
-    target = jax.eval_shape(lambda key: init_params(model, key, config.image_size), key)
-    params, adapted = pretrained.adapt_params(source, {**target, "head": jax.device_get(head)})
-    print(f"{config.pretrained}\n{adapted}")
-    return model, params
+    head = jax.jit(lambda: init()["head"])()
+    params, report = pretrained.adapt_params(source, {**jax.eval_shape(init), "head": head})
+    print(f"{config.pretrained}\n{report}")
+    return params
 
 
-def init_params(model: VisionTransformer, key: jax.Array, image_size: int) -> Params:
-    """Freshly drawn parameters."""
-    return model.init(key, jnp.zeros((1, image_size, image_size, 3)))["params"]
+def init_params(model: VisionTransformer, config: ConfigDict) -> Callable[[], Params]:
+    """Returns `() -> freshly drawn parameters`."""
+    images = jnp.zeros((1, config.image_size, config.image_size, 3))
+    return lambda: model.init(jax.random.PRNGKey(config.seed), images)["params"]
 
 
 def agree(arguments: dict[str, Any], sizes: dict[str, Any], name: str) -> dict[str, Any]:
@@ -195,11 +206,12 @@ def create_evaluate(
     """Returns `params -> totals`: sums over every picture of a split, each counted exactly once."""
     batch_size = -(-min(config.eval_batch_size, len(split)) // mesh.size) * mesh.size
     eval_step = steps.make_eval_step(model, mesh, batch_size=batch_size, image_size=config.image_size)
+    num_batches = math.ceil(len(split) / batch_size)
     images, labels = sharding.place((split.images, split.labels), sharding.replicated(mesh))
 
     def evaluate(params: Params) -> dict[str, jax.Array]:
         totals = steps.start_totals(mesh)
-        for _ in tqdm(range(math.ceil(len(split) / batch_size)), desc="test", unit="batch", leave=False, delay=2):
+        for _ in tqdm(range(num_batches), desc="test", unit="batch", leave=False, delay=2):
             previous, totals = totals, eval_step(params, images, labels, totals)
             jax.block_until_ready(previous)  # for the bar's sake; the device already has the next batch
         return totals

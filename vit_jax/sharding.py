@@ -27,6 +27,11 @@ def over_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def abstract(tree: Any, sharding: NamedSharding) -> Any:
+    """Shapes and dtypes -> shapes, dtypes and places."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
 def place(tree: Any, sharding: NamedSharding) -> Any:
     """Puts host arrays on the mesh.
 

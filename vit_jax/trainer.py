@@ -46,12 +46,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
             return report(config, workdir)
 
         job = create_job(config)
-        state = job.state
-        if restored_step is not None:
+        if restored_step is None:
+            state = job.create_state()
+        else:
             print(f"going on from step {restored_step}")
-            state = checkpoint.restore(checkpoints, state, restored_step)
+            state = checkpoint.restore(checkpoints, job.abstract_state, restored_step)
         settings.save_config(config, workdir)
-        train_step = job.compile_train_step(state)
+        train_step = job.compile_train_step()
         first_step = (restored_step or 0) + 1
         permutation = job.permute(state)
 
