@@ -49,6 +49,14 @@ def open_manager(workdir: Path, *, read_only: bool = False) -> ocp.CheckpointMan
     return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
 
+def latest_step(workdir: Path) -> int | None:
+    """The step that a run in `workdir` would go on from; None where it would start."""
+    if not (workdir / "checkpoints").is_dir():
+        return None
+    with open_manager(workdir, read_only=True) as manager:
+        return manager.latest_step()
+
+
 def save(
     manager: ocp.CheckpointManager, step: int, state: TrainState, about: dict[str, Any], *, accuracy: float | None
 ) -> None:

@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps({"step": run.step, **results}))
     else:
-        print("\n".join(f"{name:<22}{value:.4f}" for name, value in {"step": run.step, **results}.items()))
+        print(f"{'step':<22}{run.step}")
+        print("\n".join(f"{name:<22}{value:.4f}" for name, value in results.items()))
     return 0
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     workdir = Path(workdir)
     settings.check_config(config)
     settings.check_same(config, workdir)
-    make_folder(workdir)
-    with checkpoint.open_manager(workdir) as checkpoints, stop_signals() as signals:
-        restored_step = checkpoints.latest_step()
-        if restored_step == config.num_steps:
-            return report(config, workdir)
-
-        job = create_job(config)
+    restored_step = checkpoint.latest_step(workdir)
+    if restored_step == config.num_steps:
+        return report(config, workdir)
+    check_writable(workdir)
+    job = create_job(config)
+    with checkpoint.open_manager(workdir) as checkpoints:
         if restored_step is None:
             state = job.create_state()
         else:
@@ -56,7 +56,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         first_step = (restored_step or 0) + 1
         permutation = job.permute(state)
 
-        with Writer(workdir, step=first_step - 1, num_steps=config.num_steps) as writer:
+        with Writer(workdir, step=first_step - 1, num_steps=config.num_steps) as writer, stop_signals() as signals:
             for step in range(first_step, config.num_steps + 1):
                 if (step - 1) % job.steps_per_epoch == 0:
                     permutation = job.permute(state)
@@ -78,18 +78,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
                     checkpoint.save(checkpoints, step, state, job.about, accuracy=results.get("test/accuracy"))
                     writer.start_clock(step)
                 if signals and not last:
-                    break
+                    checkpoint.finish(checkpoints)
+                    return say_stopped(signals[0], step, workdir)
             if config.num_steps == 0:
                 results = metrics.means(fetch(job.evaluate(state)))
                 writer.log_evaluation(0, results)
                 checkpoint.save(checkpoints, 0, state, job.about, accuracy=results["test/accuracy"])
         checkpoint.finish(checkpoints)
-        if signals and checkpoints.latest_step() != config.num_steps:
-            print(f"stopped by {signals[0].name}; saved step {step} in {workdir}: the same command goes on from there")
-            if signals[0] == signal.SIGINT:
-                raise KeyboardInterrupt
-            return {}
-        return report(config, workdir)
+    return report(config, workdir)
 
 
 def fetch(tree: Any) -> Any:
@@ -182,13 +178,20 @@ def stop_if_nonfinite(nonfinite_step: int, saved_step: int | None) -> None:
         )
 
 
-def make_folder(workdir: Path) -> None:
-    """Makes the run's folder; one that cannot be written is an error now, not after the first epoch."""
+def say_stopped(number: signal.Signals, step: int, workdir: Path) -> dict[str, float]:
+    """Says what a signal led to; SIGTERM is a wish fulfilled, Ctrl-C goes on as KeyboardInterrupt."""
+    print(f"stopped by {number.name}; saved step {step} in {workdir}: the same command goes on from there")
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    return {}
+
+
+def check_writable(workdir: Path) -> None:
+    """Refuses a folder that cannot be made or written: now, not after the data were read."""
+    ancestor = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryDirectory(dir=ancestor):
+            pass
     except OSError as error:
         raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}; give another") from error
 

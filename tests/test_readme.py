@@ -1,0 +1,137 @@
+"""The commands of the README, run as they stand there."""
+
+import io
+import json
+import re
+import shlex
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+from conftest import ROOT
+from flax.traverse_util import unflatten_dict
+from PIL import Image
+
+from vit_jax import pretrained
+
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[list[str]]:
+    """The README's Python commands, each as the words behind `.venv/bin/python`."""
+    blocks = "\n".join(re.findall(r"```\n(.*?)```", README, re.S)).replace("\\\n", " ")
+    prefix = ".venv/bin/python "
+    return [shlex.split(line.removeprefix(prefix)) for line in blocks.splitlines() if line.startswith(prefix)]
+
+
+def command_with(*words: str) -> list[str]:
+    (command,) = [command for command in commands() if all(any(word in part for part in command) for word in words)]
+    return command
+
+
+def test_every_file_that_the_readme_names_is_there():
+    for name in re.findall(r"(?:configs|benchmarks|vit_jax)/[\w/]+\.\w+", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_recipe_stands_in_the_readme():
+    for path in (ROOT / "configs").glob("*.py"):
+        if path.stem not in ("__init__", "base", "models"):
+            assert f"`configs/{path.name}" in README, path.name
+
+
+@pytest.fixture(scope="module")
+def released_file(tmp_path_factory) -> Path:
+    """A full-size file of the released layout, of random numbers: for loading, never for an accuracy."""
+    shapes = reference.released_shapes(
+        **reference.B_16, representation_size=768, num_classes=21843, num_tokens=1 + 14 * 14
+    )
+    rng = np.random.default_rng(0)
+    flat = {key: 0.02 * rng.standard_normal(shape, dtype=np.float32) for key, shape in shapes.items()}
+    path = tmp_path_factory.mktemp("released") / "ViT-B_16.npz"
+    pretrained.save_npz(path, unflatten_dict(flat, sep="/"))
+    return path
+
+
+@pytest.fixture
+def cifar100_archive(tmp_path) -> Path:
+    """An archive of CIFAR-100's layout, with noise for pictures."""
+    rng = np.random.default_rng(0)
+    names = "".join(f"class{i:02}\n" for i in range(100)).encode()
+    files = {"fine_label_names.txt": names, "coarse_label_names.txt": names}
+    for name, number in (("train.bin", 40), ("test.bin", 8)):
+        records = rng.integers(0, 256, (number, 3074)).astype(np.uint8)
+        records[:, :2] = rng.integers(0, 20, (number, 2))
+        files[name] = records.tobytes()
+    path = tmp_path / "cifar-100-binary.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"cifar-100-binary/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+FEW_STEPS = ["--config.num_steps=1", "--config.batch_size=2", "--config.warmup_steps=0", "--config.dtype=float32"]
+
+
+@pytest.mark.slow
+def test_the_real_run_takes_steps(run_command, released_file, cifar100_archive, tmp_path):
+    command = [
+        word.replace("/data/ViT-B_16.npz", str(released_file)).replace(
+            "/data/cifar-100-binary.tar.gz", str(cifar100_archive)
+        )
+        for word in command_with("cifar100.py", "data_dir")
+    ]
+    result = run_command(*command, *FEW_STEPS, "--workdir", tmp_path / "run", timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert "dropped    pre_logits/…" in result.stdout
+    assert "85,875,556" in result.stdout
+    assert "test accuracy" in result.stdout
+
+
+@pytest.mark.slow
+def test_own_pictures_train(run_command, released_file, tmp_path):
+    rng = np.random.default_rng(0)
+    for split, name, size in [("train", "cat", 40), ("train", "dog", 50), ("test", "cat", 60), ("test", "dog", 70)]:
+        folder = tmp_path / "pictures" / split / name
+        folder.mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(rng.integers(0, 256, (size, size + i, 3)).astype(np.uint8)).save(folder / f"{i}.jpg")
+    command = [word.replace("folder:DIR", f"folder:{tmp_path}/pictures") for word in command_with("folder:DIR")]
+    command[command.index("--workdir") + 1] = str(tmp_path / "run")
+    result = run_command(*command, f"--config.pretrained={released_file}", *FEW_STEPS, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert "4 training and 4 test pictures of 224 × 224 pixels, 2 classes" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_default_recipe_reaches_what_the_readme_says(run_command, tmp_path):
+    accuracies = {}
+    for recipe in ("configs/digits.py", "configs/digits.py:scratch"):
+        workdir = tmp_path / recipe.rpartition("/")[2]
+        result = run_command("train.py", "--config", recipe, "--workdir", workdir, timeout=600)
+        assert result.returncode == 0, result.stderr
+        evaluation = [word.replace("runs/digits", str(workdir)) for word in command_with("vit_jax.evaluate")]
+        result = run_command(*evaluation, "--json")
+        assert result.returncode == 0, result.stderr
+        accuracies[recipe] = json.loads(result.stdout.splitlines()[-1])["test/accuracy"]
+    assert accuracies["configs/digits.py"] >= 0.95
+    assert accuracies["configs/digits.py"] >= accuracies["configs/digits.py:scratch"] + 0.02
+
+
+@pytest.mark.slow
+def test_the_shipped_file_was_made_as_the_readme_says():
+    """The micro file has the released layout, and the sizes of the recipe that made it."""
+    from configs import cifar10_micro
+
+    params = pretrained.load_npz(pretrained.resolve("micro"))
+    sizes = pretrained.infer_architecture(params)
+    recipe = cifar10_micro.get_config()
+    assert {key: sizes[key] for key in recipe.model if key in sizes} == {
+        key: value for key, value in recipe.model.items() if key in sizes
+    }
+    assert params["Transformer"]["posembed_input"]["pos_embedding"].shape == (1, 1 + (recipe.image_size // 4) ** 2, 96)
+    assert pretrained.resolve("micro").stat().st_size <= 3 * 2**20
