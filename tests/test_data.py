@@ -333,9 +333,8 @@ def test_cifar10_says_that_a_data_dir_is_missing(tmp_path):
         load("cifar10", data_dir=str(tmp_path / "nowhere"))
 
 
-@pytest.mark.skipif("VIT_JAX_CIFAR10" not in os.environ, reason="VIT_JAX_CIFAR10 names no cifar-10-binary.tar.gz")
-def test_cifar10_reads_the_real_pictures():
-    dataset = load("cifar10", data_dir=os.environ["VIT_JAX_CIFAR10"])
+def test_cifar10_reads_the_real_pictures(cifar10_archive):
+    dataset = load("cifar10", data_dir=str(cifar10_archive))
     assert dataset.train.images.shape == (50_000, 32, 32, 3)
     assert dataset.test.images.shape == (10_000, 32, 32, 3)
     assert dataset.class_names == tuple(CIFAR10_CLASSES)

@@ -135,3 +135,14 @@ def test_the_shipped_file_was_made_as_the_readme_says():
     }
     assert params["Transformer"]["posembed_input"]["pos_embedding"].shape == (1, 1 + (recipe.image_size // 4) ** 2, 96)
     assert pretrained.resolve("micro").stat().st_size <= 3 * 2**20
+
+
+@pytest.mark.slow
+def test_the_recipe_of_the_shipped_file_learns_on_real_pictures(run_command, cifar10_archive, tmp_path):
+    few = ["--config.num_steps=60", "--config.warmup_steps=10", "--config.dataset.test_split=test[:1000]"]
+    workdir = tmp_path / "run"
+    command = [*command_with("cifar10_micro.py"), *few, f"--config.dataset.data_dir={cifar10_archive}"]
+    result = run_command(*command, "--workdir", workdir, timeout=600)
+    assert result.returncode == 0, result.stderr
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["test/accuracy"] > 0.2  # twice chance after 60 steps

@@ -27,7 +27,8 @@ def run_command(main: Callable[[], int]) -> int:
 
     Returns:
         The exit code: that of `main`, 2 for a `UsageError`, 1 for another `UserError` or an
-        operating-system error that reached the top (a full disk, a missing permission), 130 for Ctrl-C.
+        operating-system error that reached the top (a full disk, a missing permission) and for a device out of memory,
+        130 for Ctrl-C.
     """
     # Orbax warns at length about what it does as it was told, and logs with a traceback the errors that it also raises.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -42,6 +43,14 @@ def run_command(main: Callable[[], int]) -> int:
         return 1
     except OSError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # JAX's word for a device that is out of memory
+            raise
+        advice = (
+            "raise --config.accumulation_steps, or lower eval_batch_size or image_size, or use --config.dtype=bfloat16"
+        )
+        print(f"error: {one_line(str(error).splitlines()[0])} {advice}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
