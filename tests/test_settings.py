@@ -76,7 +76,7 @@ def test_a_config_is_read_back_as_it_was_saved(tmp_path):
 
 def test_check_same_shows_what_differs(tmp_path):
     settings.save_config(config_with(), tmp_path)
-    with pytest.raises(UsageError, match=r"learning_rate: 0.03 → 0.5; seed: 0 → 7\)"):
+    with pytest.raises(UsageError, match=r"learning_rate: 0.001 → 0.5; seed: 0 → 7\)"):
         settings.check_same(config_with(learning_rate=0.5, seed=7), tmp_path)
 
 

@@ -114,7 +114,7 @@ def test_evaluate_gives_the_same_test_accuracy(finished, run_command):
 def test_another_config_in_the_same_workdir_is_refused_with_a_diff(finished, run_command):
     result = run_command(*train(finished[0], "--config.learning_rate=0.5", "--config.seed=3")[1:])
     assert result.returncode == 2
-    assert "learning_rate: 0.03 → 0.5; seed: 0 → 3" in result.stderr
+    assert "learning_rate: 0.001 → 0.5; seed: 0 → 3" in result.stderr
     assert result.stderr.count("\n") == 1
 
 
