@@ -31,7 +31,7 @@ def get_config(arg: str = "finetune") -> ConfigDict:
     config.warmup_steps = 50
     config.batch_size = 64
     config.eval_batch_size = 360
-    config.num_steps = 330  # 15 epochs
+    config.num_steps = 220  # 10 epochs
     config.eval_every_steps = 22
     config.checkpoint_every_steps = 110
     return config

@@ -49,7 +49,7 @@ def test_every_key_of_base_is_checked():
         ("trainable", "haed", "no mode 'haed'"),
         ("trainable", ("head/(",), "is not a regular expression"),
         ("accumulation_steps", 3, "config.batch_size 64 does not divide into 3 accumulation_steps"),
-        ("warmup_steps", 10_000, "config.warmup_steps 10000 is above num_steps 330"),
+        ("warmup_steps", 10_000, "config.warmup_steps 10000 is above num_steps 220"),
         ("batch_sise", 8, "config.batch_sise: no such key; did you mean config.batch_size?"),
     ],
 )
