@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def test_train_ends_with_a_table_and_what_to_type_next(finished):
     workdir, result = finished
     accuracy = records(workdir)[-1]["test/accuracy"]
     assert f"test accuracy         {accuracy:.2%}" in result.stdout
-    assert f"python -m vit_jax.evaluate --workdir {workdir}" in result.stdout
+    assert f"next: {sys.executable} -m vit_jax.evaluate --workdir {workdir}" in result.stdout
     assert "pictures/s" in result.stderr
 
 

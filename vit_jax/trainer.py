@@ -211,7 +211,11 @@ def report(config: ConfigDict, workdir: Path) -> dict[str, float]:
         ("checkpoints", str(workdir / "checkpoints")),
         ("metrics", str(workdir / "metrics.jsonl")),
         ("curves", str(workdir / "curves.png")),
+        ("TensorBoard events", str(workdir)),
     ]
     print("\n" + "\n".join(f"{name:<22}{value}" for name, value in rows))
-    print(f"\nnext:  python -m vit_jax.evaluate --workdir {workdir}\n       tensorboard --logdir {workdir}")
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    print(f"\nnext: {python} -m vit_jax.evaluate --workdir {workdir}")
     return {key: value for key, value in results.items() if key != "step"}
