@@ -2,7 +2,8 @@
 
     python train.py --config configs/cifar10_micro.py --config.dataset.data_dir DIR
 
-AdamW, pad-and-crop and flip, 16 epochs. Accuracy and time: not yet measured.
+AdamW, pad-and-crop and flip, 16 epochs: 0.667 test accuracy, one seed, on a copy of CIFAR-10 saved once as JPEG; 73
+minutes on two CPU cores (benchmarks/RESULTS.md). On the original pictures: not yet measured.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Fine-tunes the shipped micro ViT on scikit-learn's handwritten digits: no download, no GPU, about a minute.
+"""Fine-tunes the shipped micro ViT on scikit-learn's handwritten digits: no download, no GPU, half a minute.
 
     python train.py --config configs/digits.py            from the shipped file
     python train.py --config configs/digits.py:scratch    the same budget from random parameters
@@ -6,7 +6,8 @@
 1,437 pictures of 8 × 8 pixels train, 360 test; shown to the model at 16 px, half the 32 px it was pre-trained at, so
 that the position embeddings are resampled from 8 × 8 to 4 × 4.
 
-Accuracy and time: not yet measured.
+Test accuracy after 10 epochs, three seeds: 0.977 ± 0.008 from the file, 0.922 ± 0.018 from scratch; 25 s on two CPU
+cores (benchmarks/RESULTS.md).
 """
 
 from ml_collections import ConfigDict

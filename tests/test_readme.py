@@ -21,7 +21,8 @@ README = (ROOT / "README.md").read_text()
 
 def commands() -> list[list[str]]:
     """The README's Python commands, each as the words behind `.venv/bin/python`."""
-    blocks = "\n".join(re.findall(r"```\n(.*?)```", README, re.S)).replace("\\\n", " ")
+    blocks = "\n".join(block for kind, block in re.findall(r"```(\w*)\n(.*?)```", README, re.S) if not kind)
+    blocks = blocks.replace("\\\n", " ")
     prefix = ".venv/bin/python "
     return [shlex.split(line.removeprefix(prefix)) for line in blocks.splitlines() if line.startswith(prefix)]
 
