@@ -93,7 +93,7 @@ def test_a_batch_larger_than_the_data_is_refused():
 def test_adamw_and_bfloat16_make_a_job():
     config = config_with(model=SIZES, dtype="bfloat16")
     config.optimizer.name = "adamw"
-    made = job.create_job(config)
+    made, create_state = job.create_job(config)
     assert made.steps_per_epoch == 1437 // 64
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(made.create_state().trainable)} == {"float32"}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(create_state().trainable)} == {"float32"}
     assert made.about["class_names"] == [str(digit) for digit in range(10)]

@@ -24,8 +24,7 @@ class Job:
     """What the loop works with.
 
     Attributes:
-        create_state: () -> the state before the first update.
-        abstract_state: the same state as shapes, dtypes and places, to restore a checkpoint into.
+        abstract_state: the state as shapes, dtypes and places, to restore a checkpoint into.
         train_arrays: all training pictures and labels, on every device.
         steps_per_epoch: whole batches in the training split.
         train_step: see `steps.make_train_step`.
@@ -34,7 +33,6 @@ class Job:
         about: what the model is; saved with every checkpoint.
     """
 
-    create_state: Callable[[], steps.TrainState]
     abstract_state: steps.TrainState
     train_arrays: tuple[jax.Array, jax.Array]
     steps_per_epoch: int
@@ -50,8 +48,13 @@ class Job:
         return self.train_step.lower(self.abstract_state, *self.train_arrays, permutation).compile()
 
 
-def create_job(config: ConfigDict) -> Job:
-    """Builds data, model, optimizer and functions, all checked against each other; computes nothing yet."""
+def create_job(config: ConfigDict) -> tuple[Job, Callable[[], steps.TrainState]]:
+    """Builds data, model, optimizer and functions, all checked against each other; computes nothing yet.
+
+    Returns:
+        (job, create_state): the latter makes the state before the first update. It holds the pretrained file's
+        parameters in host memory: let go of it after use.
+    """
     mesh = sharding.create_mesh()
     everywhere = sharding.replicated(mesh)
     check_batch(config, num_shards=mesh.size)
@@ -80,8 +83,7 @@ def create_job(config: ConfigDict) -> Job:
         return jax.jit(state_from, out_shardings=everywhere, donate_argnums=0)(params)
 
     evaluate = create_evaluate(config, model, dataset.test, mesh)
-    return Job(
-        create_state=create_state,
+    job = Job(
         abstract_state=sharding.abstract(jax.eval_shape(state_from, abstract_params), everywhere),
         train_arrays=sharding.place((dataset.train.images, dataset.train.labels), everywhere),
         steps_per_epoch=len(dataset.train) // config.batch_size,
@@ -99,6 +101,7 @@ def create_job(config: ConfigDict) -> Job:
         evaluate=lambda state: evaluate(optim.merge_params(state.trainable, state.frozen)),
         about=describe(config, model, dataset),
     )
+    return job, create_state
 
 
 def load_dataset(config: ConfigDict) -> Dataset:

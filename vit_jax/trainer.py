@@ -44,13 +44,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     if restored_step == config.num_steps:
         return report(config, workdir)
     check_writable(workdir)
-    job = create_job(config)
+    job, create_state = create_job(config)
     with checkpoint.open_manager(workdir) as checkpoints:
         if restored_step is None:
-            state = job.create_state()
+            state = create_state()
         else:
             print(f"going on from step {restored_step}")
             state = checkpoint.restore(checkpoints, job.abstract_state, restored_step)
+        del create_state
         settings.save_config(config, workdir)
         train_step = job.compile_train_step()
         first_step = (restored_step or 0) + 1
