@@ -153,8 +153,9 @@ def _parse_cifar_records(cifar: _Cifar, content: bytes, where: str) -> np.ndarra
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, cifar.record_bytes)  # [n bytes]
     labels = records[:, cifar.label_bytes - 1]
-    if labels.max() >= cifar.num_classes:
-        first = int(np.argmax(labels >= cifar.num_classes))
+    wrong = labels >= cifar.num_classes
+    if wrong.any():
+        first = int(np.argmax(wrong))
         raise UserError(f"{where}: record {first} has label {labels[first]}, expected 0..{cifar.num_classes - 1}")
     return records
 
