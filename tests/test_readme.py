@@ -123,7 +123,6 @@ def test_the_default_recipe_reaches_what_the_readme_says(run_command, tmp_path):
     assert accuracies["configs/digits.py"] >= accuracies["configs/digits.py:scratch"] + 0.02
 
 
-@pytest.mark.slow
 def test_the_shipped_file_was_made_as_the_readme_says():
     """The micro file has the released layout, and the sizes of the recipe that made it."""
     from configs import cifar10_micro
