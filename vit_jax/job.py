@@ -17,6 +17,7 @@ from vit_jax import data, optim, pretrained, sharding, steps
 from vit_jax.errors import UsageError, UserError
 from vit_jax.models import VisionTransformer
 from vit_jax.types import Dataset, Params, Split
+from vit_jax.writer import bar_interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +215,8 @@ def create_evaluate(
 
     def evaluate(params: Params) -> dict[str, jax.Array]:
         totals = steps.start_totals(mesh)
-        for _ in tqdm(range(num_batches), desc="test", unit="batch", leave=False, delay=2):
+        bar = tqdm(range(num_batches), desc="test", unit="batch", leave=False, delay=2, mininterval=bar_interval())
+        for _ in bar:
             previous, totals = totals, eval_step(params, images, labels, totals)
             jax.block_until_ready(previous)  # for the bar's sake; the device already has the next batch
         return totals

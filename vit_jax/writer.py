@@ -24,6 +24,11 @@ def read_records(path: Path, *, last_step: int | None = None) -> list[dict[str, 
     return [record for record in records if last_step is None or record["step"] <= last_step]
 
 
+def bar_interval() -> float:
+    """Seconds between two drawings of a bar: where nobody watches, a line every half minute and not ten a second."""
+    return 0.1 if sys.stderr.isatty() else 30.0
+
+
 def format_speed(images_per_second: float) -> str:
     """Whole pictures a second, or two digits where there are only few."""
     return f"{images_per_second:,.0f}" if images_per_second >= 10 else f"{images_per_second:.2g}"
@@ -54,10 +59,8 @@ class Writer:
         write_beside(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a")
         self._events = _create_events(workdir, step)
-        # Where nobody watches, a line every half minute instead of ten a second.
-        interval = 0.1 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(
-            total=num_steps, initial=step, unit="step", desc="train", mininterval=interval, dynamic_ncols=True
+            total=num_steps, initial=step, unit="step", desc="train", mininterval=bar_interval(), dynamic_ncols=True
         )
         self._clock, self._clock_step = time.perf_counter(), step
 
