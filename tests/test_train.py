@@ -1,9 +1,9 @@
 """`train.py` and `evaluate` as a user runs them: real processes, exit codes, files, kills."""
 
 import json
+import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -89,7 +89,10 @@ def test_train_ends_with_a_table_and_what_to_type_next(finished):
     workdir, result = finished
     accuracy = records(workdir)[-1]["test/accuracy"]
     assert f"test accuracy         {accuracy:.2%}" in result.stdout
-    assert f"next: {sys.executable} -m vit_jax.evaluate --workdir {workdir}" in result.stdout
+    (command,) = re.findall(r"^next: (.*)$", result.stdout, re.M)
+    again = subprocess.run([*command.split(), "--json"], cwd=ROOT, env=command_env(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout.splitlines()[-1])["test/accuracy"] == accuracy
     assert "pictures/s" in result.stderr
 
 

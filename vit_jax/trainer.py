@@ -63,10 +63,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
                     permutation = job.permute(state)
                 state, scalars = train_step(state, *job.train_arrays, permutation)
 
-                last = step == config.num_steps
+                last, stopping = step == config.num_steps, bool(signals)  # a signal may come at any moment: read once
                 logging = last or step % config.log_every_steps == 0
                 evaluating = last or step % config.eval_every_steps == 0
-                saving = evaluating or step % config.checkpoint_every_steps == 0 or bool(signals)
+                saving = evaluating or stopping or step % config.checkpoint_every_steps == 0
                 if logging or saving:
                     scalars, nonfinite_step = fetch((scalars, state.first_nonfinite_step))
                     stop_if_nonfinite(nonfinite_step, checkpoints.latest_step())
@@ -78,7 +78,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
                 if saving:
                     checkpoint.save(checkpoints, step, state, job.about, accuracy=results.get("test/accuracy"))
                     writer.start_clock(step)
-                if signals and not last:
+                if stopping and not last:
                     checkpoint.finish(checkpoints)
                     return say_stopped(signals[0], step, workdir)
             if config.num_steps == 0:
