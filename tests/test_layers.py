@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     ["types", "errors"],
     ["download"],
-    ["models", "pretrained", "data", "preprocess", "optim", "sharding", "metrics", "plotting", "writer"],
+    ["models", "pretrained", "data", "preprocess", "optim", "lora", "sharding", "metrics", "plotting", "writer"],
     ["steps", "settings"],
     ["checkpoint"],
     ["job"],

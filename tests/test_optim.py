@@ -1,10 +1,15 @@
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax import optim
+from vit_jax import lora, optim
 from vit_jax.errors import UsageError
+from vit_jax.models import VisionTransformer
 
 PARAMS = {"head": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}, "cls": np.ones((1, 1, 2))}
 
@@ -21,7 +26,7 @@ def test_split_params_refuses_a_pattern_that_matches_nothing():
 
 
 def test_trainable_patterns_names_the_modes():
-    with pytest.raises(UsageError, match="no mode 'haed'; modes are full, head"):
+    with pytest.raises(UsageError, match="no mode 'haed'; modes are full, head, mlp, attention, bias, lora"):
         optim.trainable_patterns("haed")
 
 
@@ -71,3 +76,84 @@ def test_adamw_decays_apart_from_the_gradient():
     params = {"w": jnp.array([2.0])}
     updates, _ = tx.update({"w": jnp.array([0.0])}, tx.init(params), params)
     np.testing.assert_allclose(updates["w"], [-0.1 * 0.5 * 2.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_l2_goes_into_the_gradient(name):
+    tx = optim.create_optimizer(name, schedule=lambda count: 0.1, momentum=0.0, weight_decay=0.5)
+    plain = optim.create_optimizer(name, schedule=lambda count: 0.1, momentum=0.0)
+    params = {"w": jnp.array([2.0, -4.0])}
+    ours, _ = tx.update({"w": jnp.array([1.0, 0.5])}, tx.init(params), params)
+    theirs, _ = plain.update({"w": jnp.array([2.0, -1.5])}, plain.init(params), params)  # g + 0.5 · w
+    np.testing.assert_array_equal(ours["w"], theirs["w"])
+
+
+def test_adam_moves_by_the_rate_at_first():
+    tx = optim.create_optimizer("adam", schedule=lambda count: 0.1)
+    params = {"w": jnp.array([1.0, 1.0])}
+    updates, _ = tx.update({"w": jnp.array([3.0, -0.2])}, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], [-0.1, 0.1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_decay_may_spare_all_but_kernels(name):
+    tx = optim.create_optimizer(
+        name, schedule=lambda count: 0.1, momentum=0.0, weight_decay=0.5, decayed="kernels", layer_decay=1.0
+    )
+    params = {
+        "cls": jnp.ones(1),
+        "Transformer": {
+            "posembed_input": {"pos_embedding": jnp.ones(1)},
+            "encoder_norm": {"scale": jnp.ones(1), "bias": jnp.ones(1)},
+        },
+        "head": {"kernel": jnp.ones(1), "bias": jnp.ones(1)},
+        "lora": {"head": {"kernel": {"a": jnp.ones(1), "b": jnp.ones(1)}}},
+    }
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    moved = {path for path, leaf in flatten_dict(updates, sep="/").items() if leaf[0] != 0}
+    assert moved == {"head/kernel", "lora/head/kernel/a", "lora/head/kernel/b"}
+
+
+def test_layer_decay_slows_the_deeper_layers():
+    tx = optim.create_optimizer("sgd", schedule=lambda count: 1.0, momentum=0.0, layer_decay=0.5, num_layers=2)
+    paths = {
+        "cls": 0.125,
+        "embedding/kernel": 0.125,
+        "Transformer/posembed_input/pos_embedding": 0.125,
+        "Transformer/encoderblock_0/LayerNorm_0/scale": 0.25,
+        "Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel": 0.5,
+        "Transformer/encoder_norm/scale": 1.0,
+        "head/kernel": 1.0,
+        "lora/Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel/a": 0.25,
+    }
+    params = unflatten_dict({path: jnp.zeros(()) for path in paths}, sep="/")
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    assert {path: -float(leaf) for path, leaf in flatten_dict(updates, sep="/").items()} == paths
+
+
+def test_trains_head_only():
+    assert optim.trains_head_only(optim.MODES["head"], PARAMS)
+    assert not optim.trains_head_only((r"head/.*", "cls"), PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("mode", "count"),
+    [("head", 76_900), ("lora", 371_812), ("attention", 28_425_316), ("mlp", 56_746_084), ("full", 85_875_556)],
+)
+def test_modes_train_as_many_parameters_of_b16_as_published(mode, count):
+    model = VisionTransformer(100)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
+    if mode == "lora":
+        add = functools.partial(lora.add_factors, rank=8, targets=(r".*/query/kernel", r".*/value/kernel"))
+        params = jax.eval_shape(add, jax.random.key(0), params)
+    trainable, frozen = optim.split_params(params, optim.MODES[mode])
+    assert sum(leaf.size for leaf in jax.tree.leaves(trainable)) == count
+    assert f" {count:,} " in optim.describe_trainable(params, optim.MODES[mode]).splitlines()[-1]
+
+
+def test_bias_mode_trains_biases_norms_and_head():
+    model = VisionTransformer(3, patch_size=4, hidden_size=8, num_layers=1, num_heads=2, mlp_dim=16)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    trainable, frozen = optim.split_params(params, optim.MODES["bias"])
+    assert {path[-1] for path in flatten_dict(trainable) if path[0] != "head"} == {"bias", "scale"}
+    assert {path[-1] for path in flatten_dict(frozen)} == {"kernel", "pos_embedding", "cls"}

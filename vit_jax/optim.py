@@ -14,11 +14,16 @@ from vit_jax.types import Params
 MODES: dict[str, tuple[str, ...]] = {
     "full": (r".*",),
     "head": (r"head/.*",),
+    "mlp": (r".*/MlpBlock_3/.*", r"head/.*"),
+    "attention": (r".*/MultiHeadDotProductAttention_1/.*", r"head/.*"),
+    "bias": (r".*/bias", r".*/scale", r"head/.*"),
+    "lora": (r"lora/.*", r"head/.*"),
 }
 """What each mode trains: regular expressions that match a whole parameter path."""
 
-OPTIMIZERS = ("sgd", "adamw")
+OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("cosine", "linear", "constant")
+DECAYED = ("all", "kernels")
 
 
 def trainable_patterns(trainable: str | Sequence[str]) -> tuple[str, ...]:
@@ -78,6 +83,11 @@ def merge_params(trainable: Params, frozen: Params) -> Params:
     return unflatten_dict({**flatten_dict(trainable), **flatten_dict(frozen)})
 
 
+def trains_head_only(patterns: Sequence[str], params: Params) -> bool:
+    """Whether all that trains is the head, so that everything below it is a fixed function of the picture."""
+    return set(split_params(params, patterns)[0]) == {"head"}
+
+
 def describe_trainable(params: Params, patterns: Sequence[str]) -> str:
     """A table: for each pattern the arrays and numbers it trains, then the total."""
     sizes = {path: leaf.size for path, leaf in flatten_dict(params, sep="/").items()}
@@ -120,21 +130,69 @@ def create_optimizer(
     momentum: float = 0.9,
     momentum_dtype: str = "float32",
     weight_decay: float = 0.0,
+    decayed: str = "all",
     clip_norm: float = 0.0,
+    layer_decay: float = 1.0,
+    num_layers: int = 0,
 ) -> optax.GradientTransformation:
-    """The chain: clip, then L2, then momentum; or clip, then AdamW.
+    """The chain: clip, then L2, then momentum or Adam, then the learning rate, scaled layer by layer; or AdamW.
 
     Args:
-        name: "sgd" or "adamw".
+        name: "sgd", "adam" (Kingma and Ba 2015) or "adamw".
         schedule: count -> learning rate.
         momentum: of sgd.
         momentum_dtype: sgd's accumulator, "float32" or "bfloat16".
-        weight_decay: sgd: added to the gradient (L2); adamw: decoupled (Loshchilov and Hutter 2019).
+        weight_decay: sgd, adam: added to the gradient (L2); adamw: decoupled (Loshchilov and Hutter 2019).
+        decayed: what the decay acts on: "all", or "kernels", which spares norms, biases, position embeddings and cls.
         clip_norm: bound on the global norm of the gradient; 0 leaves it.
+        layer_decay: see `scale_by_layer`; 1 leaves the rates equal.
+        num_layers: encoder blocks of the model; needed where `layer_decay` is not 1.
     """
+    mask = _kernels if decayed == "kernels" else None
     chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    if name == "adamw":
-        return optax.chain(*chain, optax.adamw(schedule, weight_decay=weight_decay))
-    if weight_decay:
-        chain.append(optax.add_decayed_weights(weight_decay))
-    return optax.chain(*chain, optax.sgd(schedule, momentum=momentum, accumulator_dtype=jnp.dtype(momentum_dtype)))
+    if weight_decay and name != "adamw":
+        chain.append(optax.add_decayed_weights(weight_decay, mask=mask))
+    chain.append(
+        {
+            "sgd": lambda: optax.sgd(schedule, momentum=momentum, accumulator_dtype=jnp.dtype(momentum_dtype)),
+            "adam": lambda: optax.adam(schedule),
+            "adamw": lambda: optax.adamw(schedule, weight_decay=weight_decay, mask=mask),
+        }[name]()
+    )
+    if layer_decay != 1.0:
+        chain.append(scale_by_layer(layer_decay, num_layers=num_layers))
+    return optax.chain(*chain)
+
+
+def scale_by_layer(layer_decay: float, *, num_layers: int) -> optax.GradientTransformation:
+    """Multiplies updates by `layer_decay ** (num_layers + 1 - layer)`: the deeper, the slower.
+
+    The embeddings are layer 0, `encoderblock_i` is layer i + 1, and whatever comes after the blocks is not slowed.
+
+    Args:
+        layer_decay: at most 1.
+        num_layers: encoder blocks.
+
+    Source:
+        Bao et al. 2022, "BEiT", appendix; Clark et al. 2020, "ELECTRA".
+    """
+
+    def layer(path: str) -> int:
+        block = re.search(r"encoderblock_(\d+)/", path)
+        if block:
+            return int(block[1]) + 1
+        return 0 if re.search(r"(^|/)(cls|embedding|pos_embedding)(/|$)", path) else num_layers + 1
+
+    def scale(updates: Params) -> Params:
+        flat = flatten_dict(updates, sep="/")
+        return unflatten_dict(
+            {path: leaf * layer_decay ** (num_layers + 1 - layer(path)) for path, leaf in flat.items()}, sep="/"
+        )
+
+    return optax.stateless(lambda updates, params: scale(updates))
+
+
+def _kernels(params: Params) -> Params:
+    """True for the leaves that are matrices or kernels, the factors of low-rank adaptation among them."""
+    flat = flatten_dict(params)
+    return unflatten_dict({path: path[-1] == "kernel" or path[0] == "lora" for path in flat})
