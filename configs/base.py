@@ -30,22 +30,46 @@ def get_config(arg: str = "") -> ConfigDict:
     config.augment = "none"  # of training pictures: "none" | "flip" | "pad_crop" | "inception"
 
     # What trains: a mode's name, or a tuple of regular expressions over whole parameter paths.
+    # Modes: full · head · mlp, attention (these and the head) · bias (biases, norms, head) · lora (factors, head).
     config.trainable = FieldReference("full", field_type=object)
+    config.frozen_dropout = False  # dropout where only the head trains, too; off, the backbone is a fixed function
+    # Where the backbone is a fixed function and pictures are not augmented, its features are computed once ("auto").
+    # "fresh": never; "cached": augmented pictures, too, each in `feature_views` views that the epochs take in turn.
+    config.features = "auto"
+    config.feature_views = 1
+
+    config.lora = ConfigDict()
+    config.lora.rank = 8
+    config.lora.alpha = 16.0  # the products are scaled by alpha / rank
+    config.lora.targets = (".*/query/kernel", ".*/value/kernel")  # regular expressions over whole paths of kernels
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "sgd"  # "sgd" | "adamw"
+    config.optimizer.name = "sgd"  # "sgd" | "adam" | "adamw"
     config.optimizer.momentum = 0.9  # sgd only
     config.optimizer.momentum_dtype = "float32"  # sgd only; "bfloat16" halves the optimizer's memory
-    config.optimizer.weight_decay = 0.0  # sgd: L2 added to the gradient; adamw: decoupled
+    config.optimizer.weight_decay = 0.0  # sgd, adam: L2 added to the gradient; adamw: decoupled
+    config.optimizer.decayed = "all"  # "kernels" spares norms, biases, position embeddings and cls
     config.optimizer.clip_norm = 0.0  # global norm of the gradient, before anything else; 0 leaves it unclipped
+
+    config.optimizer.layer_decay = 1.0  # factor on the rate from each block to the one below; 1 leaves rates equal
 
     config.learning_rate = 0.01  # the peak
     config.schedule = "cosine"  # to zero at num_steps: "cosine" | "linear" | "constant"
     config.warmup_steps = 0  # linear from rate 0 at the first update
 
+    config.label_smoothing = 0.0  # share of the target spread over all classes
+    config.mixup_alpha = 0.0  # Beta(alpha, alpha) shares of blended pictures; 0 for none
+    config.cutmix_alpha = 0.0  # the same for pasted boxes; with both, each picture is mixed in one of the two ways
+    config.ema_decay = 0.0  # of a moving average of what trains, which is then evaluated; 0 keeps none
+
     config.batch_size = 128  # pictures per update, over all devices and processes
     config.eval_batch_size = 256  # a wish: rounded up to the devices, the last batch padded and masked
     config.accumulation_steps = 1  # splits batch_size to save memory; the update is the same
+    # What blocks compute again for their backward pass to save memory: "none" | "dots" (all but products) | "full"
+    config.remat = "none"
+    config.mesh = ConfigDict()
+    config.mesh.fsdp = 1  # devices that share one copy of the parameters and the optimizer's state
+    config.mesh.data = 0  # copies; 0 takes as many as there are devices for
 
     config.num_steps = 1000  # updates
     config.log_every_steps = 10  # a line in metrics.jsonl; the only moments at which the host waits for the device

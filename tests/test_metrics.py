@@ -30,3 +30,11 @@ def test_masked_sums_do_not_reward_a_head_of_zeros():
 def test_means_divide_by_the_count():
     results = metrics.means({"loss": 3.0, "correct": 1, "correct_top5": 2, "count": 4, "next_row": 8})
     assert results == {"test/loss": 0.75, "test/accuracy": 0.25, "test/accuracy_top5": 0.5}
+
+
+def test_label_smoothing_spreads_a_share_of_the_target():
+    logits, labels = jnp.array([[2.0, 0.0, -1.0]]), jnp.array([0])
+    log_probabilities = np.log(np.exp(logits) / np.exp(logits).sum())
+    target = np.array([[0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3]])
+    loss = metrics.cross_entropy(logits, labels, label_smoothing=0.1)
+    np.testing.assert_allclose(loss, -(target * log_probabilities).sum(axis=1), rtol=1e-6)

@@ -131,11 +131,6 @@ def test_layer_decay_slows_the_deeper_layers():
     assert {path: -float(leaf) for path, leaf in flatten_dict(updates, sep="/").items()} == paths
 
 
-def test_trains_head_only():
-    assert optim.trains_head_only(optim.MODES["head"], PARAMS)
-    assert not optim.trains_head_only((r"head/.*", "cls"), PARAMS)
-
-
 @pytest.mark.parametrize(
     ("mode", "count"),
     [("head", 76_900), ("lora", 371_812), ("attention", 28_425_316), ("mlp", 56_746_084), ("full", 85_875_556)],

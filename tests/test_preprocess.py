@@ -104,3 +104,37 @@ def test_random_crop_box_follows_the_original_distribution(height, width):
         histograms = [np.bincount(boxes[:, column], minlength=size + 1) / count for boxes in (ours, theirs)]
         # Largest gap between the cumulative distributions; 0.0195 is the 0.1 % point of Kolmogorov and Smirnov.
         assert np.abs(np.cumsum(histograms[0] - histograms[1])).max() < 1.95 * (2 / count) ** 0.5
+
+
+def mix_black_and_white(count, **alphas):
+    """Black pictures mixed with white ones: what is white is the partner's."""
+    keys = jax.random.split(jax.random.PRNGKey(0), count)
+    black, white = jnp.zeros((count, 8, 8, 3)), jnp.ones((count, 8, 8, 3))
+    options = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0} | alphas
+    return tuple(map(np.asarray, preprocess.mix(keys, black, white, **options)))
+
+
+def test_mixup_blends_by_the_share_that_the_label_keeps():
+    mixed, share = mix_black_and_white(500, mixup_alpha=0.5)
+    np.testing.assert_allclose(mixed, np.broadcast_to((1 - share)[:, None, None, None], mixed.shape), atol=1e-6)
+    # Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)): here 1/8; five standard deviations of 500 draws
+    assert share.mean() == pytest.approx(0.5, abs=5 * (1 / 8 / 500) ** 0.5)
+    assert share.var() == pytest.approx(1 / 8, abs=0.02)
+
+
+def test_cutmix_pastes_a_box_whose_area_the_label_loses():
+    mixed, share = mix_black_and_white(300, cutmix_alpha=1.0)
+    assert set(np.unique(mixed)) == {0.0, 1.0}
+    np.testing.assert_allclose(1 - mixed[..., 0].mean(axis=(1, 2)), share, atol=1e-6)
+    for picture in mixed[..., 0]:
+        rows, columns = picture.any(axis=1), picture.any(axis=0)
+        assert (picture == np.outer(rows, columns)).all()  # a box, and nothing else
+        assert np.abs(np.diff(np.r_[0, rows.astype(int), 0])).sum() in (0, 2)  # of rows that follow each other
+    assert len(np.unique(share)) > 10
+
+
+def test_with_both_every_picture_is_mixed_in_one_of_two_ways():
+    mixed, share = mix_black_and_white(400, mixup_alpha=1.0, cutmix_alpha=1.0)
+    blended = ((mixed > 0) & (mixed < 1)).any(axis=(1, 2, 3))
+    assert 150 < blended.sum() < 250
+    np.testing.assert_allclose(1 - mixed.mean(axis=(1, 2, 3)), share, atol=1e-6)

@@ -44,7 +44,7 @@ def test_every_key_of_base_is_checked():
         ("learning_rate", float("nan"), "config.learning_rate is nan"),
         ("learning_rate", "fast", "config.learning_rate is 'fast'; expected a number"),
         ("schedule", "cosinus", "config.schedule is 'cosinus'; expected one of cosine, linear, constant"),
-        ("optimizer.name", "lion", "config.optimizer.name is 'lion'; expected one of sgd, adamw"),
+        ("optimizer.name", "lion", "config.optimizer.name is 'lion'; expected one of sgd, adam, adamw"),
         ("dataset.name", "", "config.dataset.name is ''; expected a text that is not empty"),
         ("trainable", "haed", "no mode 'haed'"),
         ("trainable", ("head/(",), "is not a regular expression"),

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,13 +29,33 @@ def params():
     return jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
 
 
+@pytest.fixture(scope="module")
+def wide_params():
+    """A model wide enough for its kernels to be split over eight devices, and its parameters."""
+    model = VisionTransformer(10, patch_size=4, hidden_size=32, num_layers=2, num_heads=2, mlp_dim=256)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    rng = np.random.default_rng(0)
+    return model, jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), shapes)
+
+
 class Setup:
     """A state and jitted functions on a mesh, as the trainer makes them."""
 
     def __init__(
-        self, params, split, *, num_devices=8, mode="full", batch_size=16, accumulation_steps=1, augment="none"
+        self,
+        params,
+        split,
+        *,
+        num_devices=8,
+        fsdp=1,
+        mode="full",
+        batch_size=16,
+        augment="none",
+        model=MODEL,
+        ema_decay=0.0,
+        **options,
     ):
-        mesh = sharding.create_mesh(jax.devices()[:num_devices])
+        mesh = sharding.create_mesh(jax.devices()[:num_devices], fsdp=fsdp)
         everywhere = sharding.replicated(mesh)
         schedule = optim.make_schedule(
             "cosine",
@@ -48,23 +70,19 @@ class Setup:
             weight_decay=reference_training.WEIGHT_DECAY,
             clip_norm=reference_training.CLIP_NORM,
         )
-        create = jax.jit(
-            lambda params: steps.create_train_state(params, patterns=optim.MODES[mode], tx=tx, seed=0),
-            out_shardings=everywhere,
-        )
-        self.state = create(sharding.place(params, everywhere))
+
+        def create(params):
+            return steps.create_train_state(params, patterns=optim.MODES[mode], tx=tx, seed=0, ema=ema_decay > 0)
+
+        shardings = sharding.by_rule(jax.eval_shape(create, params), mesh)
+        self.state = jax.jit(create, out_shardings=shardings)(sharding.place(params, everywhere))
         self.arrays = sharding.place((split.images, split.labels), everywhere)
-        self.permute = steps.make_permutation(len(split), batch_size, mesh)
-        self.step = steps.make_train_step(
-            MODEL,
-            tx,
-            schedule,
-            mesh,
-            batch_size=batch_size,
-            accumulation_steps=accumulation_steps,
-            image_size=8,
-            augment=augment,
+        self.permute = jax.jit(steps.make_permutation(len(split), batch_size), out_shardings=everywhere)
+        forward = steps.from_pictures(model, image_size=8, augment=augment, dropout=True)
+        train_step = steps.make_train_step(
+            forward, tx, schedule, mesh, batch_size=batch_size, ema_decay=ema_decay, **options
         )
+        self.step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere))
         self.mesh = mesh
 
     def run(self, num_steps):
@@ -212,7 +230,7 @@ def test_evaluation_counts_every_picture_once_whatever_the_batch_size(digits, pa
     split = first(digits, 20)
     mesh = sharding.create_mesh(jax.devices()[:num_devices])
     place = lambda tree: sharding.place(tree, sharding.replicated(mesh))  # noqa: E731
-    eval_step = steps.make_eval_step(MODEL, mesh, batch_size=batch_size, image_size=8)
+    eval_step = steps.make_eval_step(steps.from_pictures(MODEL, image_size=8), mesh, batch_size=batch_size)
     totals, on_device, arrays = steps.start_totals(mesh), place(params), place((split.images, split.labels))
     for _ in range(-(-20 // batch_size)):
         totals = eval_step(on_device, *arrays, totals)
@@ -222,3 +240,86 @@ def test_evaluation_counts_every_picture_once_whatever_the_batch_size(digits, pa
     assert int(totals["correct"]) == int(expected["correct"])
     assert int(totals["correct_top5"]) == int(expected["correct_top5"])
     assert float(totals["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
+
+
+MIXING = {"mixup_alpha": 0.3, "cutmix_alpha": 1.0, "label_smoothing": 0.1}
+
+
+def test_accumulation_gives_the_update_of_the_large_batch_when_pictures_are_mixed(digits, params):
+    whole, parts = (
+        Setup(params, digits, num_devices=2, batch_size=32, accumulation_steps=n, augment="inception", **MIXING)
+        for n in (1, 4)
+    )
+    ours, theirs = parts.run(3), whole.run(3)
+    assert_close(parts.params(), whole.params(), 1e-6)
+    assert float(ours["train/loss"]) == pytest.approx(float(theirs["train/loss"]), abs=1e-6)
+
+
+def test_mixed_pictures_are_learned_by_their_shares(digits, params):
+    """The loss of a step is that of the mixed pictures under both labels, worked out apart."""
+    setup = Setup(params, first(digits, 16), mixup_alpha=0.3, label_smoothing=0.1)
+    rows = np.asarray(setup.permute(setup.state))
+    keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(setup.state.key, 2), 0), 16)
+    pictures = preprocess.normalize(digits.images[rows])
+    partners = np.roll(rows, 1)
+    mixed, share = preprocess.mix(
+        keys, pictures, preprocess.normalize(digits.images[partners]), mixup_alpha=0.3, cutmix_alpha=0.0
+    )
+    log_probabilities = np.asarray(jax.nn.log_softmax(MODEL.apply({"params": params}, mixed)))
+    share = np.asarray(share)
+    one_hot = np.eye(10)[digits.labels]
+    targets = share[:, None] * one_hot[rows] + (1 - share)[:, None] * one_hot[partners]
+    expected = -((0.9 * targets + 0.01) * log_probabilities).sum(axis=1).mean()
+    assert float(setup.run(1)["train/loss"]) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "fsdp", "mode"), [(8, 8, "full"), (8, 4, "full"), (4, 2, "full"), (8, 4, "mlp")]
+)
+def test_sharded_parameters_give_the_update_of_one_device(digits, wide_params, num_devices, fsdp, mode):
+    model, params = wide_params
+    options = {"model": model, "mode": mode, "batch_size": 32, "augment": "inception", "ema_decay": 0.5}
+    one, many = (Setup(params, digits, num_devices=n, fsdp=f, **options) for n, f in ((1, 1), (num_devices, fsdp)))
+    for _ in range(4):
+        ours, theirs = many.run(1), one.run(1)
+        assert float(ours["train/loss"]) == pytest.approx(float(theirs["train/loss"]), abs=1e-5)
+    assert_close(many.params(), one.params(), 1e-5)
+    assert_close(flatten_dict(many.state.ema), flatten_dict(one.state.ema), 1e-5)
+
+
+def test_sharded_state_is_split_over_the_devices(digits, wide_params):
+    model, params = wide_params
+    setup = Setup(params, digits, fsdp=8, model=model, batch_size=32)
+    setup.run(1)
+    kernel = setup.state.trainable["Transformer"]["encoderblock_0"]["MlpBlock_3"]["Dense_0"]["kernel"]
+    assert kernel.shape == (32, 256)
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(32, 32)}
+    momentum = optax.tree.get(setup.state.opt_state, "trace")["Transformer"]["encoderblock_0"]["MlpBlock_3"]
+    assert {shard.data.shape for shard in momentum["Dense_0"]["kernel"].addressable_shards} == {(32, 32)}
+    bias = setup.state.trainable["Transformer"]["encoderblock_0"]["MlpBlock_3"]["Dense_0"]["bias"]
+    assert bias.is_fully_replicated
+
+
+def test_ema_follows_what_trains(digits, params):
+    setup = Setup(params, first(digits, 16), mode="head", ema_decay=0.75)
+    average = np.asarray(setup.state.trainable["head"]["kernel"])
+    assert set(setup.state.ema) == {"head"}
+    for _ in range(3):
+        setup.run(1)
+        average = 0.75 * average + 0.25 * np.asarray(setup.state.trainable["head"]["kernel"])
+    np.testing.assert_allclose(setup.state.ema["head"]["kernel"], average, atol=1e-6)
+    np.testing.assert_array_equal(
+        steps.evaluated_params(setup.state)["head"]["kernel"], setup.state.ema["head"]["kernel"]
+    )
+
+
+@pytest.mark.parametrize("mode", ["mlp", "attention", "bias"])
+def test_partial_modes_move_their_parameters_and_no_other(digits, params, mode):
+    setup = Setup(params, first(digits, 16), mode=mode)
+    before = {key: np.asarray(leaf) for key, leaf in setup.params().items()}
+    setup.run(5)
+    changed = {key for key, leaf in setup.params().items() if not np.array_equal(before[key], leaf)}
+    wanted = {key for key in before if any(re.fullmatch(pattern, key) for pattern in optim.MODES[mode])}
+    # A key's bias shifts all scores of a query alike, which the softmax does not see: its gradient is zero but for
+    # rounding, and it may stay.
+    assert changed <= wanted and {key for key in wanted - changed if not key.endswith("key/bias")} == set()

@@ -75,7 +75,7 @@ def test_steps_compiled_once_serve_a_resumed_run(tmp_path, monkeypatch):
     with pytest.raises(InterruptedError):
         trainer.train_and_evaluate(config, tmp_path / "halves")
     monkeypatch.setattr(trainer.checkpoint, "save", save)
-    monkeypatch.setattr(sharding, "create_mesh", lambda: everything(jax.devices()[:1]))
+    monkeypatch.setattr(sharding, "create_mesh", lambda **mesh: everything(jax.devices()[:1], **mesh))
     results = trainer.train_and_evaluate(config, tmp_path / "halves")
     whole = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
     assert results["test/loss"] == pytest.approx(whole["test/loss"], abs=1e-5)

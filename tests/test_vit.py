@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from configs import models as variants
 from vit_jax import pretrained
-from vit_jax.models import VisionTransformer
+from vit_jax.models import REMAT_POLICIES, VisionTransformer, vit
 
 MICRO = {"patch_size": 4, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "mlp_dim": 40}
 
@@ -220,3 +220,62 @@ def test_pictures_that_are_no_multiple_of_the_patch_are_refused(height, width):
     model = VisionTransformer(5, **MICRO)
     with pytest.raises(ValueError, match=f"{height} × {width} pixels.*patches of 4 × 4"):
         jax.eval_shape(model.init, jax.random.key(0), random_images(height, width))
+
+
+def test_without_classes_the_model_gives_what_its_head_would_see():
+    model = VisionTransformer(5, **MICRO, representation_size=7)
+    params = random_params(grid=(2, 2), representation_size=7)
+    images = random_images(8, 8)
+    features = apply_plain(model.clone(num_classes=None), {"params": params}, images)
+    assert features.shape == (2, 7)
+    logits = model.create_head(5).apply({"params": params["head"]}, features)
+    np.testing.assert_allclose(logits, apply_plain(model, {"params": params}, images), atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_remat_changes_neither_names_nor_gradients(remat):
+    plain = VisionTransformer(5, **MICRO, dropout_rate=0.1)
+    other = plain.clone(remat=remat)
+    assert init_shapes(other, 8) == init_shapes(plain, 8)
+    params, images = random_params(grid=(2, 2)), random_images(8, 8)
+
+    def grads(model):
+        def loss(params):
+            rngs = {"dropout": jax.random.key(0)}
+            return (model.apply({"params": params}, images, train=True, rngs=rngs) ** 2).sum()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), grads(plain), grads(other))
+
+
+def test_stochastic_depth_leaves_out_whole_branches_picture_by_picture():
+    """With a rate that is almost one the last block leaves almost every token as it is; the first is never left out."""
+    model = VisionTransformer(None, **MICRO, stochastic_depth_rate=0.999999)
+    params, images = random_params(grid=(2, 2)), random_images(8, 8)
+    out, state = model.apply(
+        {"params": params},
+        images,
+        train=True,
+        rngs={"dropout": jax.random.key(0)},
+        capture_intermediates=lambda module, _: isinstance(module, vit.EncoderBlock),
+    )
+    blocks = state["intermediates"]["Transformer"]
+    first, last = (blocks[f"encoderblock_{i}"]["__call__"][0] for i in (0, 1))
+    np.testing.assert_array_equal(first, last)
+    calm = model.apply({"params": params}, images)
+    assert not np.allclose(out, calm, atol=1e-2)
+
+
+def test_stochastic_depth_scales_what_it_keeps():
+    """Of a block with rate 1/2 a kept branch counts twice: with one branch, outputs are x or x + 2 · branch."""
+    params = random_params(grid=(2, 2))["Transformer"]["encoderblock_1"]
+    params["MlpBlock_3"] = jax.tree.map(jnp.zeros_like, params["MlpBlock_3"])  # leaves attention alone
+    x = random_images(5, 24, num=1)[..., 0]  # [1 n d]
+    block = functools.partial(vit.EncoderBlock, 3, 40, 0.0, 0.0, dtype=jnp.float32)
+    branch = block(0.0).apply({"params": params}, x, True) - x
+    many = block(0.5).apply({"params": params}, jnp.tile(x, (64, 1, 1)), False, rngs={"dropout": jax.random.key(0)})
+    kept = np.isclose(many, x + 2 * branch, atol=1e-4).all(axis=(1, 2))
+    skipped = np.isclose(many, x, atol=1e-4).all(axis=(1, 2))
+    assert (kept ^ skipped).all()
+    assert 16 < kept.sum() < 48

@@ -1,7 +1,8 @@
 """Checkpoints through Orbax: the latest and the best are kept, and a broken save never replaces a good one.
 
-A checkpoint of step k is the folder `checkpoints/k` with three items: `params` (the model's whole tree, names as in the
-released files), `training` (everything else a run needs to go on) and `about` (JSON: what the model is).
+A checkpoint of step k is the folder `checkpoints/k` of items: `params` (the model's whole tree, names as in the
+released files, and low-rank factors where they train), `ema` (averages of what trains, where they are kept), `training`
+(everything else a run needs to go on) and `about` (JSON: what the model is).
 """
 
 import shutil
@@ -43,6 +44,7 @@ def open_manager(workdir: Path, *, read_only: bool = False) -> ocp.CheckpointMan
     )
     handlers = {
         "params": ocp.StandardCheckpointHandler(),
+        "ema": ocp.StandardCheckpointHandler(),
         "training": ocp.StandardCheckpointHandler(),
         "about": ocp.JsonCheckpointHandler(),
     }
@@ -72,12 +74,8 @@ def save(
     Raises:
         UserError: this save, or the one before it, could not be written.
     """
-    params = optim.merge_params(state.trainable, state.frozen)
-    items = ocp.args.Composite(
-        params=ocp.args.StandardSave(params),
-        training=ocp.args.StandardSave(_training(state)),
-        about=ocp.args.JsonSave(about),
-    )
+    arrays = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+    items = ocp.args.Composite(**arrays, about=ocp.args.JsonSave(about))
     metrics = None if accuracy is None else {_ACCURACY: accuracy}
     _check_space(manager, state)
     try:
@@ -109,8 +107,7 @@ def restore(manager: ocp.CheckpointManager, state: TrainState, step: int) -> Tra
     Raises:
         UserError: the checkpoint is damaged, or its arrays have other names or shapes.
     """
-    params = optim.merge_params(state.trainable, state.frozen)
-    wanted = {"params": params, "training": _training(state)}
+    wanted = _items(state)
     for item, tree in wanted.items():
         _check_shapes(tree, manager.item_metadata(step)[item], manager.directory / str(step) / item)
     items = _restore(manager, step, wanted)
@@ -118,7 +115,7 @@ def restore(manager: ocp.CheckpointManager, state: TrainState, step: int) -> Tra
     trainable, frozen = (
         unflatten_dict({path: flat[path] for path in flatten_dict(part)}) for part in (state.trainable, state.frozen)
     )
-    return TrainState(trainable=trainable, frozen=frozen, **items["training"])
+    return TrainState(trainable=trainable, frozen=frozen, ema=items.get("ema", {}), **items["training"])
 
 
 def restore_params(manager: ocp.CheckpointManager, step: int, sharding: NamedSharding) -> tuple[Params, dict[str, Any]]:
@@ -130,23 +127,31 @@ def restore_params(manager: ocp.CheckpointManager, step: int, sharding: NamedSha
         sharding: where every parameter goes.
 
     Returns:
-        (params, about): the model's whole tree, and the JSON given to `save`.
+        (params, about): the model's whole tree, with averages in the place of what they average, and the JSON given
+        to `save`.
 
     Raises:
         UserError: the checkpoint is damaged.
     """
     try:
-        params = abstract(dict(manager.item_metadata(step)["params"]), sharding)
+        metadata = manager.item_metadata(step)
+        names = ("params", "ema") if "ema" in metadata.keys() else ("params",)
+        wanted = {name: abstract(dict(metadata[name]), sharding) for name in names}
     except (*_STORAGE_ERRORS, TypeError, AttributeError) as error:
         raise _read_error(manager, step, error) from error
-    items = _restore(manager, step, {"params": params})
-    return items["params"], items["about"]
+    items = _restore(manager, step, wanted)
+    return optim.merge_params(items.get("ema", {}), items["params"]), items["about"]
 
 
-def _training(state: TrainState) -> dict[str, Any]:
-    """What a run needs to go on, besides the parameters."""
+def _items(state: TrainState) -> dict[str, Any]:
+    """The state as the items of a checkpoint."""
     names = ("step", "opt_state", "key", "first_nonfinite_step")
-    return {name: getattr(state, name) for name in names}
+    items = {
+        "params": optim.merge_params(state.trainable, state.frozen),
+        "ema": state.ema,
+        "training": {name: getattr(state, name) for name in names},
+    }
+    return {name: tree for name, tree in items.items() if tree}
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, wanted: dict[str, Any]) -> Any:

@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import optax
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Softmax cross-entropy, nats: [b classes], int [b] -> [b]."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+def cross_entropy(logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0) -> jax.Array:
+    """Softmax cross-entropy, nats: [b classes], int [b] -> [b]; smoothing spreads a share of the target evenly."""
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if label_smoothing:
+        spread = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * spread
+    return loss
 
 
 def masked_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:

@@ -39,13 +39,17 @@ def trainable_patterns(trainable: str | Sequence[str]) -> tuple[str, ...]:
                 "or give a tuple of regular expressions over parameter paths"
             )
         return MODES[trainable]
-    patterns = tuple(trainable)
+    check_patterns(trainable, key="trainable")
+    return tuple(trainable)
+
+
+def check_patterns(patterns: Sequence[str], *, key: str) -> None:
+    """Raises UsageError for what is no regular expression; `key` of the config holds the patterns."""
     for pattern in patterns:
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
-            raise UsageError(f"config.trainable: {pattern!r} is not a regular expression: {error}") from error
-    return patterns
+            raise UsageError(f"config.{key}: {pattern!r} is not a regular expression: {error}") from error
 
 
 def split_params(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
@@ -79,13 +83,8 @@ def split_params(params: Params, patterns: Sequence[str]) -> tuple[Params, Param
 
 
 def merge_params(trainable: Params, frozen: Params) -> Params:
-    """The inverse of `split_params`."""
-    return unflatten_dict({**flatten_dict(trainable), **flatten_dict(frozen)})
-
-
-def trains_head_only(patterns: Sequence[str], params: Params) -> bool:
-    """Whether all that trains is the head, so that everything below it is a fixed function of the picture."""
-    return set(split_params(params, patterns)[0]) == {"head"}
+    """The inverse of `split_params`; of paths in both, the leaf of the first is taken."""
+    return unflatten_dict({**flatten_dict(frozen), **flatten_dict(trainable)})
 
 
 def describe_trainable(params: Params, patterns: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures made ready for the model, on the device, inside the step.
+"""Pictures made ready for the model, on the device, inside the step: cropped, flipped, resized, mixed.
 
 A crop with its resize and flip is two small matrix products, one over rows and one over columns: output row i reads
 the crop at (i + 1/2) · height / image_size - 1/2, between two pixels, clamped at the crop's edge.
@@ -69,6 +69,50 @@ def for_training(keys: jax.Array, images: jax.Array, *, image_size: int, augment
         return _resize(image, box, image_size=image_size, flip=jax.random.bernoulli(flip_key))
 
     return jax.vmap(one)(keys, images)
+
+
+def mix(
+    keys: jax.Array, images: jax.Array, partners: jax.Array, *, mixup_alpha: float, cutmix_alpha: float
+) -> tuple[jax.Array, jax.Array]:
+    """Blends every picture with its partner, or pastes a box of the partner into it.
+
+    A picture's share is drawn from Beta(alpha, alpha), for each picture anew. Where both alphas are positive, each
+    picture is mixed in one of the two ways, with equal chance.
+
+    Args:
+        keys: [b] random keys, a picture's own.
+        images: float [b h w 3].
+        partners: float [b h w 3].
+        mixup_alpha: of blending (Zhang et al. 2018); 0 for none.
+        cutmix_alpha: of pasting a box of the area 1 - share, cut off at the edges (Yun et al. 2019); 0 for none.
+
+    Returns:
+        (mixed [b h w 3], share [b]): the part of the picture itself, from 0 to 1, which its label keeps.
+    """
+    height, width = images.shape[1:3]
+
+    def one(key: jax.Array, image: jax.Array, partner: jax.Array) -> tuple[jax.Array, jax.Array]:
+        choice_key, blend_key, area_key, centre_key = jax.random.split(key, 4)
+        blend = jnp.ones(())
+        pasted = jnp.zeros((height, width), bool)
+        if mixup_alpha:
+            blend = jax.random.beta(blend_key, mixup_alpha, mixup_alpha)
+        if cutmix_alpha:
+            size = jnp.array([height, width])
+            box = jnp.round(size * jnp.sqrt(1.0 - jax.random.beta(area_key, cutmix_alpha, cutmix_alpha)))
+            start = jnp.floor(jax.random.uniform(centre_key, (2,)) * size) - jnp.floor(box / 2)
+            rows, columns = (
+                (jnp.arange(length) >= first) & (jnp.arange(length) < first + extent)
+                for length, first, extent in zip((height, width), start, box, strict=True)
+            )
+            pasted = rows[:, None] & columns[None, :]
+        if mixup_alpha and cutmix_alpha:
+            blends = jax.random.bernoulli(choice_key)
+            blend, pasted = jnp.where(blends, blend, 1.0), pasted & ~blends
+        mixed = jnp.where(pasted[..., None], partner, blend * image + (1.0 - blend) * partner)
+        return mixed, blend * (1.0 - jnp.mean(pasted))
+
+    return jax.vmap(one)(keys, images, partners)
 
 
 def random_crop_box(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from vit_jax import optim, preprocess
+from vit_jax import models, optim, preprocess
 from vit_jax.errors import UsageError, UserError, one_line
 from vit_jax.writer import write_beside
 
@@ -34,6 +34,7 @@ def _one_of(*names: str) -> _Rule:
 
 _TEXT = _Rule((str,), "a text", lambda value: True)
 _NAME = _Rule((str,), "a text that is not empty", bool)
+_SHARE = _number("a number of at least 0 and below 1", lambda value: 0 <= value < 1)
 _NOT_NEGATIVE = _number("a number of at least 0", lambda value: value >= 0)
 _FLOATS = _one_of("float32", "bfloat16")
 
@@ -49,17 +50,32 @@ _RULES = {
     "image_size": _whole(1),
     "augment": _one_of(*preprocess.AUGMENTATIONS),
     "trainable": _Rule((str, tuple, list), "a mode's name or a tuple of regular expressions", bool),
+    "frozen_dropout": _Rule((bool,), "True or False", lambda value: True),
+    "features": _one_of("auto", "cached", "fresh"),
+    "feature_views": _whole(1),
+    "lora.rank": _whole(1),
+    "lora.alpha": _number("a number above 0", lambda value: value > 0),
+    "lora.targets": _Rule((tuple, list), "a tuple of regular expressions", bool),
     "optimizer.name": _one_of(*optim.OPTIMIZERS),
-    "optimizer.momentum": _number("a number of at least 0 and below 1", lambda value: 0 <= value < 1),
+    "optimizer.momentum": _SHARE,
     "optimizer.momentum_dtype": _FLOATS,
     "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.decayed": _one_of(*optim.DECAYED),
+    "optimizer.layer_decay": _number("a number above 0, at most 1", lambda value: 0 < value <= 1),
     "optimizer.clip_norm": _NOT_NEGATIVE,
     "learning_rate": _NOT_NEGATIVE,
     "schedule": _one_of(*optim.SCHEDULES),
     "warmup_steps": _whole(0),
+    "label_smoothing": _SHARE,
+    "mixup_alpha": _NOT_NEGATIVE,
+    "cutmix_alpha": _NOT_NEGATIVE,
+    "ema_decay": _SHARE,
     "batch_size": _whole(1),
     "eval_batch_size": _whole(1),
     "accumulation_steps": _whole(1),
+    "remat": _one_of("none", *models.REMAT_POLICIES),
+    "mesh.fsdp": _whole(1),
+    "mesh.data": _whole(0),
     "num_steps": _whole(0),
     "log_every_steps": _whole(1),
     "eval_every_steps": _whole(1),
@@ -67,7 +83,16 @@ _RULES = {
 }
 
 # A run may go on with these changed: they do not touch what it computes.
-_FREE = ("dataset.data_dir", "eval_batch_size", "log_every_steps", "eval_every_steps", "checkpoint_every_steps")
+_FREE = (
+    "dataset.data_dir",
+    "eval_batch_size",
+    "remat",
+    "mesh.fsdp",
+    "mesh.data",
+    "log_every_steps",
+    "eval_every_steps",
+    "checkpoint_every_steps",
+)
 
 
 def check_config(config: ConfigDict) -> None:
@@ -85,9 +110,14 @@ def check_config(config: ConfigDict) -> None:
         if key not in flat:
             raise UsageError(f"config.{key} is missing: start from configs/base.py, which holds every key")
         value = flat[key]
-        if isinstance(value, bool) or not isinstance(value, rule.types) or not rule.holds(value):
+        if (
+            not isinstance(value, rule.types)
+            or isinstance(value, bool) != (bool in rule.types)
+            or not rule.holds(value)
+        ):
             raise UsageError(f"config.{key} is {value!r}; expected {rule.expected}")
     optim.trainable_patterns(config.trainable)
+    optim.check_patterns(config.lora.targets, key="lora.targets")
     if config.batch_size % config.accumulation_steps:
         raise UsageError(
             f"config.batch_size {config.batch_size} does not divide into {config.accumulation_steps} accumulation_steps"

@@ -1,5 +1,6 @@
 """One update and one evaluation batch: pure functions, jitted over the mesh."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from vit_jax import metrics, optim, preprocess, sharding
+from vit_jax import lora, metrics, optim, preprocess, sharding
 from vit_jax.types import Params
 
 
@@ -20,8 +21,9 @@ class TrainState:
     Attributes:
         step: int32, finished updates.
         trainable: parameters that are differentiated.
-        frozen: parameters that are not; the two together are the model's tree.
+        frozen: parameters that are not; the two together are the model's tree, and low-rank factors where there are.
         opt_state: of `trainable` alone.
+        ema: moving average of `trainable`; empty where none is kept.
         key: uint32 [2], the run's random key; never changes, steps and epochs are folded in.
         first_nonfinite_step: int32, the first step whose loss or update was not finite; 0 while there is none.
     """
@@ -30,12 +32,49 @@ class TrainState:
     trainable: Params
     frozen: Params
     opt_state: Any
+    ema: Params
     key: jax.Array
     first_nonfinite_step: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """How what is stored of a picture becomes logits.
+
+    Attributes:
+        augment: (keys [b], stored [b …]) -> inputs [b …] of a training batch.
+        prepare: stored [b …] -> inputs [b …] of an evaluation batch.
+        logits: (params, inputs [b …], dropout key or None) -> [b classes].
+    """
+
+    augment: Callable[[jax.Array, jax.Array], jax.Array]
+    prepare: Callable[[jax.Array], jax.Array]
+    logits: Callable[[Params, jax.Array, jax.Array | None], jax.Array]
+
+
+def from_pictures(model: Any, *, image_size: int, augment: str = "none", dropout: bool = False) -> Forward:
+    """The whole way: uint8 pictures, made ready on the device, through the whole model.
+
+    Args:
+        model: Linen module, called as `model.apply({"params": …}, images, train=…)`.
+        image_size: pixels.
+        augment: see `preprocess.for_training`.
+        dropout: whether the model's dropout is on in training.
+    """
+
+    def logits(params: Params, images: jax.Array, key: jax.Array | None) -> jax.Array:
+        rngs = None if key is None else {"dropout": key}
+        return model.apply({"params": params}, images, train=dropout and key is not None, rngs=rngs)
+
+    return Forward(
+        augment=lambda keys, images: preprocess.for_training(keys, images, image_size=image_size, augment=augment),
+        prepare=lambda images: preprocess.for_evaluation(images, image_size=image_size),
+        logits=logits,
+    )
+
+
 def create_train_state(
-    params: Params, *, patterns: tuple[str, ...], tx: optax.GradientTransformation, seed: int
+    params: Params, *, patterns: tuple[str, ...], tx: optax.GradientTransformation, seed: int, ema: bool = False
 ) -> TrainState:
     """The state before the first update, from a whole parameter tree."""
     trainable, frozen = optim.split_params(params, patterns)
@@ -44,105 +83,139 @@ def create_train_state(
         trainable=trainable,
         frozen=frozen,
         opt_state=tx.init(trainable),
+        ema=jax.tree.map(jnp.copy, trainable) if ema else {},
         key=jax.random.PRNGKey(seed),
         first_nonfinite_step=jnp.zeros((), jnp.int32),
     )
 
 
-def make_permutation(num_images: int, batch_size: int, mesh: Mesh) -> Callable[[TrainState], jax.Array]:
-    """Returns jitted `state -> int32 [num_images]`: the order of pictures in the state's epoch.
+def evaluated_params(state: TrainState, *, lora_alpha: float = 1.0) -> Params:
+    """The model's tree that is evaluated: averages where they are kept, low-rank products added."""
+    return lora.merge_factors(optim.merge_params(state.ema or state.trainable, state.frozen), alpha=lora_alpha)
+
+
+def make_permutation(num_images: int, batch_size: int, *, num_views: int = 1) -> Callable[[TrainState], jax.Array]:
+    """Returns `state -> int32 [num_images]`: the order of pictures in the state's epoch.
 
     It depends on the run's key and the epoch alone, so that a resumed run replays nothing.
+
+    Args:
+        num_images: of the training split.
+        batch_size: pictures per update; the remainder of an epoch is left out.
+        num_views: how often the split is stored, one augmented view after the other; epochs take them in turn.
     """
     steps_per_epoch = num_images // batch_size
 
     def permutation(state: TrainState) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step // steps_per_epoch)
-        return jax.random.permutation(key, num_images).astype(jnp.int32)
+        epoch = state.step // steps_per_epoch
+        key = jax.random.fold_in(jax.random.fold_in(state.key, 0), epoch)
+        return jax.random.permutation(key, num_images).astype(jnp.int32) + num_images * (epoch % num_views)
 
-    return jax.jit(permutation, out_shardings=sharding.replicated(mesh))
+    return permutation
 
 
 def make_train_step(
-    model: Any,
+    forward: Forward,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     mesh: Mesh,
     *,
     batch_size: int,
-    accumulation_steps: int,
-    image_size: int,
-    augment: str,
+    accumulation_steps: int = 1,
+    label_smoothing: float = 0.0,
+    mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 0.0,
+    ema_decay: float = 0.0,
+    lora_alpha: float = 1.0,
 ) -> Callable:
-    """Returns jitted `(state, images, labels, permutation) -> (state, scalars)`; the old state is donated.
+    """Returns `(state, images, labels, permutation) -> (state, scalars)`, to be jitted.
 
-    The step picks its own pictures out of the whole training split (uint8 [n h w 3], int32 [n], on every device), at
-    the place in the epoch's permutation that `state.step` says. Scalars: "train/loss" and "train/accuracy" of this
+    The step picks its own pictures out of the whole training split (stored pictures [n …], int32 [n], on every device),
+    at the place in the epoch's permutation that `state.step` says. Scalars: "train/loss" and "train/accuracy" of this
     batch before the update, "learning_rate" of the update.
 
     Args:
-        model: Linen module, called as `model.apply({"params": …}, images, train=True)`.
+        forward: from stored pictures to logits.
         tx: transforms the gradients of the trainable parameters.
         schedule: the learning rate, to be reported.
-        mesh: the batch is split over its `data` axis.
+        mesh: the batch is split over all its devices.
         batch_size: pictures per update; divides by `accumulation_steps` · devices.
         accumulation_steps: batches that the gradient is summed over, one after the other.
-        image_size: pixels.
-        augment: see `preprocess.for_training`.
+        label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016, section 7).
+        mixup_alpha: see `preprocess.mix`; 0 for none.
+        cutmix_alpha: see `preprocess.mix`; 0 for none.
+        ema_decay: of the moving average of the trainable parameters; 0 keeps none.
+        lora_alpha: scale of low-rank products.
     """
-    batch_sharding = sharding.over_batch(mesh)
+    mixes = mixup_alpha > 0 or cutmix_alpha > 0
 
-    def loss_fn(trainable: Params, frozen: Params, pictures: jax.Array, labels: jax.Array, key: jax.Array):
-        params = optim.merge_params(trainable, frozen)
-        logits = model.apply({"params": params}, pictures, train=True, rngs={"dropout": key})
-        correct = jnp.argmax(logits, axis=-1) == labels
-        return metrics.cross_entropy(logits, labels).sum() / batch_size, correct.sum() / batch_size
+    def loss_fn(
+        trainable: Params, frozen: Params, inputs: jax.Array, targets: list[tuple[jax.Array, jax.Array]], key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        params = lora.merge_factors(optim.merge_params(trainable, frozen), alpha=lora_alpha)
+        logits = forward.logits(params, inputs, key)
+        loss = accuracy = jnp.zeros(())
+        for labels, weight in targets:
+            loss += jnp.sum(weight * metrics.cross_entropy(logits, labels, label_smoothing=label_smoothing))
+            accuracy += jnp.sum(weight * (jnp.argmax(logits, axis=-1) == labels))
+        return loss / batch_size, accuracy / batch_size
 
     def train_step(state: TrainState, images: jax.Array, labels: jax.Array, permutation: jax.Array):
         place = state.step % (len(permutation) // batch_size)
         rows = jax.lax.dynamic_slice_in_dim(permutation, place * batch_size, batch_size)
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step))
-        keys = jax.random.split(augment_key, batch_size)
+        batch = {"rows": rows, "keys": jax.random.split(augment_key, batch_size)}
+        if mixes:  # every picture's partner is its neighbour in the whole batch, however that is split
+            mix_key = jax.random.fold_in(jax.random.fold_in(state.key, 2), state.step)
+            batch |= {f"partner_{name}": jnp.roll(value, 1, axis=0) for name, value in batch.items()}
+            batch["mix_keys"] = jax.random.split(mix_key, batch_size)
 
-        def gradient(rows: jax.Array, keys: jax.Array, dropout_key: jax.Array):
-            rows = jax.lax.with_sharding_constraint(rows, batch_sharding)
-            keys = jax.lax.with_sharding_constraint(keys, batch_sharding)
-            pictures = preprocess.for_training(keys, images[rows], image_size=image_size, augment=augment)
+        def gradient(batch: dict[str, jax.Array], dropout_key: jax.Array):
+            batch = jax.lax.with_sharding_constraint(batch, sharding.over_batch(mesh))
+            inputs = forward.augment(batch["keys"], images[batch["rows"]])
+            targets = [(labels[batch["rows"]], jnp.ones(()))]
+            if mixes:
+                partners = forward.augment(batch["partner_keys"], images[batch["partner_rows"]])
+                inputs, share = preprocess.mix(
+                    batch["mix_keys"], inputs, partners, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha
+                )
+                targets = [(targets[0][0], share), (labels[batch["partner_rows"]], 1.0 - share)]
             value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-            return value_and_grad(state.trainable, state.frozen, pictures, labels[rows], dropout_key)
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return value_and_grad(state.trainable, state.frozen, inputs, targets, dropout_key)
 
         if accumulation_steps == 1:
-            (loss, accuracy), grads = gradient(rows, keys, dropout_key)
+            (loss, accuracy), grads = gradient(batch, dropout_key)
         else:
-            parts = jax.tree.map(
-                lambda leaf: leaf.reshape(accumulation_steps, -1, *leaf.shape[1:]), (rows, keys)
-            )  # [a b/a …]
-            parts = (*parts, jax.random.split(dropout_key, accumulation_steps))
-            shapes = jax.eval_shape(gradient, *jax.tree.map(lambda leaf: leaf[0], parts))
+            parts = jax.tree.map(lambda leaf: leaf.reshape(accumulation_steps, -1, *leaf.shape[1:]), batch)  # [a b/a …]
+            keys = jax.random.split(dropout_key, accumulation_steps)
+            shapes = jax.eval_shape(gradient, jax.tree.map(lambda leaf: leaf[0], parts), keys[0])
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             ((loss, accuracy), grads), _ = jax.lax.scan(
-                lambda total, part: (jax.tree.map(jnp.add, total, gradient(*part)), None), zeros, parts
+                lambda total, part: (jax.tree.map(jnp.add, total, gradient(*part)), None), zeros, (parts, keys)
             )
 
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
         step = state.step + 1
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
         healthy = finite | (state.first_nonfinite_step > 0)
         new_state = TrainState(
             step=step,
-            trainable=optax.apply_updates(state.trainable, updates),
+            trainable=trainable,
             frozen=state.frozen,
             opt_state=opt_state,
+            ema=optax.incremental_update(trainable, state.ema, 1.0 - ema_decay) if ema_decay else {},
             key=state.key,
             first_nonfinite_step=jnp.where(healthy, state.first_nonfinite_step, step),
         )
         scalars = {"train/loss": loss, "train/accuracy": accuracy, "learning_rate": schedule(state.step)}
         return new_state, scalars
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+    return train_step
 
 
-def make_eval_step(model: Any, mesh: Mesh, *, batch_size: int, image_size: int) -> Callable:
+def make_eval_step(forward: Forward, mesh: Mesh, *, batch_size: int) -> Callable:
     """Returns jitted `(params, images, labels, totals) -> totals`, one batch further through a split.
 
     `totals` is what `start_totals` gives, then what the call before gave; rows past the split's end are masked, so that
@@ -154,7 +227,8 @@ def make_eval_step(model: Any, mesh: Mesh, *, batch_size: int, image_size: int) 
         rows = jax.lax.with_sharding_constraint(rows, sharding.over_batch(mesh))
         mask = rows < len(labels)
         rows = jnp.minimum(rows, len(labels) - 1)
-        logits = model.apply({"params": params}, preprocess.for_evaluation(images[rows], image_size=image_size))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            logits = forward.logits(params, forward.prepare(images[rows]), None)
         sums = metrics.masked_sums(logits, labels[rows], mask)
         return {**{k: totals[k] + sums[k] for k in sums}, "next_row": totals["next_row"] + batch_size}
 

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_jax import checkpoint, metrics, plotting, settings, sharding
+from vit_jax import checkpoint, lora, metrics, plotting, settings, sharding, steps
 from vit_jax.errors import UserError
 from vit_jax.job import create_evaluate, create_job, load_dataset
 from vit_jax.models import VisionTransformer
+from vit_jax.program import Program
 from vit_jax.types import Params
 from vit_jax.writer import Writer, format_speed, read_records
 
@@ -50,18 +51,21 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
             state = create_state()
         else:
             print(f"going on from step {restored_step}")
-            state = checkpoint.restore(checkpoints, job.abstract_state, restored_step)
+            state = checkpoint.restore(checkpoints, job.program.abstract_state, restored_step)
         del create_state
         settings.save_config(config, workdir)
-        train_step = job.compile_train_step()
-        first_step = (restored_step or 0) + 1
-        permutation = job.permute(state)
+        train_steps = job.compile_train_steps()
+        arrays, evaluate = job.store(state)
+        step = restored_step or 0
+        permutation = job.program.permute(state)
 
-        with Writer(workdir, step=first_step - 1, num_steps=config.num_steps) as writer, stop_signals() as signals:
-            for step in range(first_step, config.num_steps + 1):
-                if (step - 1) % job.steps_per_epoch == 0:
-                    permutation = job.permute(state)
-                state, scalars = train_step(state, *job.train_arrays, permutation)
+        with Writer(workdir, step=step, num_steps=config.num_steps) as writer, stop_signals() as signals:
+            while step < config.num_steps:
+                if step % job.program.steps_per_epoch == 0:
+                    permutation = job.program.permute(state)
+                count = steps_until_stop(step, config, job.program) if job.program.cached else 1
+                state, scalars = train_steps(state, *arrays, permutation, count=count)
+                step += count
 
                 last, stopping = step == config.num_steps, bool(signals)  # a signal may come at any moment: read once
                 logging = last or step % config.log_every_steps == 0
@@ -72,7 +76,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
                     stop_if_nonfinite(nonfinite_step, checkpoints.latest_step())
                 if logging:
                     writer.log_training(step, scalars, batch_size=config.batch_size)
-                results = metrics.means(fetch(job.evaluate(state))) if evaluating else {}
+                results = metrics.means(fetch(evaluate(state))) if evaluating else {}
                 if evaluating:
                     writer.log_evaluation(step, results)
                 if saving:
@@ -82,11 +86,23 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
                     checkpoint.finish(checkpoints)
                     return say_stopped(signals[0], step, workdir)
             if config.num_steps == 0:
-                results = metrics.means(fetch(job.evaluate(state)))
+                results = metrics.means(fetch(evaluate(state)))
                 writer.log_evaluation(0, results)
                 checkpoint.save(checkpoints, 0, state, job.about, accuracy=results["test/accuracy"])
         checkpoint.finish(checkpoints)
     return report(config, workdir)
+
+
+def steps_until_stop(step: int, config: ConfigDict, program: Program) -> int:
+    """How many steps the device may take before the host logs, evaluates, saves, or begins an epoch."""
+    intervals = (
+        config.log_every_steps,
+        config.eval_every_steps,
+        config.checkpoint_every_steps,
+        program.steps_per_epoch,
+        config.num_steps,
+    )
+    return min(every - step % every for every in intervals)
 
 
 def fetch(tree: Any) -> Any:
@@ -127,6 +143,7 @@ def load_run(workdir: str | Path, *, step: int | None = None) -> Run:
         if step not in there:
             raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, there))}")
         params, about = checkpoint.restore_params(checkpoints, step, sharding.replicated(mesh))
+        params = lora.merge_factors(params, alpha=config.lora.alpha)
     model = VisionTransformer(**about["model"], dtype=jnp.dtype(config.dtype))
     return Run(config, step, model, params, tuple(about["class_names"]), mesh)
 
@@ -144,7 +161,9 @@ def evaluate_run(run: Run) -> dict[str, float]:
             f"{len(dataset.class_names)}, {', '.join(dataset.class_names[:5])}, …; "
             "give the --data_dir that the run was trained on"
         )
-    evaluate = create_evaluate(run.config, run.model, dataset.test, run.mesh)
+    arrays = sharding.place((dataset.test.images, dataset.test.labels), sharding.replicated(run.mesh))
+    forward = steps.from_pictures(run.model, image_size=run.config.image_size)
+    evaluate = create_evaluate(forward, arrays, run.mesh, batch_size=run.config.eval_batch_size)
     return metrics.means(fetch(evaluate(run.params)))
 
 

@@ -1,5 +1,5 @@
 """Linen modules whose parameter names are the released files' keys."""
 
-from vit_jax.models.vit import VisionTransformer
+from vit_jax.models.vit import REMAT_POLICIES, VisionTransformer
 
-__all__ = ["VisionTransformer"]
+__all__ = ["REMAT_POLICIES", "VisionTransformer"]

@@ -10,6 +10,22 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What a block keeps for its backward pass beside its input: the products with its kernels, or nothing."""
+
+
+def over_batch(x: jax.Array) -> jax.Array:
+    """Splits the first axis of an activation over every axis of the mesh; does nothing where there is none.
+
+    Without it the compiler is free to move activations to the parts of a sharded parameter instead of the reverse.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
 
 
 class MlpBlock(nn.Module):
@@ -50,6 +66,7 @@ class EncoderBlock(nn.Module):
         mlp_dim: width of the MLP's hidden layer.
         dropout_rate: after the attention's output and in the MLP.
         attention_dropout_rate: on the attention weights.
+        stochastic_depth_rate: how often either branch is left out, picture by picture (Huang et al. 2016).
         dtype: of the computation; the softmax and the norms' sums are at least float32.
     """
 
@@ -57,11 +74,13 @@ class EncoderBlock(nn.Module):
     mlp_dim: int
     dropout_rate: float
     attention_dropout_rate: float
+    stochastic_depth_rate: float
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         """[b n d] -> [b n d]."""
+        skip = functools.partial(nn.Dropout, self.stochastic_depth_rate, broadcast_dims=(1, 2))
         y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_0")(x)
         y = nn.MultiHeadDotProductAttention(
             num_heads=self.num_heads,
@@ -73,11 +92,11 @@ class EncoderBlock(nn.Module):
             name="MultiHeadDotProductAttention_1",
         )(y, y, deterministic=deterministic)
         y = nn.Dropout(self.dropout_rate)(y, deterministic=deterministic)
-        x = x + y
+        x = over_batch(x + skip()(y, deterministic=deterministic))
 
         y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_2")(x)
         y = MlpBlock(self.mlp_dim, self.dropout_rate, self.dtype, name="MlpBlock_3")(y, deterministic=deterministic)
-        return x + y
+        return over_batch(x + skip()(y, deterministic=deterministic))
 
 
 class PositionEmbedding(nn.Module):
@@ -100,6 +119,8 @@ class Encoder(nn.Module):
     mlp_dim: int
     dropout_rate: float
     attention_dropout_rate: float
+    stochastic_depth_rate: float
+    remat: str
     dtype: Any
 
     @nn.compact
@@ -107,15 +128,19 @@ class Encoder(nn.Module):
         """[b n d] -> [b n d]."""
         x = PositionEmbedding(self.dtype, name="posembed_input")(x)
         x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
+        block = EncoderBlock
+        if self.remat != "none":
+            block = nn.remat(EncoderBlock, policy=REMAT_POLICIES[self.remat], static_argnums=(2,))
         for i in range(self.num_layers):
-            x = EncoderBlock(
+            x = block(
                 self.num_heads,
                 self.mlp_dim,
                 self.dropout_rate,
                 self.attention_dropout_rate,
+                self.stochastic_depth_rate * i / max(1, self.num_layers - 1),
                 self.dtype,
                 name=f"encoderblock_{i}",
-            )(x, deterministic=deterministic)
+            )(x, deterministic)
         return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="encoder_norm")(x)
 
 
@@ -123,7 +148,7 @@ class VisionTransformer(nn.Module):
     """Pictures to class logits.
 
     Attributes:
-        num_classes: width of the head, which starts at zero.
+        num_classes: width of the head, which starts at zero; None has no head and gives the features before it.
         patch_size: pixels; divides the pictures' height and width.
         hidden_size: width of the tokens.
         num_layers: encoder blocks.
@@ -133,12 +158,14 @@ class VisionTransformer(nn.Module):
         dropout_rate: after the position embeddings, the attention output and in the MLP.
         attention_dropout_rate: on the attention weights.
         dtype: of the computation; parameters are float32 always, logits at least float32.
+        stochastic_depth_rate: of the last block; it grows linearly from 0 at the first.
+        remat: "none", or a key of `REMAT_POLICIES`: what a block does not keep for its backward pass is computed again.
 
     Source:
         Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section 3.1.
     """
 
-    num_classes: int
+    num_classes: int | None
     patch_size: int = 16
     hidden_size: int = 768
     num_layers: int = 12
@@ -148,6 +175,8 @@ class VisionTransformer(nn.Module):
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     dtype: Any = jnp.float32
+    stochastic_depth_rate: float = 0.0
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -158,7 +187,7 @@ class VisionTransformer(nn.Module):
             train: whether dropout is on; it then needs `rngs={"dropout": key}`.
 
         Returns:
-            [b num_classes], float32 (float64 where `dtype` is).
+            [b num_classes], float32 (float64 where `dtype` is); features [b d] in `dtype` where there is no head.
 
         Raises:
             ValueError: height or width is not a multiple of `patch_size`.
@@ -174,7 +203,7 @@ class VisionTransformer(nn.Module):
         x = embedding(images)
         x = x.reshape(batch, -1, self.hidden_size)  # [b n d]
         cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size)).astype(self.dtype)
-        x = jnp.concatenate([jnp.tile(cls, (batch, 1, 1)), x], axis=1)  # [b 1+n d]
+        x = over_batch(jnp.concatenate([jnp.tile(cls, (batch, 1, 1)), x], axis=1))  # [b 1+n d]
 
         x = Encoder(
             self.num_layers,
@@ -182,6 +211,8 @@ class VisionTransformer(nn.Module):
             self.mlp_dim,
             self.dropout_rate,
             self.attention_dropout_rate,
+            self.stochastic_depth_rate,
+            self.remat,
             self.dtype,
             name="Transformer",
         )(x, deterministic=not train)
@@ -189,5 +220,10 @@ class VisionTransformer(nn.Module):
 
         if self.representation_size is not None:
             x = jnp.tanh(nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x))
+        return x if self.num_classes is None else self.create_head(self.num_classes, name="head")(x)
+
+    @nn.nowrap
+    def create_head(self, num_classes: int, name: str | None = None) -> nn.Dense:
+        """The layer [b d] -> [b num_classes], to be used apart from the model where its features are at hand."""
         logits_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        return nn.Dense(self.num_classes, dtype=logits_dtype, kernel_init=nn.initializers.zeros, name="head")(x)
+        return nn.Dense(num_classes, dtype=logits_dtype, kernel_init=nn.initializers.zeros, name=name)

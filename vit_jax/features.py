@@ -1,0 +1,124 @@
+"""The frozen backbone's features: computed once, kept on the device, or handed out as arrays."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from vit_jax import preprocess, sharding
+from vit_jax.steps import Forward, TrainState
+from vit_jax.types import Params
+from vit_jax.writer import bar_interval
+
+
+def extract_features(
+    model: Any, params: Params, images: np.ndarray, *, image_size: int, batch_size: int = 256
+) -> np.ndarray:
+    """What the head sees of pictures: input for a logistic regression, a nearest neighbour, a plot.
+
+    Args:
+        model: such as `VisionTransformer`; its head is not used.
+        params: of the model, as `adapt_params` or `load_run` gives them.
+        images: uint8 [n h w 3].
+        image_size: pixels, square; pictures are resized.
+        batch_size: pictures at once, rounded up to the devices.
+
+    Returns:
+        float32 [n d].
+    """
+    mesh = sharding.create_mesh()
+    placed_params, placed_images = (sharding.place(tree, sharding.replicated(mesh)) for tree in (params, images))
+    prepare = lambda keys, images: preprocess.for_evaluation(images, image_size=image_size)  # noqa: E731
+    features = compute_features(model, placed_params, placed_images, mesh, prepare=prepare, batch_size=batch_size)
+    return np.asarray(features, np.float32)
+
+
+def apply_backbone(model: Any, params: Params, inputs: jax.Array) -> jax.Array:
+    """The model without its head: inputs [b …] -> features [b d] in the model's dtype."""
+    return model.clone(num_classes=None).apply({"params": params}, inputs)
+
+
+def compute_features(
+    model: Any,
+    params: Params,
+    images: jax.Array,
+    mesh: Mesh,
+    *,
+    prepare: Callable[[jax.Array, jax.Array], jax.Array],
+    batch_size: int,
+    num_views: int = 1,
+    seed: int = 0,
+) -> jax.Array:
+    """Runs every picture through the backbone, with a bar where it takes long.
+
+    Args:
+        model: the whole model; its head is not used.
+        params: of the model, on the mesh.
+        images: uint8 [n h w 3], on every device.
+        mesh: batches are split over its devices.
+        prepare: (keys [b], pictures [b h w 3]) -> inputs of the model.
+        batch_size: pictures at once, rounded up to the devices.
+        num_views: how often every picture is taken, each time with another key.
+        seed: of the keys.
+
+    Returns:
+        [num_views · n d], on every device: all pictures once, then all of them again.
+    """
+    batch_size = -(-min(batch_size, len(images)) // mesh.size) * mesh.size
+    num_rows = num_views * len(images)
+    num_batches = -(-num_rows // batch_size)
+    everywhere = sharding.replicated(mesh)
+
+    def batch_at(start: jax.Array, key: jax.Array, params: Params, images: jax.Array) -> jax.Array:
+        rows = jax.lax.with_sharding_constraint(start + jnp.arange(batch_size), sharding.over_batch(mesh))
+        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return apply_backbone(model, params, prepare(keys, images[rows % len(images)]))
+
+    def fill(buffer: jax.Array, start: jax.Array, *inputs: Any) -> tuple[jax.Array, jax.Array]:
+        buffer = jax.lax.dynamic_update_slice_in_dim(buffer, batch_at(start, *inputs), start, axis=0)
+        return buffer, start + batch_size
+
+    start, key = sharding.place((np.int32(0), jax.random.PRNGKey(seed)), everywhere)
+    batch = jax.eval_shape(batch_at, start, key, params, images)
+    make_buffer = lambda: jnp.zeros((num_batches * batch_size, *batch.shape[1:]), batch.dtype)  # noqa: E731
+    buffer = jax.jit(make_buffer, out_shardings=everywhere)()
+    fill = jax.jit(fill, donate_argnums=(0, 1), out_shardings=everywhere)
+    for _ in tqdm(range(num_batches), desc="features", unit="batch", leave=False, delay=2, mininterval=bar_interval()):
+        buffer, start = fill(buffer, start, key, params, images)
+        jax.block_until_ready(start)
+    return buffer[:num_rows]
+
+
+def from_features(model: Any) -> Forward:
+    """Stored features through the head alone."""
+    head = model.create_head(model.num_classes)
+    return Forward(
+        augment=lambda keys, stored: stored,
+        prepare=lambda stored: stored,
+        logits=lambda params, stored, key: head.apply({"params": params["head"]}, stored),
+    )
+
+
+def make_train_steps(train_step: Callable) -> Callable:
+    """Returns `(state, images, labels, permutation, count) -> (state, scalars)`: so many steps without the host.
+
+    A step of the head alone takes less time than it takes to start it.
+
+    Args:
+        train_step: see `steps.make_train_step`; the count may differ from call to call and stays within the epoch.
+    """
+
+    def train_steps(state: TrainState, images: jax.Array, labels: jax.Array, permutation: jax.Array, count: jax.Array):
+        def body(_: jax.Array, carry: tuple[TrainState, dict]) -> tuple[TrainState, dict]:
+            return train_step(carry[0], images, labels, permutation)
+
+        _, shapes = jax.eval_shape(train_step, state, images, labels, permutation)
+        scalars = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.fori_loop(0, count, body, (state, scalars))
+
+    return train_steps
