@@ -10,6 +10,10 @@ from vit_jax.errors import UsageError, one_line, run_command
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/digits.py; keys: configs/base.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/NAME[-ARG] unless given.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes; 1 looks for no others.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of the processes this is, counted from 0.")
+_WAIT_SECONDS = flags.DEFINE_integer("wait_seconds", 300, "How long to wait for the other processes.", lower_bound=1)
 
 
 def main() -> int:
@@ -18,9 +22,14 @@ def main() -> int:
         print(f"{__doc__}\n{flags.FLAGS.main_module_help()}")
         return 0
     parse_flags(sys.argv)
-    from vit_jax import trainer
+    from vit_jax import distributed
 
-    trainer.train_and_evaluate(_CONFIG.value, _WORKDIR.value or default_workdir())
+    with distributed.joined(
+        _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, wait_seconds=_WAIT_SECONDS.value
+    ):
+        from vit_jax import trainer
+
+        trainer.train_and_evaluate(_CONFIG.value, _WORKDIR.value or default_workdir())
     return 0
 
 

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     ["types", "errors"],
-    ["download"],
+    ["download", "distributed"],
     ["models", "pretrained", "data", "preprocess", "optim", "lora", "sharding", "metrics", "plotting", "writer"],
     ["steps", "settings"],
     ["checkpoint", "features", "build"],

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 from orbax.checkpoint import checkpoint_managers as managers
 
-from vit_jax import optim
+from vit_jax import distributed, optim
 from vit_jax.errors import UserError, one_line
 from vit_jax.sharding import abstract
 from vit_jax.steps import TrainState
@@ -29,10 +29,10 @@ _STORAGE_ERRORS = (OSError, ValueError, RuntimeError, KeyError)
 def open_manager(workdir: Path, *, read_only: bool = False) -> ocp.CheckpointManager:
     """The manager of `workdir/checkpoints`; remains of a killed save are removed unless `read_only`."""
     directory = workdir.absolute() / "checkpoints"
-    if not read_only and directory.exists():
-        _remove_half_written(
-            directory
-        )  # Orbax's own cleaning is a thread that complains if an error ends the run first
+    if not read_only and directory.exists() and distributed.is_first():
+        # Orbax's own cleaning is a thread that complains if an error ends the run first.
+        _remove_half_written(directory)
+    distributed.wait_for_all("half-written checkpoints are gone")
     best = managers.BestN(get_metric_fn=lambda metrics: metrics[_ACCURACY], n=1, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
         # Either policy may keep a step; `max_to_keep` together with `best_fn` would delete the latest one.

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from vit_jax import build, data, features, optim, sharding, steps
+from vit_jax import build, data, distributed, features, optim, sharding, steps
 from vit_jax.program import Program, create_program
 from vit_jax.types import Dataset, Params, Split
 from vit_jax.writer import bar_interval
@@ -41,7 +40,7 @@ class Job:
         Returns:
             (state, *arrays, permutation, count=…) -> (state, scalars); the count is 1 unless features are stored.
         """
-        print("compiling the training step …", file=sys.stderr)
+        print("compiling the training step …", flush=True)
         compiled = self.program.lower().compile()
         place = functools.cache(lambda count: sharding.place(np.int32(count), sharding.replicated(self.program.mesh)))
         return lambda *inputs, count: compiled(*inputs, place(count))
@@ -89,8 +88,9 @@ def create_job(config: ConfigDict) -> tuple[Job, Callable[[], steps.TrainState]]
         parameters in host memory: let go of it after use.
     """
     mesh = sharding.create_mesh(**config.mesh)
-    dataset = load_dataset(config)
-    source = build.load_source(config)
+    with distributed.first_one_first():
+        dataset = load_dataset(config)
+        source = build.load_source(config)
     model = build.create_model(config, source, num_classes=len(dataset.class_names))
     program = create_program(
         config, model, mesh, num_pictures=len(dataset.train), picture_shape=dataset.train.images.shape[1:]

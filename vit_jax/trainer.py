@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_jax import checkpoint, lora, metrics, plotting, settings, sharding, steps
+from vit_jax import checkpoint, distributed, lora, metrics, plotting, settings, sharding, steps
 from vit_jax.errors import UserError
 from vit_jax.job import create_evaluate, create_job, load_dataset
 from vit_jax.models import VisionTransformer
@@ -31,7 +31,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         workdir: the run's folder; will hold config.json, metrics.jsonl, TensorBoard events, checkpoints, curves.png.
 
     Returns:
-        "test/loss", "test/accuracy", "test/accuracy_top5" after the last step; empty where SIGTERM ended the run early.
+        "test/loss", "test/accuracy", "test/accuracy_top5" after the last step; empty where SIGTERM ended the run early,
+        and in all processes but the first.
 
     Raises:
         UsageError: the config is wrong, or not the one that `workdir` was started with.
@@ -42,6 +43,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     settings.check_config(config)
     settings.check_same(config, workdir)
     restored_step = checkpoint.latest_step(workdir)
+    distributed.wait_for_all("every process has seen where the run stands")
     if restored_step == config.num_steps:
         return report(config, workdir)
     check_writable(workdir)
@@ -53,13 +55,18 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
             print(f"going on from step {restored_step}")
             state = checkpoint.restore(checkpoints, job.program.abstract_state, restored_step)
         del create_state
-        settings.save_config(config, workdir)
+        if distributed.is_first():
+            settings.save_config(config, workdir)
         train_steps = job.compile_train_steps()
         arrays, evaluate = job.store(state)
         step = restored_step or 0
         permutation = job.program.permute(state)
 
-        with Writer(workdir, step=step, num_steps=config.num_steps) as writer, stop_signals() as signals:
+        silent = not distributed.is_first()
+        with (
+            Writer(workdir, step=step, num_steps=config.num_steps, silent=silent) as writer,
+            stop_signals() as signals,
+        ):
             while step < config.num_steps:
                 if step % job.program.steps_per_epoch == 0:
                     permutation = job.program.permute(state)
@@ -67,8 +74,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
                 state, scalars = train_steps(state, *arrays, permutation, count=count)
                 step += count
 
-                last, stopping = step == config.num_steps, bool(signals)  # a signal may come at any moment: read once
+                last = step == config.num_steps
                 logging = last or step % config.log_every_steps == 0
+                stopping = stop_asked(signals, now=logging)
                 evaluating = last or step % config.eval_every_steps == 0
                 saving = evaluating or stopping or step % config.checkpoint_every_steps == 0
                 if logging or saving:
@@ -84,7 +92,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
                     writer.start_clock(step)
                 if stopping and not last:
                     checkpoint.finish(checkpoints)
-                    return say_stopped(signals[0], step, workdir)
+                    return say_stopped(signal.Signals(stopping), step, workdir)
             if config.num_steps == 0:
                 results = metrics.means(fetch(evaluate(state)))
                 writer.log_evaluation(0, results)
@@ -188,6 +196,14 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(known, handler)
 
 
+def stop_asked(signals: list[signal.Signals], *, now: bool) -> int:
+    """The signal that asks for an end, 0 for none; several processes ask each other on log steps only (`now`)."""
+    number = int(signals[0]) if signals else 0  # one may come at any moment: read once a step
+    if jax.process_count() == 1:
+        return number
+    return distributed.largest(number) if now else 0
+
+
 def stop_if_nonfinite(nonfinite_step: int, saved_step: int | None) -> None:
     """Raises UserError where some step's loss or update was not finite."""
     if nonfinite_step:
@@ -218,6 +234,8 @@ def check_writable(workdir: Path) -> None:
 
 def report(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """Draws a finished run's curves, prints its results and what to type next; returns the results."""
+    if not distributed.is_first():
+        return {}
     records = read_records(workdir / "metrics.jsonl", last_step=config.num_steps)
     plotting.plot_curves(records, title=workdir.name).savefig(workdir / "curves.png", dpi=120)
     results = next(record for record in reversed(records) if "test/accuracy" in record)

@@ -51,17 +51,26 @@ class Writer:
         workdir: exists.
         step: the run starts or goes on from here; records of later steps are cut off.
         num_steps: of the whole run, for the bar.
+        silent: whether nothing is written at all: another process does it.
     """
 
-    def __init__(self, workdir: Path, *, step: int, num_steps: int):
+    def __init__(self, workdir: Path, *, step: int, num_steps: int, silent: bool = False):
         path = workdir / "metrics.jsonl"
-        kept = read_records(path, last_step=step)
-        write_beside(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = path.open("a")
-        self._events = _create_events(workdir, step)
+        if not silent:
+            kept = read_records(path, last_step=step)
+            write_beside(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = open(os.devnull if silent else path, "a")  # noqa: SIM115
+        self._events = None if silent else _create_events(workdir, step)
         self._bar = tqdm(
-            total=num_steps, initial=step, unit="step", desc="train", mininterval=bar_interval(), dynamic_ncols=True
+            total=num_steps,
+            initial=step,
+            unit="step",
+            desc="train",
+            mininterval=bar_interval(),
+            dynamic_ncols=True,
+            disable=silent,
         )
+        self._silent = silent
         self._clock, self._clock_step = time.perf_counter(), step
 
     def __enter__(self) -> "Writer":
@@ -97,7 +106,8 @@ class Writer:
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
-        tqdm.write(text, file=sys.stderr)
+        if not self._silent:
+            tqdm.write(text, file=sys.stderr)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
