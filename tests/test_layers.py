@@ -14,7 +14,7 @@ FLOORS = [
     ["checkpoint", "features", "build"],
     ["program"],
     ["job"],
-    ["trainer"],
+    ["trainer", "dry_run"],
     ["evaluate"],
 ]
 

@@ -231,7 +231,7 @@ def test_evaluation_counts_every_picture_once_whatever_the_batch_size(digits, pa
     mesh = sharding.create_mesh(jax.devices()[:num_devices])
     place = lambda tree: sharding.place(tree, sharding.replicated(mesh))  # noqa: E731
     eval_step = steps.make_eval_step(steps.from_pictures(MODEL, image_size=8), mesh, batch_size=batch_size)
-    totals, on_device, arrays = steps.start_totals(mesh), place(params), place((split.images, split.labels))
+    totals, on_device, arrays = place(steps.start_totals()), place(params), place((split.images, split.labels))
     for _ in range(-(-20 // batch_size)):
         totals = eval_step(on_device, *arrays, totals)
     logits = MODEL.apply({"params": params}, preprocess.normalize(split.images))

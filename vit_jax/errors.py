@@ -48,7 +48,8 @@ def run_command(main: Callable[[], int]) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):  # JAX's word for a device that is out of memory
             raise
         advice = (
-            "raise --config.accumulation_steps, or lower eval_batch_size or image_size, or use --config.dtype=bfloat16"
+            "raise --config.accumulation_steps, set --config.remat=full, share the parameters between devices with "
+            "--config.mesh.fsdp, or lower eval_batch_size; --dry_run shows what is needed"
         )
         print(f"error: {one_line(str(error).splitlines()[0])} {advice}", file=sys.stderr)
         return 1

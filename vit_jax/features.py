@@ -68,7 +68,7 @@ def compute_features(
     Returns:
         [num_views · n d], on every device: all pictures once, then all of them again.
     """
-    batch_size = -(-min(batch_size, len(images)) // mesh.size) * mesh.size
+    batch_size = sharding.round_up(batch_size, len(images), mesh)
     num_rows = num_views * len(images)
     num_batches = -(-num_rows // batch_size)
     everywhere = sharding.replicated(mesh)

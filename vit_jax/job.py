@@ -104,8 +104,8 @@ def create_job(config: ConfigDict) -> tuple[Job, Callable[[], steps.TrainState]]
     return Job(config, program, dataset, build.describe(config, model, dataset.class_names)), create_state
 
 
-def load_dataset(config: ConfigDict) -> Dataset:
-    """Reads the dataset that the config names, and says what it found."""
+def load_dataset(config: ConfigDict, *, shapes_only: bool = False) -> Dataset:
+    """Reads the dataset that the config names, and says what it found; see `data.load_dataset`."""
     names = config.dataset
     dataset = data.load_dataset(
         names.name,
@@ -113,6 +113,7 @@ def load_dataset(config: ConfigDict) -> Dataset:
         train_split=names.train_split,
         test_split=names.test_split,
         image_size=config.image_size,
+        shapes_only=shapes_only,
     )
     height, width = dataset.train.images.shape[1:3]
     print(
@@ -134,12 +135,12 @@ def create_evaluate(
         batch_size: a wish; rounded up to the devices.
     """
     num_pictures = len(arrays[1])
-    batch_size = -(-min(batch_size, num_pictures) // mesh.size) * mesh.size
+    batch_size = sharding.round_up(batch_size, num_pictures, mesh)
     eval_step = steps.make_eval_step(forward, mesh, batch_size=batch_size)
     num_batches = math.ceil(num_pictures / batch_size)
 
     def evaluate(params: Params) -> dict[str, jax.Array]:
-        totals = steps.start_totals(mesh)
+        totals = sharding.place(steps.start_totals(), sharding.replicated(mesh))
         bar = tqdm(range(num_batches), desc="test", unit="batch", leave=False, delay=2, mininterval=bar_interval())
         for _ in bar:
             previous, totals = totals, eval_step(params, *arrays, totals)

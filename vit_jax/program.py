@@ -27,7 +27,8 @@ class Program:
         patterns: what trains, as regular expressions.
         steps_per_epoch: whole batches in the training split.
         abstract_state: of the run.
-        abstract_arrays: what is stored of the training pictures, and their labels.
+        abstract_pictures: the training pictures and their labels.
+        abstract_arrays: what is stored of them; the same unless `cached`.
         init_state: jitted params -> state before the first update.
         train_steps: jitted (state, *arrays, permutation, count) -> (state, scalars); `count` is 1 unless `cached`.
         permute: jitted state -> order of the pictures in its epoch.
@@ -41,6 +42,7 @@ class Program:
     patterns: tuple[str, ...]
     steps_per_epoch: int
     abstract_state: steps.TrainState
+    abstract_pictures: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
     abstract_arrays: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
     init_state: Callable[[Params], steps.TrainState]
     train_steps: Any
@@ -114,11 +116,16 @@ def create_program(
     )
     train_steps = features.make_train_steps(train_step) if cached else lambda *args: train_step(*args[:-1])
     num_views = config.feature_views if cached else 1
-    stored = jax.ShapeDtypeStruct((num_views * num_pictures, *picture_shape), jnp.uint8)
+
+    def stored(num_rows: int, shape: tuple[int, ...], dtype: Any) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        arrays = jax.ShapeDtypeStruct((num_rows, *shape), dtype), jax.ShapeDtypeStruct((num_rows,), jnp.int32)
+        return sharding.abstract(arrays, everywhere)
+
+    pictures = arrays = stored(num_pictures, picture_shape, jnp.uint8)
     if cached:
-        inputs = jax.eval_shape(whole.prepare, stored)
-        stored = jax.eval_shape(functools.partial(features.apply_backbone, model), abstract_state.frozen, inputs)
-    labels = jax.ShapeDtypeStruct(stored.shape[:1], jnp.int32)
+        inputs = jax.eval_shape(whole.prepare, pictures[0])
+        outputs = jax.eval_shape(functools.partial(features.apply_backbone, model), abstract_state.frozen, inputs)
+        arrays = stored(num_views * num_pictures, outputs.shape[1:], outputs.dtype)
     return Program(
         mesh=mesh,
         model=model,
@@ -126,7 +133,8 @@ def create_program(
         patterns=patterns,
         steps_per_epoch=num_pictures // config.batch_size,
         abstract_state=sharding.abstract(abstract_state, shardings),
-        abstract_arrays=sharding.abstract((stored, labels), everywhere),
+        abstract_pictures=pictures,
+        abstract_arrays=arrays,
         init_state=jax.jit(init_state, out_shardings=shardings, donate_argnums=0),
         train_steps=jax.jit(train_steps, out_shardings=(shardings, everywhere), donate_argnums=0),
         permute=jax.jit(

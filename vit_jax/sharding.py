@@ -105,6 +105,11 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, _for_each(tree, shardings))
 
 
+def round_up(batch_size: int, num_pictures: int, mesh: Mesh) -> int:
+    """The smallest batch that the devices divide and that holds `batch_size` pictures, or all if there are fewer."""
+    return -(-min(batch_size, num_pictures) // mesh.size) * mesh.size
+
+
 def _for_each(tree: Any, shardings: Any) -> Any:
     """A single sharding repeated for every leaf."""
     return jax.tree.map(lambda _: shardings, tree) if isinstance(shardings, NamedSharding) else shardings

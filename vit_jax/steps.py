@@ -215,7 +215,7 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(forward: Forward, mesh: Mesh, *, batch_size: int) -> Callable:
+def make_eval_step(forward: Forward, mesh: Mesh, *, batch_size: int) -> Any:
     """Returns jitted `(params, images, labels, totals) -> totals`, one batch further through a split.
 
     `totals` is what `start_totals` gives, then what the call before gave; rows past the split's end are masked, so that
@@ -235,8 +235,7 @@ def make_eval_step(forward: Forward, mesh: Mesh, *, batch_size: int) -> Callable
     return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
 
 
-def start_totals(mesh: Mesh) -> dict[str, jax.Array]:
-    """The totals before the first evaluation batch."""
+def start_totals() -> dict[str, jax.Array]:
+    """The totals before the first evaluation batch, on one device."""
     zero = jnp.zeros((), jnp.int32)
-    totals = {"loss": jnp.zeros(()), "correct": zero, "correct_top5": zero, "count": zero, "next_row": zero}
-    return sharding.place(totals, sharding.replicated(mesh))
+    return {"loss": jnp.zeros(()), "correct": zero, "correct_top5": zero, "count": zero, "next_row": zero}

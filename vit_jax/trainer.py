@@ -20,7 +20,7 @@ from vit_jax.job import create_evaluate, create_job, load_dataset
 from vit_jax.models import VisionTransformer
 from vit_jax.program import Program
 from vit_jax.types import Params
-from vit_jax.writer import Writer, format_speed, read_records
+from vit_jax.writer import Writer, format_number, read_records
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -245,7 +245,7 @@ def report(config: ConfigDict, workdir: Path) -> dict[str, float]:
         ("test accuracy, top 5", f"{results['test/accuracy_top5']:.2%}"),
         ("test loss", f"{results['test/loss']:.4f}"),
         ("steps", f"{config.num_steps:,} × {config.batch_size} pictures"),
-        ("pictures/s, median", format_speed(speeds[len(speeds) // 2]) if speeds else "–"),
+        ("pictures/s, median", format_number(speeds[len(speeds) // 2]) if speeds else "–"),
         ("checkpoints", str(workdir / "checkpoints")),
         ("metrics", str(workdir / "metrics.jsonl")),
         ("curves", str(workdir / "curves.png")),

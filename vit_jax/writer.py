@@ -29,9 +29,9 @@ def bar_interval() -> float:
     return 0.1 if sys.stderr.isatty() else 30.0
 
 
-def format_speed(images_per_second: float) -> str:
-    """Whole pictures a second, or two digits where there are only few."""
-    return f"{images_per_second:,.0f}" if images_per_second >= 10 else f"{images_per_second:.2g}"
+def format_number(number: float) -> str:
+    """A whole number, or two digits of a small one."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def write_beside(path: Path, text: str) -> None:
@@ -94,7 +94,7 @@ class Writer:
         self._write(step, {**scalars, "images_per_second": speed})
         loss, accuracy = scalars["train/loss"], scalars["train/accuracy"]
         self._bar.set_postfix_str(
-            f"loss {loss:.3f}, accuracy {accuracy:.1%}, {format_speed(speed)} pictures/s", refresh=False
+            f"loss {loss:.3f}, accuracy {accuracy:.1%}, {format_number(speed)} pictures/s", refresh=False
         )
         self._bar.update(step - self._bar.n)
         self.start_clock(step)

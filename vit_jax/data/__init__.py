@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_jax.data.cifar import CIFARS, load_cifar
+from vit_jax.data.cifar import CIFARS, cifar_shapes, load_cifar
 from vit_jax.data.pictures import decode_picture, load_folder
 from vit_jax.data.splits import nearest_first, parse_split, slice_split
 from vit_jax.data.tfds_sets import load_tfds
@@ -27,6 +27,7 @@ def load_dataset(
     train_split: str = "train",
     test_split: str = "test",
     image_size: int,
+    shapes_only: bool = False,
 ) -> Dataset:
     """Reads a dataset into host memory.
 
@@ -38,6 +39,7 @@ def load_dataset(
         test_split: what to test on, in the same form.
         image_size: pixels, square, that the model sees. Pictures of a folder or of TFDS that all have one size of
             at most twice this are kept as they are; otherwise every one is resized to [image_size image_size].
+        shapes_only: CIFAR's pictures are neither fetched nor read; zeros that take no memory stand for them.
 
     Returns:
         Both splits, uint8 [n h w 3] and int32 [n], and the class names.
@@ -60,6 +62,8 @@ def load_dataset(
     if name == "digits":
         _refuse_data_dir(name, data_dir)
         whole, class_names = _load_digits()
+    elif shapes_only:
+        whole, class_names = cifar_shapes(CIFARS[name])
     else:
         whole, class_names = load_cifar(CIFARS[name], data_dir, {split.name for split in splits.values()})
     train, test = (slice_split(whole[split.name], split) for split in splits.values())
