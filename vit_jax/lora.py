@@ -38,8 +38,10 @@ def add_factors(key: jax.Array, params: Params, *, rank: int, targets: Sequence[
     flat = flatten_dict(params, sep="/")
     for target in targets:
         if not any(re.fullmatch(target, path) for path in flat):
-            kernels = [path for path in flat if path.endswith("/kernel")]
-            raise UsageError(f"config.lora.targets: {target!r} matches no parameter; kernels are {', '.join(kernels)}")
+            kernels = [path for path in flat if path.endswith("/kernel")][-8:]
+            raise UsageError(
+                f"config.lora.targets: {target!r} matches no parameter; kernels look like {', '.join(kernels)}"
+            )
     paths = [path for path in flat if any(re.fullmatch(target, path) for target in targets)]
     factors = {}
     for path, path_key in zip(paths, jax.random.split(key, len(paths)), strict=True):
