@@ -1,4 +1,6 @@
+import collections
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +187,18 @@ def test_bfloat16_reaches_every_submodule():
         key: jnp.dtype(jnp.float32 if key in last else jnp.bfloat16) for key in outputs
     }
     assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype(jnp.float32)}
+
+
+def test_bfloat16_sums_softmax_and_norms_in_float32():
+    model = VisionTransformer(5, **MICRO, dtype=jnp.bfloat16)
+    images = jnp.zeros((2, 16, 16, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    program = str(jax.make_jaxpr(model.apply)(variables, images))
+    found = re.findall(r":(\w+)\[[^]]*\] = (exp|rsqrt|reduce_sum|reduce_max)\b", program)
+    # Two blocks: a softmax each; five norms with two sums each.
+    counts = {"exp": 2, "reduce_max": 2, "rsqrt": 5, "reduce_sum": 2 + 5 * 2}
+    assert collections.Counter(found) == {("f32", name): count for name, count in counts.items()}
+    assert ":bf16[" in program
 
 
 def test_bfloat16_stays_near_the_reference():

@@ -1,0 +1,265 @@
+"""What must hold of whole runs, whatever trains and however: mode by mode, from the config to the folder."""
+
+import functools
+import json
+import shutil
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from configs import digits
+from vit_jax import optim, trainer
+from vit_jax.models import VisionTransformer
+
+MODEL = {"patch_size": 4, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 256}
+DEEP = {**MODEL, "num_layers": 2, "dropout_rate": 0.1, "stochastic_depth_rate": 0.3}
+VIEWS = {"features": "cached", "feature_views": 2, "augment": "flip"}
+ATTENTION_AND_CLS = (r".*/encoderblock_0/MultiHeadDotProductAttention_1/.*", r"cls", r"head/.*")
+
+# What trains, and how: every mode once, and every way of training with one of them. Dots lead into nested keys.
+RUNS = {
+    "full": {
+        "optimizer.name": "sgd",
+        "optimizer.momentum_dtype": "bfloat16",
+        "mixup_alpha": 0.3,
+        "cutmix_alpha": 1.0,
+        "label_smoothing": 0.1,
+        "ema_decay": 0.9,
+    },
+    "full_accumulated": {"accumulation_steps": 2, "augment": "flip", "model": DEEP},
+    "head": {"trainable": "head", "ema_decay": 0.9},
+    "head_fresh": {"trainable": "head", "features": "fresh", "optimizer.name": "adam", "augment": "pad_crop"},
+    "head_views": {"trainable": "head", "optimizer.name": "sgd", "optimizer.momentum_dtype": "bfloat16", **VIEWS},
+    "mlp": {
+        "trainable": "mlp",
+        "optimizer.layer_decay": 0.5,
+        "optimizer.decayed": "kernels",
+        "ema_decay": 0.9,
+        "mesh.fsdp": 4,
+    },
+    "attention": {"trainable": "attention", "optimizer.name": "adam", "dtype": "bfloat16"},
+    "bias": {"trainable": "bias", "optimizer.name": "sgd"},
+    "lora": {"trainable": "lora", "lora.rank": 2, "ema_decay": 0.9},
+    "patterns": {"trainable": ATTENTION_AND_CLS, "label_smoothing": 0.1, "remat": "full"},
+}
+every_run = pytest.mark.parametrize("name", RUNS)
+
+
+def config_of(name, **changes):
+    """13 steps of 32 pictures, five an epoch, on two devices; the last step is no log step."""
+    config = digits.get_config("scratch")
+    config.model = MODEL
+    config.image_size = 8
+    config.dataset.train_split, config.dataset.test_split = "train[:160]", "test[:40]"
+    config.update(batch_size=32, num_steps=13, warmup_steps=2, log_every_steps=3, eval_every_steps=6)
+    config.learning_rate = 0.01
+    config.mesh.data = 2
+    for key, value in {**RUNS[name], **changes}.items():
+        parent, _, key = key.rpartition(".")
+        (config[parent] if parent else config)[key] = value
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patches():
+    """Curves are not drawn, and runs of one config share what they traced and compiled: their folder alone differs."""
+    jobs, create_job = {}, trainer.create_job
+
+    def create_once(config):
+        key = json.dumps({**config.to_dict(), "checkpoint_every_steps": None})
+        if key not in jobs:
+            job, create_state = create_job(config)
+            compiled = job.compile_train_steps()
+            shared = types.SimpleNamespace(
+                program=job.program, about=job.about, store=job.store, compile_train_steps=lambda: compiled
+            )
+            jobs[key] = shared, create_state
+        return jobs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "create_job", create_once)
+        curves = types.SimpleNamespace(savefig=lambda path, dpi: None)
+        patch.setattr(trainer.plotting, "plot_curves", lambda records, title: curves)
+        yield jobs
+
+
+def train(config, workdir, *, stop_at=None):
+    """Trains; an interrupted run saves at its last step and leaves that checkpoint behind.
+
+    Returns:
+        Host copies of the states that were saved, by step.
+    """
+    saved, save = {}, trainer.checkpoint.save
+
+    def save_and_stop(manager, step, state, *args, **kwargs):
+        saved[step] = jax.device_get(state)
+        save(manager, step, state, *args, **kwargs)
+        if step == stop_at:
+            raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.checkpoint, "save", save_and_stop)
+        if stop_at is None:
+            trainer.train_and_evaluate(config, workdir)
+        else:
+            config.checkpoint_every_steps = stop_at
+            with pytest.raises(InterruptedError):
+                trainer.train_and_evaluate(config, workdir)
+    return saved
+
+
+def records(workdir):
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(patches, tmp_path_factory):
+    """Returns `name -> (folder, first state, last state)` of a run that nothing interrupted."""
+
+    @functools.cache
+    def run(name):
+        workdir = tmp_path_factory.mktemp("whole") / name
+        last = train(config_of(name), workdir)[13]
+        first = jax.device_get(trainer.create_job(config_of(name))[1]())
+        return workdir, first, last
+
+    return run
+
+
+def assert_same_bits(ours, theirs):
+    ours, theirs = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (ours, theirs))
+    assert ours.keys() == theirs.keys()
+    for path, leaf in ours.items():
+        assert leaf.dtype == theirs[path].dtype
+        assert leaf.tobytes() == theirs[path].tobytes(), jax.tree_util.keystr(path)
+
+
+# ---- interrupted, repeated, on other devices
+
+
+@every_run
+def test_a_run_interrupted_again_and_again_is_the_uninterrupted_one_to_the_bit(whole, tmp_path, name):
+    folder, _, last = whole(name)
+    for stop_at in (7, 10, 12):  # amid an epoch and between two lines, at an epoch's end, after an evaluation
+        saved = train(config_of(name), tmp_path, stop_at=stop_at)
+        assert list(saved)[-1] == stop_at
+        assert records(tmp_path) == [record for record in records(folder) if record["step"] <= stop_at]
+    saved = train(config_of(name), tmp_path)
+    assert list(saved) == [13]  # it went on from step 12
+    assert_same_bits(saved[13], last)
+    assert records(tmp_path) == records(folder)
+    assert [record["step"] for record in records(folder)] == [3, 6, 6, 9, 12, 12, 13, 13]
+
+
+@pytest.mark.parametrize("name", ["bias", "head_views"])
+def test_the_seed_alone_decides_a_run(whole, patches, tmp_path, name):
+    patches.clear()  # traced and compiled anew
+    again = train(config_of(name), tmp_path / "again")
+    assert_same_bits(again[13], whole(name)[2])
+    assert records(tmp_path / "again") == records(whole(name)[0])
+    train(config_of(name, seed=1), tmp_path / "other")
+    for ours, theirs in zip(records(tmp_path / "other"), records(whole(name)[0]), strict=True):
+        assert ours.get("train/loss", ours.get("test/loss")) != theirs.get("train/loss", theirs.get("test/loss"))
+
+
+@pytest.fixture(scope="module")
+def interrupted(patches, tmp_path_factory):
+    """The folder of a run whose state was split over 4 of 8 devices when it stopped at step 7."""
+    workdir = tmp_path_factory.mktemp("interrupted") / "run"
+    train(config_of("mlp"), workdir, stop_at=7)
+    return workdir
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 4), (1, 1), (4, 2), (8, 1)])
+def test_a_run_goes_on_with_its_state_split_otherwise(whole, interrupted, tmp_path, monkeypatch, data, fsdp):
+    workdir, restored, restore = tmp_path / "run", [], trainer.checkpoint.restore
+
+    def restore_and_look(*args):
+        state = restore(*args)
+        restored.append(places(state))
+        return state
+
+    def places(state):
+        kernels = [optim.merge_params(state.trainable, state.frozen), optax.tree.get(state.opt_state, "mu"), state.ema]
+        kernels = [tree["Transformer"]["encoderblock_0"]["MlpBlock_3"]["Dense_0"]["kernel"] for tree in kernels]
+        return [[shard.data.shape for shard in kernel.addressable_shards] for kernel in kernels]
+
+    monkeypatch.setattr(trainer.checkpoint, "restore", restore_and_look)
+    shutil.copytree(interrupted, workdir)
+    train(config_of("mlp", **{"mesh.data": data, "mesh.fsdp": fsdp}), workdir)
+    assert restored == [[[(16, 256 // fsdp)] * (data * fsdp)] * 3]  # kernel, moment and average on every device
+    ours, theirs = records(workdir), records(whole("mlp")[0])
+    assert ours[-1]["test/loss"] == pytest.approx(theirs[-1]["test/loss"], abs=1e-5)
+    assert ours[-1]["test/loss"] != pytest.approx(theirs[2]["test/loss"], abs=1e-3)  # that of step 6: the run did go on
+
+
+# ---- what trains and what does not
+
+
+@every_run
+def test_what_is_frozen_keeps_its_bits_and_what_trains_moves(whole, name):
+    _, first, last = whole(name)
+    assert_same_bits(last.frozen, first.frozen)
+    before, after = (flatten_dict(state.trainable, sep="/") for state in (first, last))
+    stayed = {path for path in before if np.array_equal(before[path], after[path])}
+    # A key's bias shifts all scores of a query alike, which the softmax does not see: its gradient is rounding alone.
+    assert {path for path in stayed if not path.endswith("key/bias")} == set()
+    assert bool(flatten_dict(first.frozen)) == (not name.startswith("full"))
+
+
+# ---- what the folder gives back
+
+
+def released_names():
+    model = VisionTransformer(10, **MODEL)
+    return set(flatten_dict(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"], sep="/"))
+
+
+def flat_run(workdir):
+    return {path: np.asarray(leaf) for path, leaf in flatten_dict(trainer.load_run(workdir).params, sep="/").items()}
+
+
+def test_load_run_gives_the_average_of_the_states_that_were(whole, tmp_path):
+    _, first, last = whole("head")
+    states = train(config_of("head", checkpoint_every_steps=1), tmp_path)
+    assert sorted(states) == list(range(1, 14))
+    averages = flatten_dict(first.trainable, sep="/")
+    for step in range(1, 14):
+        values = flatten_dict(states[step].trainable, sep="/")
+        averages = {path: 0.9 * leaf + 0.1 * values[path] for path, leaf in averages.items()}
+    ours = flat_run(tmp_path)
+    assert set(ours) == released_names()
+    for path, leaf in averages.items():
+        np.testing.assert_allclose(ours[path], leaf, atol=1e-6, rtol=0, err_msg=path)
+    for path, leaf in flatten_dict(first.frozen, sep="/").items():
+        np.testing.assert_array_equal(ours[path], leaf, err_msg=path)
+    assert np.abs(ours["head/kernel"] - last.trainable["head"]["kernel"]).max() > 1e-3  # it lags behind
+
+
+def test_load_run_adds_low_rank_products_and_gives_the_released_names(whole):
+    folder, first, last = whole("lora")
+    ours, frozen = flat_run(folder), flatten_dict(first.frozen, sep="/")
+    assert set(ours) == {path for path in frozen if not path.startswith("lora/")} | {"head/kernel", "head/bias"}
+    np.testing.assert_array_equal(ours["head/kernel"], last.ema["head"]["kernel"])
+    factors = flatten_dict(last.ema["lora"], sep="/")
+    adapted = {path.removesuffix("/a") for path in factors if path.endswith("/a")}
+    assert adapted == {path for path in frozen if path.endswith(("query/kernel", "value/kernel"))} and len(adapted) == 2
+    for path, leaf in frozen.items():
+        # [d r] · [r k h], scaled by alpha / rank = 16 / 2
+        product = 8 * np.einsum("dr,rkh->dkh", factors[f"{path}/a"], factors[f"{path}/b"]) if path in adapted else 0.0
+        np.testing.assert_allclose(ours[path], leaf + product, atol=1e-6, rtol=0, err_msg=path)
+        assert np.array_equal(ours[path], leaf) == (path not in adapted), path
+
+
+@pytest.mark.parametrize("name", ["mlp", "head_views", "lora"])
+def test_evaluate_run_gives_what_the_run_logged(whole, name):
+    folder = whole(name)[0]
+    expected = {"step": 13, **trainer.evaluate_run(trainer.load_run(folder))}
+    assert records(folder)[-1] == pytest.approx(expected, rel=1e-5)
