@@ -1,0 +1,245 @@
+"""Compiles the training step for H200s that are not there, and checks what the compiled program holds and sends.
+
+    pip install 'jax[cuda12-local]'          (or '.[aot]': the plugin alone, without NVIDIA's libraries)
+    python benchmarks/aot.py                 (H/14 compiles for minutes; --variants B_16 --devices 1 8 is short)
+
+Use an environment of its own: the plugin makes JAX complain at every start on a machine without a GPU.
+
+`configs/cifar100.py`: momentum SGD, all parameters train, bfloat16, 224 px. Per mesh of devices the table has
+
+    arguments, state, temporaries   GiB per device; the state is that part of the arguments that is updated in place
+    all-gather … all-to-all         instructions of the compiled program, in which XLA has joined small ones
+    per block                       gathers + reduce-scatters + all-reduces that one more block adds, none joined
+
+and the program exits with 1 and names what failed unless
+    nothing is sent from all to all: activations stay where their pictures are;
+    the state per device is the large arrays' share and the small arrays, to 2 %;
+    a block adds the same collectives at every depth, no more than its parameters need;
+    ViT-B/16 at 64 pictures on one device takes at most 7 GiB of temporaries.
+"""
+
+import argparse
+import collections
+import dataclasses
+import importlib.metadata
+import itertools
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from jax.experimental import topologies
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs import cifar100, models
+from vit_jax import build, program, sharding
+from vit_jax.errors import UsageError, UserError, parse_arguments, run_command
+
+GIB = 2**30
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
+DEPTHS = (1, 2, 4)
+"""Blocks of the small models that are compared."""
+
+# Public figures of the H200 (SXM) and of compute capability 9.0; not read off a device.
+H200 = f"""
+platform_name: "CUDA"
+device_description_str: "NVIDIA H200"
+runtime_version {{ major: 12 minor: 9 }}
+dnn_version_info {{ major: 9 minor: 10 }}
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 minor: 0 }}
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  device_memory_size: {139 * GIB}
+  memory_bandwidth: {4_800 * 10**9}
+  l2_cache_size: {50 * 2**20}
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: {2**16}
+  registers_per_core_limit: {2**16}
+  shared_memory_per_core: {228 * 2**10}
+  shared_memory_per_block: {48 * 2**10}
+  shared_memory_per_block_optin: {227 * 2**10}
+  block_dim_limit_x: {2**31 - 1}
+  block_dim_limit_y: {2**16 - 1}
+  block_dim_limit_z: {2**16 - 1}
+}}
+"""
+# Without a GPU nothing can be timed, and XLA's Triton products want to be.
+UNTIMED = {"xla_gpu_enable_triton_gemm": False}
+UNJOINED = {f"xla_gpu_{kind.replace('-', '_')}_combine_threshold_bytes": 0 for kind in KINDS[:3]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One row of the table.
+
+    Attributes:
+        variant: of `configs/models.py`.
+        data: copies of the parameters.
+        fsdp: devices that share a copy.
+        batch: pictures per device.
+        arguments: bytes per device, as are the next three.
+        state: of the arguments, what is updated in place.
+        expected_state: what it should be.
+        temporaries: of the compiled program.
+        counts: instructions of each kind.
+        per_block: instructions of each kind that a block adds, from each depth of `DEPTHS` to the next.
+        most_per_block: what its parameters need.
+        seconds: for compiling the whole model.
+    """
+
+    variant: str
+    data: int
+    fsdp: int
+    batch: int
+    arguments: int
+    state: int
+    expected_state: int
+    temporaries: int
+    counts: dict[str, int]
+    per_block: list[dict[str, float]]
+    most_per_block: dict[str, int]
+    seconds: float
+
+
+def meshes_of(num_devices: int) -> list[tuple[int, int]]:
+    """(data, fsdp): data-parallel, fully sharded, and both, there sharded inside hosts of eight."""
+    inside = min(8, num_devices // 2)
+    both = [(num_devices // inside, inside)] if inside and num_devices % inside == 0 else []
+    return list(dict.fromkeys([(num_devices, 1), (1, num_devices), *both]))
+
+
+def create_step(variant: str, *, data: int, fsdp: int, batch: int, num_layers: int | None = None) -> program.Program:
+    """The step of the variant, or of a shallower one, for a topology of one GPU to many hosts of eight."""
+    num_devices = data * fsdp
+    # Partitions joined by NVLink × hosts in each × GPUs in each.
+    topology = f"1x1x{num_devices}" if num_devices <= 8 else f"{num_devices // 8}x1x8"
+    devices = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=topology).devices
+    config = cifar100.get_config("full")
+    config.pretrained = ""
+    config.model = models.get_config(variant)
+    if num_layers:
+        config.model.num_layers = num_layers
+    config.batch_size = batch * num_devices
+    model = build.create_model(config, None, num_classes=100)
+    mesh = sharding.create_mesh(devices, data=data, fsdp=fsdp)
+    return program.create_program(config, model, mesh, num_pictures=50_000, picture_shape=(32, 32, 3))
+
+
+def count_collectives(text: str) -> dict[str, int]:
+    """Instructions of each kind in a compiled program; a start and its done are one."""
+    found = collections.Counter(re.findall(rf" (?:ragged-)?({'|'.join(KINDS)})(?:-start)?\(", text))
+    return {kind: found[kind] for kind in KINDS}
+
+
+def count_per_block(variant: str, **sizes: int) -> list[dict[str, float]]:
+    """The instructions of each kind that a block adds, from each depth to the next, none joined."""
+    counts = []
+    for depth in DEPTHS:
+        compiled = create_step(variant, num_layers=depth, **sizes).lower().compile(UNTIMED | UNJOINED)
+        counts.append((depth, count_collectives(compiled.as_text())))
+    return [
+        {kind: (more[kind] - fewer[kind]) / (deeper - depth) for kind in KINDS}
+        for (depth, fewer), (deeper, more) in itertools.pairwise(counts)
+    ]
+
+
+def measure(variant: str, *, data: int, fsdp: int, batch: int) -> Measured:
+    """Compiles one configuration, and shallow models like it."""
+    step = create_step(variant, data=data, fsdp=fsdp, batch=batch)
+    started = time.monotonic()
+    compiled = step.lower().compile(UNTIMED)
+    seconds = time.monotonic() - started
+    memory = compiled.memory_analysis()
+
+    def is_split(leaf: jax.ShapeDtypeStruct) -> bool:
+        return fsdp > 1 and leaf.size >= 4096
+
+    leaves = jax.tree.leaves(step.abstract_state)
+    block = jax.tree.leaves(step.abstract_state.trainable["Transformer"]["encoderblock_0"])
+    num_split = sum(map(is_split, block))
+    return Measured(
+        variant=variant,
+        data=data,
+        fsdp=fsdp,
+        batch=batch,
+        arguments=memory.argument_size_in_bytes,
+        state=memory.alias_size_in_bytes,
+        expected_state=sum(leaf.size * leaf.dtype.itemsize // (fsdp if is_split(leaf) else 1) for leaf in leaves),
+        temporaries=memory.temp_size_in_bytes,
+        counts=count_collectives(compiled.as_text()),
+        per_block=count_per_block(variant, data=data, fsdp=fsdp, batch=batch) if data * fsdp > 1 else [],
+        # Each gradient is reduced once; each split array's part enters two norms, for clipping and to see it is finite.
+        most_per_block={
+            "all-gather": num_split,
+            "reduce-scatter": num_split,
+            "all-reduce": len(block) + 2 * num_split,
+            "all-to-all": 0,
+        },
+        seconds=seconds,
+    )
+
+
+def failures_of(row: Measured) -> list[str]:
+    """What a configuration should not show, each in a few words."""
+    failed = []
+    if row.counts["all-to-all"]:
+        failed.append(f"{row.counts['all-to-all']} all-to-all, expected none")
+    if abs(row.state / row.expected_state - 1) > 0.02:
+        failed.append(f"state {row.state / GIB:.3f} GiB per device, expected {row.expected_state / GIB:.3f}")
+    for kind in KINDS:
+        added = [counts[kind] for counts in row.per_block]
+        if len(set(added)) > 1:
+            failed.append(f"a block adds {' then '.join(f'{n:g}' for n in added)} {kind}, expected one number")
+        elif added and added[0] > row.most_per_block[kind]:
+            failed.append(f"a block adds {added[0]:g} {kind}, its parameters need {row.most_per_block[kind]}")
+    if row.variant == "B_16" and row.data * row.fsdp == 1 and row.batch <= 64 and row.temporaries > 7 * GIB:
+        failed.append(f"temporaries {row.temporaries / GIB:.2f} GiB, expected at most 7")
+    return failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compiles, prints the table and checks it."""
+    parser = argparse.ArgumentParser(description="Compile the training step for H200s that are not there.")
+    parser.add_argument("--variants", nargs="+", default=["B_16", "H_14"], choices=models.VARIANTS, metavar="NAME")
+    parser.add_argument("--devices", nargs="+", type=int, default=[1, 8, 64], metavar="N", help="up to 8, or 8 × hosts")
+    parser.add_argument("--batch", type=int, default=64, help="pictures per device")
+    args = parse_arguments(parser, argv)
+    for num_devices in args.devices:
+        if num_devices < 1 or (num_devices > 8 and num_devices % 8):
+            raise UsageError(f"--devices {num_devices}: expected 1 to 8, or a multiple of 8")
+    if args.batch < 1 or args.batch * max(args.devices) > 50_000:
+        raise UsageError(f"--batch {args.batch}: expected at least 1, and 50,000 over all devices at most")
+    versions = {package.name: package.version for package in importlib.metadata.distributions()}
+    jaxlib, plugin = versions["jaxlib"], versions.get("jax-cuda12-plugin", "missing")
+    if plugin != jaxlib:
+        raise UserError(f"jaxlib is {jaxlib}, its CUDA plugin {plugin}: pip install jax-cuda12-plugin=={jaxlib}")
+
+    jax.config.update("jax_platforms", "cpu")  # the plugin serves as a compiler alone
+    jax.config.update("jax_enable_compilation_cache", False)
+    print(f"jax {jax.__version__}, jax-cuda12-plugin {plugin}, {args.batch} pictures per device\n")
+    heads = ("variant", "data × fsdp", "arguments", "state", "temporaries", *KINDS, "per block".rjust(11), "seconds")
+    print("| " + " | ".join(heads) + " |\n|" + "|".join("-" * (len(head) + 2) for head in heads) + "|")
+    failed = []
+    for variant in args.variants:
+        for data, fsdp in (mesh for num_devices in args.devices for mesh in meshes_of(num_devices)):
+            row = measure(variant, data=data, fsdp=fsdp, batch=args.batch)
+            added = " + ".join(f"{row.per_block[-1][kind]:g}" for kind in KINDS[:3]) if row.per_block else "-"
+            sizes = [f"{size / GIB:.3f}" for size in (row.arguments, row.state, row.temporaries)]
+            cells = [variant, f"{data} × {fsdp}", *sizes, *map(str, row.counts.values()), added, f"{row.seconds:.0f}"]
+            print("| " + " | ".join(c.rjust(len(h)) for c, h in zip(cells, heads, strict=True)) + " |", flush=True)
+            failed += [f"{variant}, data {data} × fsdp {fsdp}: {what}" for what in failures_of(row)]
+    if failed:
+        raise UserError("; ".join(failed))
+    print("\nall gates passed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
