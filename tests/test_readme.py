@@ -93,6 +93,13 @@ def test_the_real_run_takes_steps(run_command, released_file, cifar100_archive, 
     assert "test accuracy" in result.stdout
 
 
+def test_the_dry_run_of_the_real_one(run_command, tmp_path):
+    result = run_command(*command_with("--dry_run"), env={"VIT_JAX_CACHE": str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    assert "76,900  of 85,875,556" in result.stdout
+    assert "memory per device" in result.stdout
+
+
 @pytest.mark.slow
 def test_own_pictures_train(run_command, released_file, tmp_path):
     rng = np.random.default_rng(0)
@@ -119,6 +126,10 @@ def test_the_default_recipe_reaches_what_the_readme_says(run_command, tmp_path):
         result = run_command(*evaluation, "--json")
         assert result.returncode == 0, result.stderr
         accuracies[recipe] = json.loads(result.stdout.splitlines()[-1])["test/accuracy"]
+    (script,) = re.findall(r"```python\n([^`]*LogisticRegression.*?)```", README, re.S)
+    result = run_command("-c", script.replace("runs/digits", str(tmp_path / "digits.py")))
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.splitlines()[-1]) >= 0.95
     assert accuracies["configs/digits.py"] >= 0.95
     assert accuracies["configs/digits.py"] >= accuracies["configs/digits.py:scratch"] + 0.02
 
