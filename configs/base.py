@@ -26,6 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.dataset.data_dir = ""  # an archive or folder already on disk; "" downloads into the cache
     config.dataset.train_split = "train"  # may be sliced, as in "train[:90%]"
     config.dataset.test_split = "test"  # give "train[90%:]" to tune without looking at the test pictures
+    config.dataset.classes = ()  # names of the classes to keep; () keeps all
     config.image_size = 224  # pixels, square: what the model sees
     config.augment = "none"  # of training pictures: "none" | "flip" | "pad_crop" | "inception"
 

@@ -695,3 +695,37 @@ def test_load_dataset_imports_tfds_for_tfds_only():
         print("tensorflow_datasets" in sys.modules)
     """
     assert run_python(code) == ["False"]
+
+
+# ---- some classes
+
+
+def test_classes_are_kept_in_the_order_given():
+    whole = data.load_dataset("digits", image_size=16)
+    some = data.load_dataset("digits", image_size=16, classes=("7", "2", "4"))
+    assert some.class_names == ("7", "2", "4")
+    for split, ours in ((whole.train, some.train), (whole.test, some.test)):
+        kept = np.isin(split.labels, (7, 2, 4))
+        np.testing.assert_array_equal(ours.images, split.images[kept])
+        np.testing.assert_array_equal(np.array([7, 2, 4])[ours.labels], split.labels[kept])
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (("7", "seven"), "config.dataset.classes: no class 'seven'; there are "),
+        (("7",), "config.dataset.classes is ('7',); expected at least two different names"),
+        (("7", "7"), "expected at least two different names"),
+    ],
+)
+def test_classes_that_cannot_be_are_refused(classes, message):
+    with pytest.raises(UsageError) as error:
+        data.load_dataset("digits", image_size=16, classes=classes)
+    assert message in str(error.value)
+
+
+def test_splits_without_the_classes_are_refused():
+    labels = data.load_dataset("digits", image_size=16).train.labels[:3]
+    absent = sorted({str(digit) for digit in range(10)} - {str(label) for label in labels})
+    with pytest.raises(UserError, match=r"no pictures of the classes .*; give larger splits"):
+        data.load_dataset("digits", image_size=16, classes=absent, train_split="train[:3]")

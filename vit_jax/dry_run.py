@@ -37,7 +37,8 @@ class Cost:
 def dry_run(config: ConfigDict) -> None:
     """Prints parameters, arithmetic and memory of a run.
 
-    CIFAR's pictures are not read, and a pretrained file only where `config.model` leaves sizes out.
+    CIFAR's pictures are not read unless some classes are chosen, and a pretrained file only where `config.model` leaves
+    sizes out.
 
     Raises:
         UsageError: the config is wrong.
@@ -45,7 +46,7 @@ def dry_run(config: ConfigDict) -> None:
     """
     settings.check_config(config)
     mesh = sharding.create_mesh(**config.mesh)
-    dataset = job.load_dataset(config, shapes_only=True)
+    dataset = job.load_dataset(config, shapes_only=not config.dataset.classes)
     source = None if set(config.model) >= _SIZES else build.load_source(config)
     model = build.create_model(config, source, num_classes=len(dataset.class_names))
     program = create_program(

@@ -113,6 +113,7 @@ def load_dataset(config: ConfigDict, *, shapes_only: bool = False) -> Dataset:
         train_split=names.train_split,
         test_split=names.test_split,
         image_size=config.image_size,
+        classes=names.classes,
         shapes_only=shapes_only,
     )
     height, width = dataset.train.images.shape[1:3]

@@ -47,6 +47,9 @@ _RULES = {
     "dataset.data_dir": _TEXT,
     "dataset.train_split": _NAME,
     "dataset.test_split": _NAME,
+    "dataset.classes": _Rule(
+        (tuple, list), "a tuple of class names", lambda value: all(isinstance(x, str) for x in value)
+    ),
     "image_size": _whole(1),
     "augment": _one_of(*preprocess.AUGMENTATIONS),
     "trainable": _Rule((str, tuple, list), "a mode's name or a tuple of regular expressions", bool),

@@ -4,6 +4,7 @@ Known names are `digits`, `cifar10`, `cifar100`, `folder:DIR` and `tfds:NAME`. A
 (`train[:90%]`). Batches are not made here: the device walks through the arrays.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from vit_jax.data.cifar import CIFARS, cifar_shapes, load_cifar
 from vit_jax.data.pictures import decode_picture, load_folder
 from vit_jax.data.splits import nearest_first, parse_split, slice_split
 from vit_jax.data.tfds_sets import load_tfds
-from vit_jax.errors import UsageError
+from vit_jax.errors import UsageError, UserError
 from vit_jax.types import Dataset, Split
 
 __all__ = ["KNOWN_DATASETS", "decode_picture", "load_dataset"]
@@ -27,6 +28,7 @@ def load_dataset(
     train_split: str = "train",
     test_split: str = "test",
     image_size: int,
+    classes: Sequence[str] = (),
     shapes_only: bool = False,
 ) -> Dataset:
     """Reads a dataset into host memory.
@@ -39,15 +41,49 @@ def load_dataset(
         test_split: what to test on, in the same form.
         image_size: pixels, square, that the model sees. Pictures of a folder or of TFDS that all have one size of
             at most twice this are kept as they are; otherwise every one is resized to [image_size image_size].
+        classes: names of those to keep, in their new order; all unless given. Splits are sliced before.
         shapes_only: CIFAR's pictures are neither fetched nor read; zeros that take no memory stand for them.
 
     Returns:
         Both splits, uint8 [n h w 3] and int32 [n], and the class names.
 
     Raises:
-        UsageError: an unknown name, an unknown split, or a slice that cannot be read.
+        UsageError: an unknown name, split or class, or a slice that cannot be read.
         UserError: files that are missing, damaged, empty, inconsistent or too large for the memory; an empty slice.
     """
+    dataset = _load_whole(name, data_dir, train_split, test_split, image_size, shapes_only)
+    return keep_classes(dataset, classes) if classes else dataset
+
+
+def keep_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
+    """The pictures of some classes alone, which are numbered anew in the given order.
+
+    Raises:
+        UsageError: a class is unknown or named twice, or there are fewer than two.
+        UserError: a split has no picture of them.
+    """
+    for name in classes:
+        if name not in dataset.class_names:
+            near = ", ".join(nearest_first(name, dataset.class_names)[:10])
+            raise UsageError(f"config.dataset.classes: no class {name!r}; there are {near}")
+    if len(set(classes)) != len(classes) or len(classes) < 2:
+        raise UsageError(f"config.dataset.classes is {tuple(classes)}; expected at least two different names")
+    new_labels = np.full(len(dataset.class_names), -1, np.int32)
+    new_labels[[dataset.class_names.index(name) for name in classes]] = np.arange(len(classes))
+
+    def keep(split: Split) -> Split:
+        labels = new_labels[split.labels]
+        if not np.any(labels >= 0):
+            raise UserError(f"no pictures of the classes {', '.join(classes)}; give larger splits")
+        return Split(images=split.images[labels >= 0], labels=labels[labels >= 0])
+
+    return Dataset(train=keep(dataset.train), test=keep(dataset.test), class_names=tuple(classes))
+
+
+def _load_whole(
+    name: str, data_dir: str, train_split: str, test_split: str, image_size: int, shapes_only: bool
+) -> Dataset:
+    """All classes of a dataset; arguments as in `load_dataset`."""
     kind, _, argument = name.partition(":")
     if kind in ("folder", "tfds") and argument:
         splits = {"train": parse_split(train_split), "test": parse_split(test_split)}
