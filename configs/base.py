@@ -28,7 +28,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.dataset.test_split = "test"  # give "train[90%:]" to tune without looking at the test pictures
     config.dataset.classes = ()  # names of the classes to keep; () keeps all
     config.image_size = 224  # pixels, square: what the model sees
-    config.augment = "none"  # of training pictures: "none" | "flip" | "pad_crop" | "inception"
+    # Pixels are (pixel / 255 - mean) / deviation, in red, green, blue; these take them to [-1, 1].
+    config.pixel_mean = (0.5, 0.5, 0.5)
+    config.pixel_deviation = (0.5, 0.5, 0.5)
+    config.augment = "none"  # of training pictures: "none" | "flip" | "pad_crop" | "square_crop" | "inception"
+    config.test_augment = "none"  # of test pictures; anything else is a mistake, to be able to show what it does
 
     # What trains: a mode's name, or a tuple of regular expressions over whole parameter paths.
     # Modes: full · head · mlp, attention (these and the head) · bias (biases, norms, head) · lora (factors, head).
@@ -56,6 +60,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.learning_rate = 0.01  # the peak
     config.schedule = "cosine"  # to zero at num_steps: "cosine" | "linear" | "constant"
+    config.schedule_steps = 0  # updates until the schedule's end; 0 takes num_steps
+    config.schedule_every_steps = 1  # updates for which the rate stays as it is
     config.warmup_steps = 0  # linear from rate 0 at the first update
 
     config.label_smoothing = 0.0  # share of the target spread over all classes

@@ -54,7 +54,7 @@ def test_features_are_what_the_head_would_see():
     images = dataset.test.images[:20]
     ours = features.extract_features(model, params, images, image_size=16, batch_size=7)
     assert ours.shape == (20, 96) and ours.dtype == np.float32
-    inputs = preprocess.for_evaluation(images, image_size=16)
+    inputs = preprocess.prepare(None, images, image_size=16)
     _, state = model.apply({"params": params}, inputs, capture_intermediates=True)
     tokens = state["intermediates"]["Transformer"]["encoder_norm"]["__call__"][0]
     np.testing.assert_allclose(ours, tokens[:, 0], atol=1e-5)
@@ -80,10 +80,10 @@ def test_views_are_drawn_picture_by_picture_and_view_by_view():
         return np.asarray(features.compute_features(model, params, images, mesh, batch_size=8, **options))
 
     def flip(keys, images):
-        return preprocess.for_training(keys, images, image_size=16, augment="flip")
+        return preprocess.prepare(keys, images, image_size=16, augment="flip")
 
-    plain = compute(prepare=lambda keys, images: preprocess.for_evaluation(images, image_size=16))
-    mirrored = compute(prepare=lambda keys, images: preprocess.for_evaluation(images[:, :, ::-1], image_size=16))
+    plain = compute(prepare=lambda keys, images: preprocess.prepare(None, images, image_size=16))
+    mirrored = compute(prepare=lambda keys, images: preprocess.prepare(None, images[:, :, ::-1], image_size=16))
     views = compute(prepare=flip, num_views=4, seed=1)
     assert views.shape == (40, 96)
     same = np.isclose(views, np.tile(plain, (4, 1)), atol=1e-4).all(axis=1)

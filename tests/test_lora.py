@@ -61,7 +61,9 @@ def test_a_tree_without_factors_stays_as_it_is():
 
 
 def test_targets_that_match_nothing_are_refused():
-    with pytest.raises(UsageError, match=r"'.\*/querry/kernel' matches no parameter; kernels look like block/query/kernel"):
+    with pytest.raises(
+        UsageError, match=r"'.\*/querry/kernel' matches no parameter; kernels look like block/query/kernel"
+    ):
         add(targets=(r".*/querry/kernel",))
 
 

@@ -152,3 +152,8 @@ def test_bias_mode_trains_biases_norms_and_head():
     trainable, frozen = optim.split_params(params, optim.MODES["bias"])
     assert {path[-1] for path in flatten_dict(trainable) if path[0] != "head"} == {"bias", "scale"}
     assert {path[-1] for path in flatten_dict(frozen)} == {"kernel", "pos_embedding", "cls"}
+
+
+def test_a_rate_may_change_once_in_a_while():
+    schedule = optim.make_schedule("linear", learning_rate=1.0, warmup_steps=0, num_steps=100, every=10)
+    assert [float(schedule(count)) for count in (0, 9, 10, 19, 95)] == pytest.approx([1.0, 1.0, 0.9, 0.9, 0.1])

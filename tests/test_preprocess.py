@@ -7,21 +7,27 @@ from vit_jax import preprocess
 
 
 def test_normalize_maps_the_ends_of_uint8_to_minus_one_and_one():
-    pixels = jnp.array([0, 255], jnp.uint8)
-    np.testing.assert_array_equal(preprocess.normalize(pixels), [-1.0, 1.0])
+    pixels = jnp.array([[0, 255, 0]], jnp.uint8)
+    np.testing.assert_array_equal(preprocess.normalize(pixels), [[-1.0, 1.0, -1.0]])
 
 
-def test_for_evaluation_leaves_pixels_alone_at_their_own_size():
+def test_normalize_takes_each_channel_by_its_own_mean_and_deviation():
+    pixels = jnp.array([[51, 102, 255]], jnp.uint8)  # 0.2, 0.4, 1
+    result = preprocess.normalize(pixels, mean=(0.1, 0.4, 0.5), deviation=(0.1, 0.5, 0.25))
+    np.testing.assert_allclose(result, [[1.0, 0.0, 2.0]], atol=1e-6)
+
+
+def test_prepare_leaves_pixels_alone_at_their_own_size():
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
-    result = preprocess.for_evaluation(images, image_size=8)
+    result = preprocess.prepare(None, images, image_size=8)
     np.testing.assert_allclose(result, (images - 127.5) / 127.5, rtol=1e-6)
 
 
-def test_for_evaluation_doubles_a_row_as_worked_out_by_hand():
+def test_prepare_doubles_a_row_as_worked_out_by_hand():
     # Half-pixel centres: outputs read inputs at -1/4, 1/4, 3/4, 5/4; the first and last are clamped to the edge.
     row = np.array([0, 200], np.uint8)
     images = np.tile(row[None, None, :, None], (1, 2, 1, 3))
-    result = preprocess.for_evaluation(images, image_size=4)
+    result = preprocess.prepare(None, images, image_size=4)
     expected = (np.array([0, 50, 150, 200]) - 127.5) / 127.5
     np.testing.assert_allclose(result[0, :, :, 0], np.tile(expected, (4, 1)), atol=1e-6)
 
@@ -39,7 +45,7 @@ def test_resize_of_a_crop_never_reads_beyond_its_edge():
 def test_flip_mirrors_left_and_right_only():
     images = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 3)).astype(np.uint8)
     keys = jax.random.split(jax.random.PRNGKey(0), 64)
-    result = np.asarray(preprocess.for_training(keys, images, image_size=4, augment="flip"))
+    result = np.asarray(preprocess.prepare(keys, images, image_size=4, augment="flip"))
     plain = np.asarray(preprocess.normalize(images))
     same = np.isclose(result, plain, atol=1e-6).all(axis=(1, 2, 3))
     mirrored = np.isclose(result, plain[:, :, ::-1], atol=1e-6).all(axis=(1, 2, 3))
@@ -50,7 +56,7 @@ def test_flip_mirrors_left_and_right_only():
 def test_pad_crop_gives_every_shift_and_grey_margins():
     images = np.full((400, 8, 8, 3), 255, np.uint8)
     keys = jax.random.split(jax.random.PRNGKey(1), 400)
-    result = np.asarray(preprocess.for_training(keys, images, image_size=8, augment="pad_crop"))
+    result = np.asarray(preprocess.prepare(keys, images, image_size=8, augment="pad_crop"))
     assert set(np.unique(result.round(5))) == {0.0, 1.0}  # mid-grey margin, white picture
     white_rows = (result[:, :, 4, 0] == 1).sum(axis=1)
     first_row_grey = result[:, 0, 4, 0] == 0
@@ -61,8 +67,8 @@ def test_pad_crop_gives_every_shift_and_grey_margins():
 def test_a_pictures_draw_depends_on_its_key_alone():
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
     keys = jax.random.split(jax.random.PRNGKey(0), 8)
-    whole = preprocess.for_training(keys, images, image_size=8, augment="inception")
-    half = preprocess.for_training(keys[4:], images[4:], image_size=8, augment="inception")
+    whole = preprocess.prepare(keys, images, image_size=8, augment="inception")
+    half = preprocess.prepare(keys[4:], images[4:], image_size=8, augment="inception")
     np.testing.assert_allclose(whole[4:], half, atol=1e-6)
 
 
@@ -89,6 +95,29 @@ def original_crop(rng: np.random.Generator, height: int, width: int) -> tuple[in
         top = rng.integers(0, height - rows) if rows < height else 0
         left = rng.integers(0, width - columns) if columns < width else 0
         return top, left, rows, columns
+
+
+def test_random_square_is_drawn_in_whole_pixels_of_the_resized_picture():
+    draw = jax.vmap(lambda key: preprocess.random_square(key, height=32, width=16, image_size=224))
+    top, left, rows, columns = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
+    side = rows * 224 / 32
+    np.testing.assert_allclose(side, np.round(side), atol=1e-4)
+    np.testing.assert_allclose(columns, rows / 2, rtol=1e-6)
+    area = (side / 224) ** 2
+    assert area.min() > 0.635 and area.max() <= 1
+    assert np.abs(np.quantile(area, [0.25, 0.5, 0.75]) - [0.73, 0.82, 0.91]).max() < 0.02
+    assert top.min() == left.min() == 0
+    assert (top + rows).max() == pytest.approx(32) and (left + columns).max() == pytest.approx(16)
+
+
+def test_square_crop_of_everything_is_the_picture_or_its_mirror_image(monkeypatch):
+    monkeypatch.setattr(preprocess, "random_square", lambda key, **_: (0.0, 0.0, 8.0, 8.0))
+    images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3)).astype(np.uint8)
+    result = preprocess.prepare(jax.random.split(jax.random.key(0), 16), images, image_size=8, augment="square_crop")
+    plain = np.asarray(preprocess.normalize(images))
+    mirrored = [np.allclose(ours, theirs[:, ::-1], atol=1e-6) for ours, theirs in zip(result, plain, strict=True)]
+    same = [np.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(result, plain, strict=True)]
+    assert np.all(np.logical_xor(same, mirrored)) and 0 < sum(same) < 16
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 48)])

@@ -245,6 +245,23 @@ def test_evaluation_counts_every_picture_once_whatever_the_batch_size(digits, pa
 MIXING = {"mixup_alpha": 0.3, "cutmix_alpha": 1.0, "label_smoothing": 0.1}
 
 
+def test_test_pictures_may_be_drawn_as_training_pictures_are(digits, params):
+    """A mistake to be shown: the same draw at every evaluation, whatever the batch."""
+    arrays = digits.images[:32], digits.labels[:32]
+    forward = steps.from_pictures(MODEL, image_size=8, test_augment="square_crop")
+
+    def loss(forward, batch_size):
+        mesh = sharding.create_mesh(jax.devices()[:1])
+        eval_step = steps.make_eval_step(forward, mesh, batch_size=batch_size)
+        totals = steps.start_totals()
+        for _ in range(32 // batch_size):
+            totals = eval_step(params, *arrays, totals)
+        return float(totals["loss"])
+
+    assert loss(forward, 32) == pytest.approx(loss(forward, 8), rel=1e-6)
+    assert loss(forward, 32) != pytest.approx(loss(steps.from_pictures(MODEL, image_size=8), 32), rel=1e-4)
+
+
 def test_accumulation_gives_the_update_of_the_large_batch_when_pictures_are_mixed(digits, params):
     whole, parts = (
         Setup(params, digits, num_devices=2, batch_size=32, accumulation_steps=n, augment="inception", **MIXING)

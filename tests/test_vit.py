@@ -1,5 +1,6 @@
 import collections
 import functools
+import math
 import re
 
 import jax
@@ -286,10 +287,32 @@ def test_stochastic_depth_scales_what_it_keeps():
     params = random_params(grid=(2, 2))["Transformer"]["encoderblock_1"]
     params["MlpBlock_3"] = jax.tree.map(jnp.zeros_like, params["MlpBlock_3"])  # leaves attention alone
     x = random_images(5, 24, num=1)[..., 0]  # [1 n d]
-    block = functools.partial(vit.EncoderBlock, 3, 40, 0.0, 0.0, dtype=jnp.float32)
+    block = functools.partial(vit.EncoderBlock, 3, 40, 0.0, 0.0, gelu_approximate=True, dtype=jnp.float32)
     branch = block(0.0).apply({"params": params}, x, True) - x
     many = block(0.5).apply({"params": params}, jnp.tile(x, (64, 1, 1)), False, rngs={"dropout": jax.random.key(0)})
     kept = np.isclose(many, x + 2 * branch, atol=1e-4).all(axis=(1, 2))
     skipped = np.isclose(many, x, atol=1e-4).all(axis=(1, 2))
     assert (kept ^ skipped).all()
     assert 16 < kept.sum() < 48
+
+
+@pytest.mark.parametrize("approximate", [True, False])
+def test_gelu_is_the_tanh_form_or_the_exact_one(approximate):
+    identity = {"kernel": np.eye(5), "bias": np.zeros(5)}
+    x = np.array([[[-3.0, -1.0, 0.5, 1.0, 3.0]]])
+    block = vit.MlpBlock(5, 0.0, approximate, jnp.float32)
+    ours = block.apply({"params": {"Dense_0": identity, "Dense_1": identity}}, x, deterministic=True)
+    tanh = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    exact = 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
+    np.testing.assert_allclose(ours, tanh if approximate else exact, atol=1e-6)
+    assert np.abs(tanh - exact).max() > 1e-4
+
+
+@pytest.mark.parametrize(("head_init", "bound"), [("zeros", 0.0), ("xavier", np.sqrt(6 / (24 + 7)))])
+def test_the_head_starts_as_it_is_told(head_init, bound):
+    model = VisionTransformer(
+        7, patch_size=4, hidden_size=24, num_layers=1, num_heads=3, mlp_dim=40, head_init=head_init
+    )
+    head = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]["head"]
+    assert 0.9 * bound <= np.abs(head["kernel"]).max() <= bound
+    assert not np.any(head["bias"])

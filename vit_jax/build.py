@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 import vit_jax
 from vit_jax import pretrained
 from vit_jax.errors import UsageError, UserError
-from vit_jax.models import VisionTransformer
+from vit_jax.models import HEAD_INITS, VisionTransformer
 from vit_jax.types import Params
 
 
@@ -77,10 +77,16 @@ def build_model(
     for key, value in arguments.items():
         if key not in fields or key in ("num_classes", "dtype", "remat", "parent", "name"):
             raise UsageError(f"config.model.{key}: VisionTransformer has no such argument")
-        if key.endswith("_rate"):
+        if key == "head_init":
+            if value not in HEAD_INITS:
+                raise UsageError(f"config.model.{key} is {value!r}; expected one of {', '.join(HEAD_INITS)}")
+        elif fields[key] is bool:
+            if not isinstance(value, bool):
+                raise UsageError(f"config.model.{key} is {value!r}; expected True or False")
+        elif key.endswith("_rate"):
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise UsageError(f"config.model.{key} is {value!r}; expected a number of at least 0 and below 1")
-        elif value is not None and (not isinstance(value, int) or value < 1):
+        elif value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UsageError(f"config.model.{key} is {value!r}; expected a whole number of at least 1")
     model = VisionTransformer(num_classes=num_classes, dtype=jnp.dtype(dtype), remat=remat, **arguments)
     if model.hidden_size % model.num_heads:

@@ -1,5 +1,6 @@
 """The frozen backbone's features: computed once, kept on the device, or handed out as arrays."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from vit_jax.writer import bar_interval
 
 
 def extract_features(
-    model: Any, params: Params, images: np.ndarray, *, image_size: int, batch_size: int = 256
+    model: Any, params: Params, images: np.ndarray, *, image_size: int, batch_size: int = 256, **options: Any
 ) -> np.ndarray:
     """What the head sees of pictures: input for a logistic regression, a nearest neighbour, a plot.
 
@@ -26,13 +27,14 @@ def extract_features(
         images: uint8 [n h w 3].
         image_size: pixels, square; pictures are resized.
         batch_size: pictures at once, rounded up to the devices.
+        **options: of `preprocess.prepare`: `mean`, `deviation`.
 
     Returns:
         float32 [n d].
     """
     mesh = sharding.create_mesh()
     placed_params, placed_images = (sharding.place(tree, sharding.replicated(mesh)) for tree in (params, images))
-    prepare = lambda keys, images: preprocess.for_evaluation(images, image_size=image_size)  # noqa: E731
+    prepare = functools.partial(preprocess.prepare, image_size=image_size, **options)
     features = compute_features(model, placed_params, placed_images, mesh, prepare=prepare, batch_size=batch_size)
     return np.asarray(features, np.float32)
 
@@ -99,7 +101,7 @@ def from_features(model: Any) -> Forward:
     head = model.create_head(model.num_classes)
     return Forward(
         augment=lambda keys, stored: stored,
-        prepare=lambda stored: stored,
+        prepare=lambda keys, stored: stored,
         logits=lambda params, stored, key: head.apply({"params": params["head"]}, stored),
     )
 

@@ -56,7 +56,7 @@ class Job:
         frozen = optim.merge_params(state.trainable, state.frozen)
         views = config.feature_views if program.cached else 1
 
-        def stored(split: Split, *, augment: Callable, num_views: int) -> tuple[jax.Array, jax.Array]:
+        def stored(split: Split, *, prepare: Callable, num_views: int) -> tuple[jax.Array, jax.Array]:
             labels = np.tile(split.labels, num_views)
             images, labels = sharding.place((split.images, labels), sharding.replicated(program.mesh))
             if program.cached:
@@ -65,16 +65,15 @@ class Job:
                     frozen,
                     images,
                     program.mesh,
-                    prepare=augment,
+                    prepare=prepare,
                     batch_size=config.eval_batch_size,
                     num_views=num_views,
                     seed=config.seed,
                 )
             return images, labels
 
-        prepare = program.pictures_forward.prepare
-        arrays = stored(self.dataset.train, augment=program.pictures_forward.augment, num_views=views)
-        test = stored(self.dataset.test, augment=lambda keys, images: prepare(images), num_views=1)
+        arrays = stored(self.dataset.train, prepare=program.pictures_forward.augment, num_views=views)
+        test = stored(self.dataset.test, prepare=program.pictures_forward.prepare, num_views=1)
         evaluate = create_evaluate(program.forward, test, program.mesh, batch_size=config.eval_batch_size)
         alpha = config.lora.alpha
         return arrays, lambda state: evaluate(steps.evaluated_params(state, lora_alpha=alpha))

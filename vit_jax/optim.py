@@ -99,7 +99,9 @@ def describe_trainable(params: Params, patterns: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def make_schedule(name: str, *, learning_rate: float, warmup_steps: int, num_steps: int) -> optax.Schedule:
+def make_schedule(
+    name: str, *, learning_rate: float, warmup_steps: int, num_steps: int, every: int = 1
+) -> optax.Schedule:
     """The learning rate of update i, counted from 0.
 
     `learning_rate · min(1, i / warmup_steps) · decay(p)` with p = (i - warmup_steps) / (num_steps - warmup_steps) cut
@@ -109,10 +111,12 @@ def make_schedule(name: str, *, learning_rate: float, warmup_steps: int, num_ste
         name: "cosine", "linear" or "constant".
         learning_rate: the peak.
         warmup_steps: updates until the peak; 0 starts there.
-        num_steps: updates in all.
+        num_steps: updates until the decay is at its end.
+        every: updates for which the rate stays as it is.
     """
 
     def schedule(count: jax.Array) -> jax.Array:
+        count = count // every * every
         warmup = jnp.minimum(1.0, count / warmup_steps) if warmup_steps else 1.0
         progress = jnp.clip((count - warmup_steps) / max(1, num_steps - warmup_steps), 0.0, 1.0)
         cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))

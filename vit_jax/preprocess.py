@@ -4,66 +4,75 @@ A crop with its resize and flip is two small matrix products, one over rows and 
 the crop at (i + 1/2) · height / image_size - 1/2, between two pixels, clamped at the crop's edge.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-AUGMENTATIONS = ("none", "flip", "pad_crop", "inception")
+AUGMENTATIONS = ("none", "flip", "pad_crop", "square_crop", "inception")
+
+HALF = (0.5, 0.5, 0.5)
+"""Mean and deviation that take pixels to [-1, 1], as the released models were trained."""
 
 Box = tuple[jax.Array | int, jax.Array | int, jax.Array | int, jax.Array | int]
 """Top, left, height, width in pixels."""
 
 
-def normalize(images: jax.Array) -> jax.Array:
-    """uint8 [...] -> float32 [...] in [-1, 1], as the released models were trained."""
-    return (images.astype(jnp.float32) - 127.5) / 127.5
+def normalize(images: jax.Array, *, mean: Sequence[float] = HALF, deviation: Sequence[float] = HALF) -> jax.Array:
+    """uint8 [... 3] -> float32 [... 3]: (pixel / 255 - mean) / deviation, channel by channel."""
+    offset, scale = (255.0 * np.asarray(channels, np.float32) for channels in (mean, deviation))
+    return (images.astype(jnp.float32) - offset) / scale
 
 
-def for_evaluation(images: jax.Array, *, image_size: int) -> jax.Array:
-    """Resizes whole pictures.
-
-    Args:
-        images: uint8 [b h w 3].
-        image_size: pixels, square.
-
-    Returns:
-        float32 [b image_size image_size 3] in [-1, 1].
-    """
-    if images.shape[1:3] == (image_size, image_size):
-        return normalize(images)
-    return jax.vmap(lambda image: _resize(normalize(image), _whole(image), image_size=image_size))(images)
-
-
-def for_training(keys: jax.Array, images: jax.Array, *, image_size: int, augment: str) -> jax.Array:
-    """Crops, flips and resizes, each picture by a key of its own.
+def prepare(
+    keys: jax.Array,
+    images: jax.Array,
+    *,
+    image_size: int,
+    augment: str = "none",
+    mean: Sequence[float] = HALF,
+    deviation: Sequence[float] = HALF,
+) -> jax.Array:
+    """Normalizes, crops, flips and resizes, each picture by a key of its own.
 
     A picture's draw depends on its key alone, so that devices and accumulation do not change it.
 
     Args:
-        keys: [b] random keys.
+        keys: [b] random keys; not used where nothing is drawn.
         images: uint8 [b h w 3].
         image_size: pixels, square.
-        augment: "none"; "flip" (half the pictures, left to right); "pad_crop" (a margin of an eighth in mid-grey, a
-            crop of the picture's size, and flip); "inception" (5 to 100 % of the area, and flip).
+        augment: "none"; "flip" (half the pictures, left to right); "pad_crop" (a margin of an eighth in the mean's
+            colour, a crop of the picture's size, and flip); "square_crop" (a square of 64 to 100 % of the area, and
+            flip); "inception" (5 to 100 % of the area, and flip).
+        mean: of the channels, from 0 to 1.
+        deviation: of the channels, on the same scale.
 
     Returns:
-        float32 [b image_size image_size 3] in [-1, 1].
+        float32 [b image_size image_size 3].
 
     Source:
         "inception": Szegedy et al. 2015, section 6, as TensorFlow's sample_distorted_bounding_box draws it.
         "pad_crop": He et al. 2016, section 4.2, there with a margin of 4 pixels for 32.
+        "square_crop": torchvision's RandomResizedCrop of a picture that has `image_size` already.
     """
     if augment == "none":
-        return for_evaluation(images, image_size=image_size)
+        normal = normalize(images, mean=mean, deviation=deviation)
+        if images.shape[1:3] == (image_size, image_size):
+            return normal
+        return jax.vmap(lambda image: _resize(image, _whole(image), image_size=image_size))(normal)
 
     def one(key: jax.Array, image: jax.Array) -> jax.Array:
         crop_key, flip_key = jax.random.split(key)
-        image = normalize(image)
+        image = normalize(image, mean=mean, deviation=deviation)
         box: Box = _whole(image)
         if augment == "pad_crop":
             margin = image.shape[0] // 8
             top, left = jax.random.randint(crop_key, (2,), 0, 2 * margin + 1)
             box = (top, left, box[2], box[3])
             image = jnp.pad(image, ((margin, margin), (margin, margin), (0, 0)))
+        elif augment == "square_crop":
+            box = random_square(crop_key, height=image.shape[0], width=image.shape[1], image_size=image_size)
         elif augment == "inception":
             box = random_crop_box(crop_key, height=image.shape[0], width=image.shape[1])
         return _resize(image, box, image_size=image_size, flip=jax.random.bernoulli(flip_key))
@@ -113,6 +122,21 @@ def mix(
         return mixed, blend * (1.0 - jnp.mean(pasted))
 
     return jax.vmap(one)(keys, images, partners)
+
+
+def random_square(key: jax.Array, *, height: int, width: int, image_size: int) -> Box:
+    """Draws a square of 64 to 100 % of a picture as it is after a resize to `image_size`.
+
+    The area is uniform, the side rounded to whole pixels, the corner uniform over the places that fit.
+
+    Returns:
+        Scalars (top, left, crop height, crop width) in pixels of the picture before its resize, fractions of them too.
+    """
+    area_key, corner_key = jax.random.split(key)
+    side = jnp.round(image_size * jnp.sqrt(jax.random.uniform(area_key, minval=0.64)))
+    top, left = jnp.floor(jax.random.uniform(corner_key, (2,)) * (image_size - side + 1))
+    rows, columns = height / image_size, width / image_size
+    return top * rows, left * columns, side * rows, side * columns
 
 
 def random_crop_box(

@@ -85,7 +85,8 @@ def create_program(
         config.schedule,
         learning_rate=config.learning_rate,
         warmup_steps=config.warmup_steps,
-        num_steps=config.num_steps,
+        num_steps=config.schedule_steps or config.num_steps,
+        every=config.schedule_every_steps,
     )
     tx = optim.create_optimizer(schedule=schedule, num_layers=model.num_layers, **config.optimizer)
 
@@ -99,7 +100,7 @@ def create_program(
     head_only = set(abstract_state.trainable) == {"head"}
     dropout = has_dropout(model) and (config.frozen_dropout or not head_only)
     cached = stores_features(config, head_only=head_only, dropout=dropout)
-    whole = steps.from_pictures(model, image_size=config.image_size, augment=config.augment, dropout=dropout)
+    whole = steps.from_pictures(model, augment=config.augment, dropout=dropout, **test_options(config))
     forward = features.from_features(model) if cached else whole
     train_step = steps.make_train_step(
         forward,
@@ -123,7 +124,8 @@ def create_program(
 
     pictures = arrays = stored(num_pictures, picture_shape, jnp.uint8)
     if cached:
-        inputs = jax.eval_shape(whole.prepare, pictures[0])
+        keys = jax.ShapeDtypeStruct((num_pictures, 2), jnp.uint32)
+        inputs = jax.eval_shape(whole.prepare, keys, pictures[0])
         outputs = jax.eval_shape(functools.partial(features.apply_backbone, model), abstract_state.frozen, inputs)
         arrays = stored(num_views * num_pictures, outputs.shape[1:], outputs.dtype)
     return Program(
@@ -143,6 +145,16 @@ def create_program(
         pictures_forward=whole,
         forward=forward,
     )
+
+
+def test_options(config: ConfigDict) -> dict[str, Any]:
+    """How test pictures are made ready: options of `steps.from_pictures`."""
+    return {
+        "test_augment": config.test_augment,
+        "image_size": config.image_size,
+        "mean": config.pixel_mean,
+        "deviation": config.pixel_deviation,
+    }
 
 
 def add_factors(params: Params, patterns: tuple[str, ...], config: ConfigDict) -> Params:

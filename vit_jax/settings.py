@@ -32,6 +32,10 @@ def _one_of(*names: str) -> _Rule:
     return _Rule((str,), "one of " + ", ".join(names), lambda value: value in names)
 
 
+def _are_numbers(values: Any) -> bool:
+    return len(values) == 3 and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+
+
 _TEXT = _Rule((str,), "a text", lambda value: True)
 _NAME = _Rule((str,), "a text that is not empty", bool)
 _SHARE = _number("a number of at least 0 and below 1", lambda value: 0 <= value < 1)
@@ -51,7 +55,12 @@ _RULES = {
         (tuple, list), "a tuple of class names", lambda value: all(isinstance(x, str) for x in value)
     ),
     "image_size": _whole(1),
+    "pixel_mean": _Rule((tuple, list), "three numbers", lambda value: _are_numbers(value)),
+    "pixel_deviation": _Rule(
+        (tuple, list), "three numbers above 0", lambda value: _are_numbers(value) and min(value) > 0
+    ),
     "augment": _one_of(*preprocess.AUGMENTATIONS),
+    "test_augment": _one_of(*preprocess.AUGMENTATIONS),
     "trainable": _Rule((str, tuple, list), "a mode's name or a tuple of regular expressions", bool),
     "frozen_dropout": _Rule((bool,), "True or False", lambda value: True),
     "features": _one_of("auto", "cached", "fresh"),
@@ -68,6 +77,8 @@ _RULES = {
     "optimizer.clip_norm": _NOT_NEGATIVE,
     "learning_rate": _NOT_NEGATIVE,
     "schedule": _one_of(*optim.SCHEDULES),
+    "schedule_steps": _whole(0),
+    "schedule_every_steps": _whole(1),
     "warmup_steps": _whole(0),
     "label_smoothing": _SHARE,
     "mixup_alpha": _NOT_NEGATIVE,

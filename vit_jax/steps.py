@@ -1,6 +1,7 @@
 """One update and one evaluation batch: pure functions, jitted over the mesh."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,23 +44,26 @@ class Forward:
 
     Attributes:
         augment: (keys [b], stored [b …]) -> inputs [b …] of a training batch.
-        prepare: stored [b …] -> inputs [b …] of an evaluation batch.
+        prepare: the same of an evaluation batch.
         logits: (params, inputs [b …], dropout key or None) -> [b classes].
     """
 
     augment: Callable[[jax.Array, jax.Array], jax.Array]
-    prepare: Callable[[jax.Array], jax.Array]
+    prepare: Callable[[jax.Array, jax.Array], jax.Array]
     logits: Callable[[Params, jax.Array, jax.Array | None], jax.Array]
 
 
-def from_pictures(model: Any, *, image_size: int, augment: str = "none", dropout: bool = False) -> Forward:
+def from_pictures(
+    model: Any, *, augment: str = "none", test_augment: str = "none", dropout: bool = False, **options: Any
+) -> Forward:
     """The whole way: uint8 pictures, made ready on the device, through the whole model.
 
     Args:
         model: Linen module, called as `model.apply({"params": …}, images, train=…)`.
-        image_size: pixels.
-        augment: see `preprocess.for_training`.
+        augment: of training pictures, see `preprocess.prepare`.
+        test_augment: of test pictures, each drawn in the same way at every evaluation.
         dropout: whether the model's dropout is on in training.
+        **options: of `preprocess.prepare`: `image_size` in pixels; `mean`, `deviation`.
     """
 
     def logits(params: Params, images: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -67,8 +71,8 @@ def from_pictures(model: Any, *, image_size: int, augment: str = "none", dropout
         return model.apply({"params": params}, images, train=dropout and key is not None, rngs=rngs)
 
     return Forward(
-        augment=lambda keys, images: preprocess.for_training(keys, images, image_size=image_size, augment=augment),
-        prepare=lambda images: preprocess.for_evaluation(images, image_size=image_size),
+        augment=functools.partial(preprocess.prepare, augment=augment, **options),
+        prepare=functools.partial(preprocess.prepare, augment=test_augment, **options),
         logits=logits,
     )
 
@@ -228,7 +232,8 @@ def make_eval_step(forward: Forward, mesh: Mesh, *, batch_size: int) -> Any:
         mask = rows < len(labels)
         rows = jnp.minimum(rows, len(labels) - 1)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            logits = forward.logits(params, forward.prepare(images[rows]), None)
+            keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.PRNGKey(0), row))(rows)
+            logits = forward.logits(params, forward.prepare(keys, images[rows]), None)
         sums = metrics.masked_sums(logits, labels[rows], mask)
         return {**{k: totals[k] + sums[k] for k in sums}, "next_row": totals["next_row"] + batch_size}
 

@@ -18,7 +18,7 @@ from vit_jax import checkpoint, distributed, lora, metrics, plotting, settings, 
 from vit_jax.errors import UserError
 from vit_jax.job import create_evaluate, create_job, load_dataset
 from vit_jax.models import VisionTransformer
-from vit_jax.program import Program
+from vit_jax.program import Program, test_options
 from vit_jax.types import Params
 from vit_jax.writer import Writer, format_number, read_records
 
@@ -170,7 +170,7 @@ def evaluate_run(run: Run) -> dict[str, float]:
             "give the --data_dir that the run was trained on"
         )
     arrays = sharding.place((dataset.test.images, dataset.test.labels), sharding.replicated(run.mesh))
-    forward = steps.from_pictures(run.model, image_size=run.config.image_size)
+    forward = steps.from_pictures(run.model, **test_options(run.config))
     evaluate = create_evaluate(forward, arrays, run.mesh, batch_size=run.config.eval_batch_size)
     return metrics.means(fetch(evaluate(run.params)))
 

@@ -1,5 +1,5 @@
 """Linen modules whose parameter names are the released files' keys."""
 
-from vit_jax.models.vit import REMAT_POLICIES, VisionTransformer
+from vit_jax.models.vit import HEAD_INITS, REMAT_POLICIES, VisionTransformer
 
-__all__ = ["REMAT_POLICIES", "VisionTransformer"]
+__all__ = ["HEAD_INITS", "REMAT_POLICIES", "VisionTransformer"]

@@ -19,6 +19,9 @@ REMAT_POLICIES = {
 """What a block keeps for its backward pass beside its input: the products with its kernels, or nothing."""
 
 
+HEAD_INITS = {"zeros": nn.initializers.zeros, "xavier": nn.initializers.xavier_uniform()}
+
+
 def over_batch(x: jax.Array) -> jax.Array:
     """Splits the first axis of an activation over every axis of the mesh; does nothing where there is none.
 
@@ -34,16 +37,18 @@ def _weigh(subscripts: str, weights: jax.Array, value: jax.Array) -> jax.Array:
 
 
 class MlpBlock(nn.Module):
-    """Two dense layers with a tanh-approximated GELU between them (Eq. 3).
+    """Two dense layers with a GELU between them (Eq. 3).
 
     Attributes:
         mlp_dim: width of the hidden layer.
         dropout_rate: after each of the two layers.
+        gelu_approximate: whether the GELU is its tanh form.
         dtype: of the computation.
     """
 
     mlp_dim: int
     dropout_rate: float
+    gelu_approximate: bool
     dtype: Any
 
     @nn.compact
@@ -57,7 +62,8 @@ class MlpBlock(nn.Module):
             bias_init=nn.initializers.normal(1e-6),
         )
         x = dense(self.mlp_dim, name="Dense_0")(x)
-        x = jax.checkpoint(functools.partial(nn.gelu, approximate=True))(x)  # keeps its input, not its formula's terms
+        gelu = functools.partial(nn.gelu, approximate=self.gelu_approximate)
+        x = jax.checkpoint(gelu)(x)  # keeps its input, not its formula's terms
         x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
         x = dense(hidden_size, name="Dense_1")(x)
         return nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
@@ -72,6 +78,7 @@ class EncoderBlock(nn.Module):
         dropout_rate: after the attention's output and in the MLP.
         attention_dropout_rate: on the attention weights.
         stochastic_depth_rate: how often either branch is left out, picture by picture (Huang et al. 2016).
+        gelu_approximate: whether the GELU is its tanh form.
         dtype: of the computation; the softmax and the norms' sums are at least float32.
     """
 
@@ -80,6 +87,7 @@ class EncoderBlock(nn.Module):
     dropout_rate: float
     attention_dropout_rate: float
     stochastic_depth_rate: float
+    gelu_approximate: bool
     dtype: Any
 
     @nn.compact
@@ -102,7 +110,8 @@ class EncoderBlock(nn.Module):
         x = over_batch(x + skip()(y, deterministic=deterministic))
 
         y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_2")(x)
-        y = MlpBlock(self.mlp_dim, self.dropout_rate, self.dtype, name="MlpBlock_3")(y, deterministic=deterministic)
+        mlp = MlpBlock(self.mlp_dim, self.dropout_rate, self.gelu_approximate, self.dtype, name="MlpBlock_3")
+        y = mlp(y, deterministic=deterministic)
         return over_batch(x + skip()(y, deterministic=deterministic))
 
 
@@ -127,6 +136,7 @@ class Encoder(nn.Module):
     dropout_rate: float
     attention_dropout_rate: float
     stochastic_depth_rate: float
+    gelu_approximate: bool
     remat: str
     dtype: Any
 
@@ -145,6 +155,7 @@ class Encoder(nn.Module):
                 self.dropout_rate,
                 self.attention_dropout_rate,
                 self.stochastic_depth_rate * i / max(1, self.num_layers - 1),
+                self.gelu_approximate,
                 self.dtype,
                 name=f"encoderblock_{i}",
             )(x, deterministic)
@@ -155,7 +166,7 @@ class VisionTransformer(nn.Module):
     """Pictures to class logits.
 
     Attributes:
-        num_classes: width of the head, which starts at zero; None has no head and gives the features before it.
+        num_classes: width of the head; None has no head and gives the features before it.
         patch_size: pixels; divides the pictures' height and width.
         hidden_size: width of the tokens.
         num_layers: encoder blocks.
@@ -167,6 +178,8 @@ class VisionTransformer(nn.Module):
         dtype: of the computation; parameters are float32 always, logits at least float32.
         stochastic_depth_rate: of the last block; it grows linearly from 0 at the first.
         remat: "none", or a key of `REMAT_POLICIES`: what a block does not keep for its backward pass is computed again.
+        gelu_approximate: whether the GELU is its tanh form, as in the released files, or the exact one.
+        head_init: a key of `HEAD_INITS`: how the head's kernel starts; its bias is zero.
 
     Source:
         Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section 3.1.
@@ -184,6 +197,8 @@ class VisionTransformer(nn.Module):
     dtype: Any = jnp.float32
     stochastic_depth_rate: float = 0.0
     remat: str = "none"
+    gelu_approximate: bool = True
+    head_init: str = "zeros"
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -219,6 +234,7 @@ class VisionTransformer(nn.Module):
             self.dropout_rate,
             self.attention_dropout_rate,
             self.stochastic_depth_rate,
+            self.gelu_approximate,
             self.remat,
             self.dtype,
             name="Transformer",
@@ -233,4 +249,4 @@ class VisionTransformer(nn.Module):
     def create_head(self, num_classes: int, name: str | None = None) -> nn.Dense:
         """The layer [b d] -> [b num_classes], to be used apart from the model where its features are at hand."""
         logits_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        return nn.Dense(num_classes, dtype=logits_dtype, kernel_init=nn.initializers.zeros, name=name)
+        return nn.Dense(num_classes, dtype=logits_dtype, kernel_init=HEAD_INITS[self.head_init], name=name)
