@@ -10,7 +10,7 @@ def get_config(arg: str = "") -> ConfigDict:
         arg: what stands behind the colon in `--config configs/NAME.py:ARG`; this file knows none.
     """
     if arg:
-        raise ValueError(f"configs/base.py takes no argument, got {arg!r}")
+        raise ValueError(f"configs/base.py takes none, got {arg!r}")
     config = ConfigDict()
 
     config.seed = 0  # of initialisation, order of pictures, augmentation, dropout

@@ -15,7 +15,7 @@ FLOORS = [
     ["program"],
     ["job"],
     ["trainer", "dry_run"],
-    ["evaluate"],
+    ["evaluate", "compare"],
 ]
 
 

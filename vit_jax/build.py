@@ -105,5 +105,7 @@ def describe(config: ConfigDict, model: VisionTransformer, class_names: Sequence
         "architecture": config.architecture,
         "model": arguments,
         "image_size": config.image_size,
+        "pixel_mean": list(config.pixel_mean),
+        "pixel_deviation": list(config.pixel_deviation),
         "class_names": list(class_names),
     }

@@ -59,6 +59,19 @@ def latest_step(workdir: Path) -> int | None:
         return manager.latest_step()
 
 
+def read_about(workdir: Path) -> dict[str, Any]:
+    """What the latest checkpoint of a run says of its model: the JSON given to `save`.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    step = latest_step(workdir)
+    if step is None:
+        raise UserError(f"{workdir} holds no checkpoint yet; train until the first one is written")
+    with open_manager(workdir, read_only=True) as manager:
+        return _restore(manager, step, {})["about"]
+
+
 def save(
     manager: ocp.CheckpointManager, step: int, state: TrainState, about: dict[str, Any], *, accuracy: float | None
 ) -> None:

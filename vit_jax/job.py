@@ -100,7 +100,9 @@ def create_job(config: ConfigDict) -> tuple[Job, Callable[[], steps.TrainState]]
         params = build.create_params(config, model, source)
         return program.init_state(sharding.place(params, sharding.by_rule(params, mesh)))
 
-    return Job(config, program, dataset, build.describe(config, model, dataset.class_names)), create_state
+    about = build.describe(config, model, dataset.class_names)
+    about["num_trainable"] = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.trainable))
+    return Job(config, program, dataset, about), create_state
 
 
 def load_dataset(config: ConfigDict, *, shapes_only: bool = False) -> Dataset:

@@ -1,0 +1,68 @@
+import json
+
+import pytest
+
+from configs import digits
+from vit_jax import compare, trainer
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two finished runs and one that stopped."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, changes in {"full": {}, "head": {"trainable": "head"}}.items():
+        config = digits.get_config("scratch")
+        config.model = dict(patch_size=4, hidden_size=16, num_layers=1, num_heads=2, mlp_dim=16)
+        config.update(num_steps=20, warmup_steps=5, eval_every_steps=20, checkpoint_every_steps=20, **changes)
+        trainer.train_and_evaluate(config, folder / name)
+    return folder
+
+
+def test_runs_stand_side_by_side(runs):
+    lines = (runs / "full/metrics.jsonl").read_text().splitlines()
+    speeds = [json.loads(line).get("images_per_second") for line in lines]
+    full, head = compare.compare_runs([runs / "full", runs / "head"])
+    # Embedding 784, cls 16, positions 17 · 16; block: two norms, four of 16 · 16 + 16, two of MLP; norm; head 170.
+    assert full["parameters"] == 784 + 16 + 272 + 64 + 4 * 272 + 2 * 272 + 32 + 170
+    assert head["parameters"] == 170
+    last = json.loads((runs / "head/metrics.jsonl").read_text().splitlines()[-1])
+    assert head["test accuracy"] == last["test/accuracy"]
+    assert full["pictures"] == 20 * 64
+    assert full["time"] == round(sum(10 * 64 / speed for speed in speeds if speed))
+
+
+def test_the_table_is_markdown_and_lines_up(run_command, runs):
+    result = run_command("-m", "vit_jax.compare", runs / "full", runs / "head")
+    assert result.returncode == 0, result.stderr
+    header, rule, *rows = result.stdout.splitlines()
+    assert [len(line) for line in (rule, *rows)] == [len(header)] * 3
+    assert [cell.strip() for cell in rows[1].split("|")[1:4]] == ["head", "head", "170"]
+    assert set(rule) == set("|-: ")
+
+
+def test_runs_that_cannot_be_compared_are_refused(run_command, runs, tmp_path):
+    def refused(*changes, keep_last=True):
+        other = tmp_path / f"other{len(list(tmp_path.iterdir()))}"
+        other.mkdir()
+        config = json.loads((runs / "full/config.json").read_text())
+        for key, value in changes:
+            config["dataset"][key] = value
+        (other / "config.json").write_text(json.dumps(config))
+        (other / "checkpoints").symlink_to(runs / "full/checkpoints")
+        lines = (runs / "full/metrics.jsonl").read_text().splitlines(keepends=True)
+        (other / "metrics.jsonl").write_text("".join(lines if keep_last else lines[:1]))
+        result = run_command("-m", "vit_jax.compare", runs / "full", other)
+        assert result.returncode == 1
+        (line,) = result.stderr.splitlines()
+        return line
+
+    assert "were tested on different pictures" in refused(("test_split", "test[:50%]"))
+    assert "is at step 10 of 20; compare finished runs" in refused(keep_last=False)
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 2), (["/nowhere"], 1)])
+def test_what_is_no_run_is_one_line(run_command, words, code):
+    result = run_command("-m", "vit_jax.compare", *words)
+    assert result.returncode == code
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
