@@ -77,7 +77,8 @@ def test_views_are_drawn_picture_by_picture_and_view_by_view():
     params = sharding.place(params, sharding.replicated(mesh))
 
     def compute(**options):
-        return np.asarray(features.compute_features(model, params, images, mesh, batch_size=8, **options))
+        backbone = features.backbone(model)
+        return np.asarray(features.apply_to_all(backbone, params, images, mesh, batch_size=8, **options))
 
     def flip(keys, images):
         return preprocess.prepare(keys, images, image_size=16, augment="flip")

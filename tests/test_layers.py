@@ -9,13 +9,25 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     ["types", "errors"],
     ["download", "distributed"],
-    ["models", "pretrained", "data", "preprocess", "optim", "lora", "sharding", "metrics", "plotting", "writer"],
+    [
+        "models",
+        "pretrained",
+        "data",
+        "preprocess",
+        "optim",
+        "lora",
+        "sharding",
+        "metrics",
+        "analysis",
+        "plotting",
+        "writer",
+    ],
     ["steps", "settings"],
     ["checkpoint", "features", "build"],
     ["program"],
     ["job"],
     ["trainer", "dry_run"],
-    ["evaluate", "compare"],
+    ["evaluate", "compare", "visualize"],
 ]
 
 

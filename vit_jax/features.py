@@ -35,16 +35,16 @@ def extract_features(
     mesh = sharding.create_mesh()
     placed_params, placed_images = (sharding.place(tree, sharding.replicated(mesh)) for tree in (params, images))
     prepare = functools.partial(preprocess.prepare, image_size=image_size, **options)
-    features = compute_features(model, placed_params, placed_images, mesh, prepare=prepare, batch_size=batch_size)
+    features = apply_to_all(backbone(model), placed_params, placed_images, mesh, prepare=prepare, batch_size=batch_size)
     return np.asarray(features, np.float32)
 
 
-def apply_backbone(model: Any, params: Params, inputs: jax.Array) -> jax.Array:
-    """The model without its head: inputs [b …] -> features [b d] in the model's dtype."""
-    return model.clone(num_classes=None).apply({"params": params}, inputs)
+def backbone(model: Any) -> Any:
+    """The model without its head: it gives features [b d] in its dtype."""
+    return model.clone(num_classes=None)
 
 
-def compute_features(
+def apply_to_all(
     model: Any,
     params: Params,
     images: jax.Array,
@@ -55,10 +55,10 @@ def compute_features(
     num_views: int = 1,
     seed: int = 0,
 ) -> jax.Array:
-    """Runs every picture through the backbone, with a bar where it takes long.
+    """Runs every picture through a model, with a bar where it takes long.
 
     Args:
-        model: the whole model; its head is not used.
+        model: such as `backbone` of one.
         params: of the model, on the mesh.
         images: uint8 [n h w 3], on every device.
         mesh: batches are split over its devices.
@@ -79,7 +79,7 @@ def compute_features(
         rows = jax.lax.with_sharding_constraint(start + jnp.arange(batch_size), sharding.over_batch(mesh))
         keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return apply_backbone(model, params, prepare(keys, images[rows % len(images)]))
+            return model.apply({"params": params}, prepare(keys, images[rows % len(images)]))
 
     def fill(buffer: jax.Array, start: jax.Array, *inputs: Any) -> tuple[jax.Array, jax.Array]:
         buffer = jax.lax.dynamic_update_slice_in_dim(buffer, batch_at(start, *inputs), start, axis=0)
@@ -90,7 +90,7 @@ def compute_features(
     make_buffer = lambda: jnp.zeros((num_batches * batch_size, *batch.shape[1:]), batch.dtype)  # noqa: E731
     buffer = jax.jit(make_buffer, out_shardings=everywhere)()
     fill = jax.jit(fill, donate_argnums=(0, 1), out_shardings=everywhere)
-    for _ in tqdm(range(num_batches), desc="features", unit="batch", leave=False, delay=2, mininterval=bar_interval()):
+    for _ in tqdm(range(num_batches), desc="pictures", unit="batch", leave=False, delay=2, mininterval=bar_interval()):
         buffer, start = fill(buffer, start, key, params, images)
         jax.block_until_ready(start)
     return buffer[:num_rows]

@@ -60,8 +60,8 @@ class Job:
             labels = np.tile(split.labels, num_views)
             images, labels = sharding.place((split.images, labels), sharding.replicated(program.mesh))
             if program.cached:
-                images = features.compute_features(
-                    program.model,
+                images = features.apply_to_all(
+                    features.backbone(program.model),
                     frozen,
                     images,
                     program.mesh,

@@ -1,7 +1,6 @@
 """What a run computes, made from shapes alone: nothing is read, placed or computed yet."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -126,7 +125,7 @@ def create_program(
     if cached:
         keys = jax.ShapeDtypeStruct((num_pictures, 2), jnp.uint32)
         inputs = jax.eval_shape(whole.prepare, keys, pictures[0])
-        outputs = jax.eval_shape(functools.partial(features.apply_backbone, model), abstract_state.frozen, inputs)
+        outputs = jax.eval_shape(features.backbone(model).apply, {"params": abstract_state.frozen}, inputs)
         arrays = stored(num_views * num_pictures, outputs.shape[1:], outputs.dtype)
     return Program(
         mesh=mesh,

@@ -11,15 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_jax import checkpoint, distributed, lora, metrics, plotting, settings, sharding, steps
+from vit_jax import checkpoint, distributed, features, lora, metrics, plotting, settings, sharding, steps
 from vit_jax.errors import UserError
 from vit_jax.job import create_evaluate, create_job, load_dataset
 from vit_jax.models import VisionTransformer
 from vit_jax.program import Program, test_options
-from vit_jax.types import Params
+from vit_jax.types import Dataset, Params
 from vit_jax.writer import Writer, format_number, read_records
 
 
@@ -162,6 +163,19 @@ def evaluate_run(run: Run) -> dict[str, float]:
     Raises:
         UserError: the dataset cannot be read, or its classes are not those of the run.
     """
+    dataset = load_test_dataset(run)
+    arrays = sharding.place((dataset.test.images, dataset.test.labels), sharding.replicated(run.mesh))
+    forward = steps.from_pictures(run.model, **test_options(run.config))
+    evaluate = create_evaluate(forward, arrays, run.mesh, batch_size=run.config.eval_batch_size)
+    return metrics.means(fetch(evaluate(run.params)))
+
+
+def load_test_dataset(run: Run) -> Dataset:
+    """The dataset in a run's config.
+
+    Raises:
+        UserError: it cannot be read, or its classes are not those of the run.
+    """
     dataset = load_dataset(run.config)
     if dataset.class_names != run.class_names:
         raise UserError(
@@ -169,10 +183,29 @@ def evaluate_run(run: Run) -> dict[str, float]:
             f"{len(dataset.class_names)}, {', '.join(dataset.class_names[:5])}, …; "
             "give the --data_dir that the run was trained on"
         )
-    arrays = sharding.place((dataset.test.images, dataset.test.labels), sharding.replicated(run.mesh))
+    return dataset
+
+
+def predict(run: Run, images: np.ndarray) -> np.ndarray:
+    """What a run's model says of pictures, made ready as its test pictures were.
+
+    Args:
+        run: of `load_run`.
+        images: uint8 [n h w 3].
+
+    Returns:
+        float32 [n classes]: probabilities.
+    """
     forward = steps.from_pictures(run.model, **test_options(run.config))
-    evaluate = create_evaluate(forward, arrays, run.mesh, batch_size=run.config.eval_batch_size)
-    return metrics.means(fetch(evaluate(run.params)))
+    logits = features.apply_to_all(
+        run.model,
+        run.params,
+        sharding.place(images, sharding.replicated(run.mesh)),
+        run.mesh,
+        prepare=forward.prepare,
+        batch_size=run.config.eval_batch_size,
+    )
+    return np.asarray(jax.nn.softmax(logits))
 
 
 @contextlib.contextmanager

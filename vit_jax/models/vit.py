@@ -105,7 +105,7 @@ class EncoderBlock(nn.Module):
             qk_attn_weights_einsum_cls=lambda: jnp.einsum,
             attn_weights_value_einsum_cls=lambda: _weigh,
             name="MultiHeadDotProductAttention_1",
-        )(y, y, deterministic=deterministic)
+        )(y, y, deterministic=deterministic, sow_weights=True)  # nothing, unless "intermediates" is mutable
         y = nn.Dropout(self.dropout_rate)(y, deterministic=deterministic)
         x = over_batch(x + skip()(y, deterministic=deterministic))
 

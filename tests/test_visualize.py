@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import digits
+from vit_jax import trainer
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run of few steps: its pictures are what matters."""
+    config = digits.get_config()
+    config.update(num_steps=20, warmup_steps=5, eval_every_steps=20, checkpoint_every_steps=20)
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    trainer.train_and_evaluate(config, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drawn(workdir, run_command):
+    out = workdir.parent / "pictures"
+    result = run_command("-m", "vit_jax.visualize", "--workdir", workdir, "--out", out)
+    assert result.returncode == 0, result.stderr
+    return out, result.stdout
+
+
+def colours(path) -> int:
+    return len(np.unique(np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3), axis=0))
+
+
+def test_every_picture_is_drawn_and_named(drawn):
+    out, said = drawn
+    names = (
+        "curves position_similarity position_matrix patch_filters confusion mistakes attention_rollout attention_heads"
+    )
+    assert {path.name for path in out.iterdir()} == {f"{name}.png" for name in names.split()}
+    assert all(str(path) in said for path in out.iterdir())
+    assert all(colours(path) > 50 for path in out.iterdir())
+
+
+def test_probabilities_give_the_accuracy_of_the_run(workdir):
+    run = trainer.load_run(workdir)
+    test = trainer.load_test_dataset(run).test
+    probabilities = trainer.predict(run, test.images)
+    assert probabilities.shape == (360, 10)
+    np.testing.assert_allclose(probabilities.sum(axis=-1), 1, atol=1e-5)
+    assert np.mean(probabilities.argmax(axis=-1) == test.labels) == trainer.evaluate_run(run)["test/accuracy"]
+
+
+def test_one_layer_and_head_on_ones_own_pictures(workdir, run_command, tmp_path):
+    rng = np.random.default_rng(0)
+    names = ["wide.png", "grey.jpg"]
+    Image.fromarray(rng.integers(0, 256, (40, 90, 3)).astype(np.uint8)).save(tmp_path / names[0])
+    Image.fromarray(rng.integers(0, 256, (20, 20)).astype(np.uint8)).save(tmp_path / names[1])
+    out = tmp_path / "out"
+    pictures = [tmp_path / name for name in names]
+    command = ["-m", "vit_jax.visualize", "--workdir", workdir, "--out", out, "--layer", 3, "--head", 1]
+    result = run_command(*command, "--images", *pictures)
+    assert result.returncode == 0, result.stderr
+    assert (out / "attention_layer_3_head_1.png").exists()
+    assert not (out / "attention_rollout.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--layer", "4"], 2, "--layer is 4; the model has 0 to 3"),
+        (["--layer", "1", "--head", "-1"], 2, "--head is -1; the model has 0 to 3"),
+        (["--head", "1"], 2, "--head needs --layer"),
+        (["--num_images", "0"], 2, "--num_images is 0; expected at least 1"),
+        (["--images", "setup.cfg"], 1, "setup.cfg"),
+        (["--images", "/nowhere.png"], 1, "/nowhere.png"),
+        (["--step", "7"], 1, "has no checkpoint of step 7; it has 20"),
+    ],
+)
+def test_what_does_not_exist_is_one_line(workdir, run_command, tmp_path, words, code, message):
+    result = run_command("-m", "vit_jax.visualize", "--workdir", workdir, "--out", tmp_path / "out", *words)
+    assert result.returncode == code
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_a_checkpoint_is_one_line(run_command, tmp_path):
+    result = run_command("-m", "vit_jax.visualize", "--workdir", tmp_path, "--out", tmp_path / "out")
+    assert result.returncode == 1
+    assert "holds no run" in result.stderr
