@@ -14,7 +14,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
 
     config.seed = 0  # of initialisation, order of pictures, augmentation, dropout
-    config.architecture = "vit"
+    config.architecture = "vit"  # "vit" | "resnet50" (BiT)
     # The module's constructor arguments; may stay empty where `pretrained` gives a file: sizes are read off it.
     config.model = ConfigDict()
     config.dtype = "float32"  # of activations and matmuls ("float32" | "bfloat16"); parameters are always float32

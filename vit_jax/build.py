@@ -11,32 +11,47 @@ from ml_collections import ConfigDict
 import vit_jax
 from vit_jax import pretrained
 from vit_jax.errors import UsageError, UserError
-from vit_jax.models import HEAD_INITS, VisionTransformer
+from vit_jax.models import ARCHITECTURES, HEAD_INITS
 from vit_jax.types import Params
+
+INFER = {"vit": pretrained.infer_architecture, "resnet50": pretrained.infer_resnet}
+"""`config.architecture` -> what reads a model's sizes off a file."""
 
 
 def load_source(config: ConfigDict) -> Params | None:
     """The parameters of the pretrained file, or None where the run starts from scratch."""
-    return pretrained.load_npz(pretrained.resolve(config.pretrained)) if config.pretrained else None
+    if not config.pretrained:
+        return None
+    return pretrained.squeeze_head(pretrained.load_npz(pretrained.resolve(config.pretrained)))
 
 
-def create_model(config: ConfigDict, source: Params | None, *, num_classes: int) -> VisionTransformer:
+def create_model(config: ConfigDict, source: Params | None, *, num_classes: int) -> Any:
     """The module. Sizes that `config.model` leaves out are read off the file; those it gives must be the file's."""
     arguments = config.model.to_dict()
     if source is not None:
         try:
-            sizes = pretrained.infer_architecture(source)
+            sizes = INFER[config.architecture](source)
         except UserError as error:
             raise UserError(f"{config.pretrained}: {error}") from error
         arguments = agree(arguments, sizes, config.pretrained)
     elif not arguments:
         raise UsageError("config.model is empty: give the model's sizes, or a pretrained file to read them off")
     return build_model(
-        arguments, num_classes=num_classes, dtype=config.dtype, image_size=config.image_size, remat=config.remat
+        config.architecture,
+        arguments,
+        num_classes=num_classes,
+        dtype=config.dtype,
+        image_size=config.image_size,
+        remat=config.remat,
     )
 
 
-def create_params(config: ConfigDict, model: VisionTransformer, source: Params | None) -> Params:
+def needs_file(config: ConfigDict) -> bool:
+    """Whether the pretrained file is needed to know the model's sizes."""
+    return bool(config.pretrained) and not set(config.model) >= set(ARCHITECTURES[config.architecture].SIZES)
+
+
+def create_params(config: ConfigDict, model: Any, source: Params | None) -> Params:
     """The parameters before the first update, adapted from the file or drawn at random; says what it did."""
     init = init_params(model, config)
     if source is None:
@@ -49,7 +64,7 @@ def create_params(config: ConfigDict, model: VisionTransformer, source: Params |
     return params
 
 
-def init_params(model: VisionTransformer, config: ConfigDict) -> Callable[[], Params]:
+def init_params(model: Any, config: ConfigDict) -> Callable[[], Params]:
     """Returns `() -> freshly drawn parameters`."""
     images = jnp.zeros((1, config.image_size, config.image_size, 3))
     return lambda: model.init(jax.random.PRNGKey(config.seed), images)["params"]
@@ -70,33 +85,62 @@ def agree(arguments: dict[str, Any], sizes: dict[str, Any], name: str) -> dict[s
 
 
 def build_model(
-    arguments: dict[str, Any], *, num_classes: int, dtype: str, image_size: int, remat: str = "none"
-) -> VisionTransformer:
-    """The module, its arguments checked."""
-    fields = {field.name: field.type for field in dataclasses.fields(VisionTransformer)}
+    architecture: str,
+    arguments: dict[str, Any],
+    *,
+    num_classes: int,
+    dtype: str = "float32",
+    image_size: int | None = None,
+    remat: str = "none",
+) -> Any:
+    """The module, its arguments checked.
+
+    Args:
+        architecture: a key of `ARCHITECTURES`.
+        arguments: of its constructor, as they come from a config or from JSON.
+        num_classes: of the head.
+        dtype: of the computation.
+        image_size: pixels, that the model has to take; None checks none.
+        remat: see the module.
+    """
+    module = ARCHITECTURES[architecture]
+    fields = {field.name: field.type for field in dataclasses.fields(module)}
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     for key, value in arguments.items():
         if key not in fields or key in ("num_classes", "dtype", "remat", "parent", "name"):
-            raise UsageError(f"config.model.{key}: VisionTransformer has no such argument")
-        if key == "head_init":
-            if value not in HEAD_INITS:
-                raise UsageError(f"config.model.{key} is {value!r}; expected one of {', '.join(HEAD_INITS)}")
-        elif fields[key] is bool:
-            if not isinstance(value, bool):
-                raise UsageError(f"config.model.{key} is {value!r}; expected True or False")
-        elif key.endswith("_rate"):
-            if not isinstance(value, int | float) or not 0 <= value < 1:
-                raise UsageError(f"config.model.{key} is {value!r}; expected a number of at least 0 and below 1")
-        elif value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise UsageError(f"config.model.{key} is {value!r}; expected a whole number of at least 1")
-    model = VisionTransformer(num_classes=num_classes, dtype=jnp.dtype(dtype), remat=remat, **arguments)
-    if model.hidden_size % model.num_heads:
-        raise UsageError(f"config.model: hidden_size {model.hidden_size} does not divide into {model.num_heads} heads")
-    if image_size % model.patch_size:
-        raise UsageError(f"config.image_size {image_size} is not a multiple of the patch, {model.patch_size} pixels")
+            raise UsageError(f"config.model.{key}: {module.__name__} has no such argument")
+        expected = _expected(key, fields[key], value)
+        if expected:
+            raise UsageError(f"config.model.{key} is {value!r}; expected {expected}")
+    model = module(num_classes=num_classes, dtype=jnp.dtype(dtype), remat=remat, **arguments)
+    complaint = model.complaint(image_size) if image_size is not None else ""
+    if complaint:
+        raise UsageError(complaint)
     return model
 
 
-def describe(config: ConfigDict, model: VisionTransformer, class_names: Sequence[str]) -> dict[str, Any]:
+def _expected(key: str, kind: Any, value: Any) -> str:
+    """What a constructor's argument should be, where it is not."""
+
+    def is_size(number: Any) -> bool:
+        return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+
+    checks = {
+        "head_init": (value in HEAD_INITS, f"one of {', '.join(HEAD_INITS)}"),
+        bool: (isinstance(value, bool), "True or False"),
+        float: (isinstance(value, int | float) and 0 <= value < 1, "a number of at least 0 and below 1"),
+        int: (is_size(value), "a whole number of at least 1"),
+        int | None: (value is None or is_size(value), "a whole number of at least 1"),
+        tuple[int, ...]: (
+            isinstance(value, tuple) and bool(value) and all(map(is_size, value)),
+            "a tuple of whole numbers of at least 1",
+        ),
+    }
+    holds, expected = checks.get(key) or checks[kind]
+    return "" if holds else expected
+
+
+def describe(config: ConfigDict, model: Any, class_names: Sequence[str]) -> dict[str, Any]:
     """What a checkpoint says of its model, as JSON values."""
     skipped = ("parent", "name", "dtype", "remat")
     arguments = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in skipped}

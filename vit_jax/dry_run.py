@@ -14,8 +14,6 @@ from vit_jax.errors import UserError
 from vit_jax.program import Program, create_program
 from vit_jax.writer import format_number
 
-_SIZES = {"patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim"}
-
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -47,7 +45,7 @@ def dry_run(config: ConfigDict) -> None:
     settings.check_config(config)
     mesh = sharding.create_mesh(**config.mesh)
     dataset = job.load_dataset(config, shapes_only=not config.dataset.classes)
-    source = None if set(config.model) >= _SIZES else build.load_source(config)
+    source = build.load_source(config) if build.needs_file(config) else None
     model = build.create_model(config, source, num_classes=len(dataset.class_names))
     program = create_program(
         config, model, mesh, num_pictures=len(dataset.train), picture_shape=dataset.train.images.shape[1:]

@@ -87,7 +87,12 @@ def create_program(
         num_steps=config.schedule_steps or config.num_steps,
         every=config.schedule_every_steps,
     )
-    tx = optim.create_optimizer(schedule=schedule, num_layers=model.num_layers, **config.optimizer)
+    num_layers = getattr(model, "num_layers", 0)
+    if config.optimizer.layer_decay != 1 and not num_layers:
+        raise UsageError(
+            f"config.optimizer.layer_decay is for the layers of a ViT; set it to 1 for {type(model).__name__}"
+        )
+    tx = optim.create_optimizer(schedule=schedule, num_layers=num_layers, **config.optimizer)
 
     def init_state(params: Params) -> steps.TrainState:
         params = add_factors(params, patterns, config)

@@ -44,7 +44,7 @@ _FLOATS = _one_of("float32", "bfloat16")
 
 _RULES = {
     "seed": _whole(0),
-    "architecture": _one_of("vit"),
+    "architecture": _one_of(*models.ARCHITECTURES),
     "dtype": _FLOATS,
     "pretrained": _TEXT,
     "dataset.name": _NAME,

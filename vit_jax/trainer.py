@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax import checkpoint, distributed, features, lora, metrics, plotting, settings, sharding, steps
+from vit_jax.build import build_model
 from vit_jax.errors import UserError
 from vit_jax.job import create_evaluate, create_job, load_dataset
-from vit_jax.models import VisionTransformer
 from vit_jax.program import Program, test_options
 from vit_jax.types import Dataset, Params
 from vit_jax.writer import Writer, format_number, read_records
@@ -125,7 +124,7 @@ class Run:
 
     config: ConfigDict
     step: int
-    model: VisionTransformer
+    model: Any
     params: Params
     class_names: tuple[str, ...]
     mesh: Mesh
@@ -153,7 +152,8 @@ def load_run(workdir: str | Path, *, step: int | None = None) -> Run:
             raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, there))}")
         params, about = checkpoint.restore_params(checkpoints, step, sharding.replicated(mesh))
         params = lora.merge_factors(params, alpha=config.lora.alpha)
-    model = VisionTransformer(**about["model"], dtype=jnp.dtype(config.dtype))
+    sizes = dict(about["model"])
+    model = build_model(about["architecture"], sizes, num_classes=sizes.pop("num_classes"), dtype=config.dtype)
     return Run(config, step, model, params, tuple(about["class_names"]), mesh)
 
 

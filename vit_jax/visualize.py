@@ -55,11 +55,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_layer_and_head(model: Any, layer: int | None, head: int | None) -> None:
     """Refuses what the model does not have."""
+    if (layer is not None or head is not None) and not has_attention(model):
+        raise UsageError(f"--layer and --head are for attention, which a {type(model).__name__} does not have")
     if head is not None and layer is None:
         raise UsageError("--head needs --layer: give both, or neither for all")
-    for flag, value, count in (("--layer", layer, model.num_layers), ("--head", head, model.num_heads)):
-        if value is not None and not 0 <= value < count:
-            raise UsageError(f"{flag} is {value}; the model has 0 to {count - 1}")
+    for flag, value, name in (("--layer", layer, "num_layers"), ("--head", head, "num_heads")):
+        if value is not None and not 0 <= value < getattr(model, name):
+            raise UsageError(f"{flag} is {value}; the model has 0 to {getattr(model, name) - 1}")
+
+
+def has_attention(model: Any) -> bool:
+    """Whether the model has patches, positions and attention to draw; a ResNet has none."""
+    return hasattr(model, "num_heads")
 
 
 def read_picture(path: str, image_size: int) -> np.ndarray:
@@ -96,11 +103,12 @@ def draw_all(
     records = writer.read_records(workdir / "metrics.jsonl", last_step=run.step)
     yield "curves", plotting.plot_curves(records, title=workdir.name)
 
-    embeddings = np.asarray(run.params["Transformer"]["posembed_input"]["pos_embedding"])
-    similarity = analysis.position_similarity(embeddings)
-    yield "position_similarity", plotting.plot_position_similarity(similarity)
-    yield "position_matrix", plotting.plot_position_matrix(similarity)
-    yield "patch_filters", plotting.plot_filters(*analysis.filter_components(run.params["embedding"]["kernel"]))
+    if has_attention(run.model):
+        embeddings = np.asarray(run.params["Transformer"]["posembed_input"]["pos_embedding"])
+        similarity = analysis.position_similarity(embeddings)
+        yield "position_similarity", plotting.plot_position_similarity(similarity)
+        yield "position_matrix", plotting.plot_position_matrix(similarity)
+        yield "patch_filters", plotting.plot_filters(*analysis.filter_components(run.params["embedding"]["kernel"]))
 
     test, names = trainer.load_test_dataset(run).test, run.class_names
     probabilities = trainer.predict(run, test.images)
@@ -120,6 +128,9 @@ def draw_all(
         ),
     )
 
+    if not has_attention(run.model):
+        print(f"a {type(run.model).__name__} has no attention, positions or patches to draw")
+        return
     if not pictures:
         chosen = np.random.default_rng(run.config.seed).permutation(len(test))[:num_images]
         pictures = [(names[test.labels[i]], test.images[i]) for i in chosen]

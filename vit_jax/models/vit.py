@@ -5,30 +5,13 @@ released files, so that the flattened parameter tree is a file's key list.
 """
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-"""What a block keeps for its backward pass beside its input: the products with its kernels, or nothing."""
-
-
-HEAD_INITS = {"zeros": nn.initializers.zeros, "xavier": nn.initializers.xavier_uniform()}
-
-
-def over_batch(x: jax.Array) -> jax.Array:
-    """Splits the first axis of an activation over every axis of the mesh; does nothing where there is none.
-
-    Without it the compiler is free to move activations to the parts of a sharded parameter instead of the reverse.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
+from vit_jax.models.common import HEAD_INITS, REMAT_POLICIES, over_batch
 
 
 def _weigh(subscripts: str, weights: jax.Array, value: jax.Array) -> jax.Array:
@@ -185,6 +168,8 @@ class VisionTransformer(nn.Module):
         Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section 3.1.
     """
 
+    SIZES: ClassVar[tuple[str, ...]] = ("patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim")
+
     num_classes: int | None
     patch_size: int = 16
     hidden_size: int = 768
@@ -250,3 +235,12 @@ class VisionTransformer(nn.Module):
         """The layer [b d] -> [b num_classes], to be used apart from the model where its features are at hand."""
         logits_dtype = jnp.promote_types(self.dtype, jnp.float32)
         return nn.Dense(num_classes, dtype=logits_dtype, kernel_init=HEAD_INITS[self.head_init], name=name)
+
+    @nn.nowrap
+    def complaint(self, image_size: int) -> str:
+        """What is wrong with the sizes together; empty where they fit."""
+        if self.hidden_size % self.num_heads:
+            return f"config.model: hidden_size {self.hidden_size} does not divide into {self.num_heads} heads"
+        if image_size % self.patch_size:
+            return f"config.image_size {image_size} is not a multiple of the patch, {self.patch_size} pixels"
+        return ""

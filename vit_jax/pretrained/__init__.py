@@ -2,6 +2,7 @@
 
 from vit_jax.pretrained.adapt import Grid, Report, adapt_params, resample_position_embeddings
 from vit_jax.pretrained.architecture import POSITION_KEY, infer_architecture
+from vit_jax.pretrained.bit import infer_resnet, squeeze_head
 from vit_jax.pretrained.npz import load_npz, save_npz
 from vit_jax.pretrained.released import RELEASED, resolve
 
@@ -12,8 +13,10 @@ __all__ = [
     "Report",
     "adapt_params",
     "infer_architecture",
+    "infer_resnet",
     "load_npz",
     "resample_position_embeddings",
     "resolve",
     "save_npz",
+    "squeeze_head",
 ]

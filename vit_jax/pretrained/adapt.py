@@ -27,8 +27,8 @@ class Report:
         resampled: taken from the file, interpolated from `old_grid` to `new_grid`.
         new: not taken from the file; they keep the target's values.
         dropped: in the file, not used.
-        old_grid: rows and columns of patches in the file.
-        new_grid: rows and columns of patches in the model.
+        old_grid: rows and columns of patches in the file; zeros where the model has none.
+        new_grid: rows and columns of patches in the model; zeros where it has none.
         sizes: (group, key) -> count of numbers; of a dropped key in the file, otherwise in the model.
     """
 
@@ -58,6 +58,8 @@ class Report:
         return "\n".join(lines)
 
     def _group(self, key: str) -> str:
+        if key.startswith("resnet/block"):
+            return "/".join(key.split("/")[:2]) + "/…"
         if BLOCK.match(key):
             blocks = block_numbers(self.loaded)
             return f"Transformer/encoderblock_{{{blocks[0]}..{blocks[-1]}}}/…"
@@ -107,8 +109,10 @@ def adapt_params(
         {key: tuple(leaf.shape) for key, leaf in source.items() if key not in dropped},
         {key: tuple(leaf.shape) for key, leaf in wanted.items() if key not in new},
     )
-    old_grid = _check_grid(pretrained_grid, source[POSITION_KEY].shape[1] - 1, "pretrained_grid")
-    new_grid = _check_grid(grid, wanted[POSITION_KEY].shape[1] - 1, "grid")
+    old_grid = new_grid = (0, 0)
+    if POSITION_KEY in wanted:
+        old_grid = _check_grid(pretrained_grid, source[POSITION_KEY].shape[1] - 1, "pretrained_grid")
+        new_grid = _check_grid(grid, wanted[POSITION_KEY].shape[1] - 1, "grid")
     resampled = () if old_grid == new_grid else (POSITION_KEY,)
     loaded = tuple(key for key in wanted if key not in new and key not in resampled)
 
@@ -174,7 +178,8 @@ def _own_float32(leaf: Any) -> np.ndarray:
 
 def _check_fit(source: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
     """Compares keys and shapes; the number of position embeddings may differ."""
-    cause = foreign_layout(source) or _other_sizes(source, wanted)
+    resnet = any(key.startswith("resnet/") for key in wanted)
+    cause = ("" if resnet else foreign_layout(source)) or _other_sizes(source, wanted)
     if POSITION_KEY in source and POSITION_KEY in wanted:
         old, new = source[POSITION_KEY], wanted[POSITION_KEY]
         if len(old) == len(new) == 3:

@@ -1,0 +1,22 @@
+"""What the models share."""
+
+import flax.linen as nn
+import jax
+from jax.sharding import PartitionSpec
+
+HEAD_INITS = {"zeros": nn.initializers.zeros, "xavier": nn.initializers.xavier_uniform()}
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What a block keeps for its backward pass beside its input: the products with its kernels, or nothing."""
+
+
+def over_batch(x: jax.Array) -> jax.Array:
+    """Splits the first axis of an activation over every axis of the mesh; does nothing where there is none.
+
+    Without it the compiler is free to move activations to the parts of a sharded parameter instead of the reverse.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
