@@ -11,9 +11,10 @@ import pytest
 # JAX reads these when it is imported: by the tests, not by anything above.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-# Tests and processes that compile the same compile it once between them.
-_CACHE_FOLDER = tempfile.TemporaryDirectory(prefix="vit_jax_tests_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE_FOLDER.name
+# Tests and processes that compile the same compile it once between them; pytest's workers inherit the place.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE_FOLDER = tempfile.TemporaryDirectory(prefix="vit_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE_FOLDER.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 ROOT = Path(__file__).resolve().parent.parent
