@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 # JAX reads these when it is imported: by the tests, not by anything above.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -52,3 +53,11 @@ def command_env(extra: dict[str, str] | None = None) -> dict[str, str]:
     """The environment of a user's shell, on the CPU."""
     env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     return {**env, "JAX_PLATFORMS": "cpu", **(extra or {})}
+
+
+def set_keys(config: ConfigDict, changes: dict[str, object]) -> ConfigDict:
+    """Sets keys such as "optimizer.name" of a config, which it returns."""
+    for key, value in changes.items():
+        parent, _, name = key.rpartition(".")
+        (config[parent] if parent else config)[name] = value
+    return config

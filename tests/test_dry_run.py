@@ -2,6 +2,7 @@ import re
 
 import jax
 import pytest
+from conftest import set_keys
 
 from configs import digits
 from vit_jax import dry_run, sharding
@@ -12,13 +13,7 @@ def config_with(**changes):
     config = digits.get_config("scratch")
     config.model = dict(patch_size=4, hidden_size=64, num_layers=1, num_heads=4, mlp_dim=256)
     config.eval_batch_size = 8
-    for key, value in changes.items():
-        if "." in key:
-            parent, key = key.split(".")
-            config[parent][key] = value
-        else:
-            config.update({key: value})
-    return config
+    return set_keys(config, changes)
 
 
 @pytest.fixture

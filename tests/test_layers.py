@@ -28,6 +28,7 @@ FLOORS = [
     ["job"],
     ["trainer", "dry_run"],
     ["evaluate", "compare", "visualize"],
+    ["report"],
 ]
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import set_keys
 from flax.traverse_util import flatten_dict
 
 from configs import digits
@@ -59,10 +60,7 @@ def config_of(name, **changes):
     config.update(batch_size=32, num_steps=13, warmup_steps=2, log_every_steps=3, eval_every_steps=6)
     config.learning_rate = 0.01
     config.mesh.data = 2
-    for key, value in {**RUNS[name], **changes}.items():
-        parent, _, key = key.rpartition(".")
-        (config[parent] if parent else config)[key] = value
-    return config
+    return set_keys(config, {**RUNS[name], **changes})
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 import pytest
+from conftest import set_keys
 
 from configs import digits
 from configs import models as variants
@@ -13,13 +14,7 @@ SIZES = {"patch_size": 4, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "m
 def config_with(**changes):
     config = digits.get_config("scratch")
     config.model = SIZES
-    for key, value in changes.items():
-        if "." in key:
-            parent, key = key.split(".")
-            config[parent][key] = value
-        else:
-            config.update({key: value})
-    return config
+    return set_keys(config, changes)
 
 
 def create(config, *, num_devices=8, num_pictures=1437):

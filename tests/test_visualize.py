@@ -1,3 +1,6 @@
+import re
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -85,3 +88,29 @@ def test_a_folder_without_a_checkpoint_is_one_line(run_command, tmp_path):
     result = run_command("-m", "vit_jax.visualize", "--workdir", tmp_path, "--out", tmp_path / "out")
     assert result.returncode == 1
     assert "holds no run" in result.stderr
+
+
+# ---- the report
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(workdir, run_command):
+    result = run_command("-m", "vit_jax.report", "--workdir", workdir)
+    assert result.returncode == 0, result.stderr
+    assert str(workdir / "report.html") in result.stdout
+    page = (workdir / "report.html").read_text()
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 8 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"https?://|<script", page)
+    accuracy = trainer.evaluate_run(trainer.load_run(workdir))["test/accuracy"]
+    assert f"{accuracy:.2%}" in page and "20 steps × 64 pictures of 16 px" in page
+
+
+def test_a_report_of_an_unfinished_run_is_refused(workdir, run_command, tmp_path):
+    shutil.copytree(workdir, tmp_path / "run")
+    config = (tmp_path / "run/config.json").read_text().replace('"num_steps": 20', '"num_steps": 40')
+    (tmp_path / "run/config.json").write_text(config)
+    result = run_command("-m", "vit_jax.report", "--workdir", tmp_path / "run")
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        f"error: {tmp_path / 'run'} is at step 20 of 40; a report is of a finished run"
+    ]

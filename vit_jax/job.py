@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+import shlex
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -101,6 +103,7 @@ def create_job(config: ConfigDict) -> tuple[Job, Callable[[], steps.TrainState]]
         return program.init_state(sharding.place(params, sharding.by_rule(params, mesh)))
 
     about = build.describe(config, model, dataset.class_names)
+    about["command"] = shlex.join(["python", *sys.argv])
     about["num_trainable"] = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.trainable))
     return Job(config, program, dataset, about), create_state
 

@@ -128,6 +128,7 @@ class Run:
     params: Params
     class_names: tuple[str, ...]
     mesh: Mesh
+    command: str = ""  # that trained it
 
 
 def load_run(workdir: str | Path, *, step: int | None = None) -> Run:
@@ -154,7 +155,7 @@ def load_run(workdir: str | Path, *, step: int | None = None) -> Run:
         params = lora.merge_factors(params, alpha=config.lora.alpha)
     sizes = dict(about["model"])
     model = build_model(about["architecture"], sizes, num_classes=sizes.pop("num_classes"), dtype=config.dtype)
-    return Run(config, step, model, params, tuple(about["class_names"]), mesh)
+    return Run(config, step, model, params, tuple(about["class_names"]), mesh, about["command"])
 
 
 def evaluate_run(run: Run) -> dict[str, float]:

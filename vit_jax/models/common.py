@@ -1,7 +1,10 @@
 """What the models share."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 HEAD_INITS = {"zeros": nn.initializers.zeros, "xavier": nn.initializers.xavier_uniform()}
@@ -20,3 +23,9 @@ def over_batch(x: jax.Array) -> jax.Array:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
+
+
+def create_head(num_classes: int, *, dtype: Any, head_init: str, name: str | None) -> nn.Dense:
+    """The layer [b d] -> [b num_classes]; logits are at least float32."""
+    logits_dtype = jnp.promote_types(dtype, jnp.float32)
+    return nn.Dense(num_classes, dtype=logits_dtype, kernel_init=HEAD_INITS[head_init], name=name)

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models.common import HEAD_INITS, REMAT_POLICIES, over_batch
+from vit_jax.models.common import REMAT_POLICIES, create_head, over_batch
 
 _NUM_GROUPS = 32
 
@@ -221,8 +221,7 @@ class ResNet(nn.Module):
     @nn.nowrap
     def create_head(self, num_classes: int, name: str | None = None) -> nn.Dense:
         """The layer [b d] -> [b num_classes], to be used apart from the model where its features are at hand."""
-        logits_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        return nn.Dense(num_classes, dtype=logits_dtype, kernel_init=HEAD_INITS[self.head_init], name=name)
+        return create_head(num_classes, dtype=self.dtype, head_init=self.head_init, name=name)
 
     @nn.nowrap
     def complaint(self, image_size: int) -> str:
