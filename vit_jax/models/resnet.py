@@ -22,7 +22,7 @@ class StdConv(nn.Module):
         features: output channels.
         kernel_size: of both sides.
         stride: of both axes.
-        dtype: of the convolution; the kernel's mean and variance are float32's.
+        dtype: of the convolution; the kernel's mean and variance are in the kernel's.
     """
 
     features: int
@@ -49,15 +49,16 @@ class StdConv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm of 32 groups, with the released files' names of its parameters; sums are float32's."""
+    """GroupNorm of 32 groups, with the released files' names of its parameters; sums are at least float32."""
 
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b h w c] -> [b h w c]."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
         normalize = nn.GroupNorm(
-            _NUM_GROUPS, epsilon=1e-5, use_bias=False, use_scale=False, use_fast_variance=False, dtype=jnp.float32
+            _NUM_GROUPS, epsilon=1e-5, use_bias=False, use_scale=False, use_fast_variance=False, dtype=wide
         )
         gamma = self.param("gamma", nn.initializers.ones, x.shape[-1:])
         beta = self.param("beta", nn.initializers.zeros, x.shape[-1:])
@@ -176,7 +177,8 @@ class Backbone(nn.Module):
         for i, num_units in enumerate(self.units):
             x = Block(num_units, self.width * 2**i, 1 if i == 0 else 2, self.remat, self.dtype, name=f"block{i + 1}")(x)
         x = nn.relu(GroupNorm(self.dtype, name="group_norm")(x))
-        return over_batch(jnp.mean(x, axis=(1, 2), dtype=jnp.float32).astype(self.dtype))
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        return over_batch(jnp.mean(x, axis=(1, 2), dtype=wide).astype(self.dtype))
 
 
 class ResNet(nn.Module):
