@@ -27,7 +27,7 @@ def load_source(config: ConfigDict) -> Params | None:
 
 def create_model(config: ConfigDict, source: Params | None, *, num_classes: int) -> Any:
     """The module. Sizes that `config.model` leaves out are read off the file; those it gives must be the file's."""
-    arguments = config.model.to_dict()
+    arguments = _with_tuples(config.model.to_dict())
     if source is not None:
         try:
             sizes = INFER[config.architecture](source)
@@ -105,7 +105,7 @@ def build_model(
     """
     module = ARCHITECTURES[architecture]
     fields = {field.name: field.type for field in dataclasses.fields(module)}
-    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    arguments = _with_tuples(arguments)
     for key, value in arguments.items():
         if key not in fields or key in ("num_classes", "dtype", "remat", "parent", "name"):
             raise UsageError(f"config.model.{key}: {module.__name__} has no such argument")
@@ -117,6 +117,11 @@ def build_model(
     if complaint:
         raise UsageError(complaint)
     return model
+
+
+def _with_tuples(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Lists, as configs and JSON have them, as the tuples that modules and files have."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
 
 
 def _expected(key: str, kind: Any, value: Any) -> str:

@@ -17,6 +17,8 @@ from vit_jax.types import Params
 Grid = tuple[int, int]
 """Rows and columns of patches."""
 
+_LEAVES = ("/kernel", "/bias", "/scale", "/gamma", "/beta")
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -63,7 +65,7 @@ class Report:
         if BLOCK.match(key):
             blocks = block_numbers(self.loaded)
             return f"Transformer/encoderblock_{{{blocks[0]}..{blocks[-1]}}}/…"
-        return f"{key.rpartition('/')[0]}/…" if key.endswith(("/kernel", "/bias", "/scale")) else key
+        return f"{key.rpartition('/')[0]}/…" if key.endswith(_LEAVES) else key
 
 
 def adapt_params(
@@ -178,8 +180,8 @@ def _own_float32(leaf: Any) -> np.ndarray:
 
 def _check_fit(source: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
     """Compares keys and shapes; the number of position embeddings may differ."""
-    resnet = any(key.startswith("resnet/") for key in wanted)
-    cause = ("" if resnet else foreign_layout(source)) or _other_sizes(source, wanted)
+    layout = "ResNet (BiT)" if any(key.startswith("resnet/") for key in wanted) else "ViT"
+    cause = foreign_layout(source, wanted=layout) or _other_sizes(source, wanted)
     if POSITION_KEY in source and POSITION_KEY in wanted:
         old, new = source[POSITION_KEY], wanted[POSITION_KEY]
         if len(old) == len(new) == 3:

@@ -102,9 +102,15 @@ def block_numbers(keys: Iterable[str]) -> list[int]:
     return sorted({int(match[1]) for key in keys if (match := BLOCK.match(key))})
 
 
-def foreign_layout(keys: Iterable[str]) -> str:
-    """Says which other known file this is; empty for the original layout."""
+def foreign_layout(keys: Iterable[str], *, wanted: str = "ViT") -> str:
+    """Says which other known file this is; empty for the original layout of what is wanted.
+
+    Args:
+        keys: of the file.
+        wanted: "ViT" or "ResNet (BiT)".
+    """
     keys = list(keys)
+    is_wanted = {"ViT": bool(block_numbers(keys)), "ResNet (BiT)": any(key.startswith("resnet/block") for key in keys)}
 
     def some_start_with(*prefixes: str) -> bool:
         return any(key.startswith(prefixes) for key in keys)
@@ -114,11 +120,13 @@ def foreign_layout(keys: Iterable[str]) -> str:
     if some_start_with("params/", "pos_embedding", "Transformer/encoderblock/"):
         return "it looks like a big_vision file (params/…), whose names differ; give a file of the original release"
     if some_start_with("conv_root/", "gn_root/"):
-        return "it looks like a hybrid of ResNet and ViT (conv_root/…), such as R50+ViT-B_16; give a plain ViT"
-    if some_start_with("resnet/"):
-        return "it looks like a ResNet (BiT) file (resnet/…); give a ViT"
-    if not block_numbers(keys):
-        return f"it is not a ViT file, for it holds {_few(sorted(keys)) or 'nothing'}; give a ViT"
+        return f"it looks like a hybrid of ResNet and ViT (conv_root/…), such as R50+ViT-B_16; give a plain {wanted}"
+    if wanted == "ViT" and some_start_with("resnet/"):
+        return "it looks like a ResNet (BiT) file (resnet/…); give a ViT, or set architecture to 'resnet50'"
+    if wanted != "ViT" and is_wanted["ViT"]:
+        return f"it looks like a ViT file (Transformer/encoderblock_…); give a {wanted}, or set architecture to 'vit'"
+    if not is_wanted[wanted]:
+        return f"it is not a {wanted} file, for it holds {_few(sorted(keys)) or 'nothing'}; give a {wanted}"
     return ""
 
 
