@@ -5,10 +5,12 @@ import functools
 import importlib.resources
 import urllib.parse
 from pathlib import Path
+from typing import Any
 
 from vit_jax import download
 from vit_jax.errors import UsageError, UserError
 from vit_jax.pretrained.architecture import infer_architecture
+from vit_jax.pretrained.bit import infer_resnet, squeeze_head
 from vit_jax.pretrained.npz import load_npz
 
 RELEASED = {
@@ -21,10 +23,12 @@ RELEASED = {
     "imagenet21k+imagenet2012/ViT-B_32": None,
     "imagenet21k+imagenet2012/ViT-L_16": None,
     "imagenet21k+imagenet2012/ViT-L_32": None,
+    "bit_models/BiT-M-R50x1": None,
+    "bit_models/BiT-S-R50x1": None,
 }
-"""Names of Google's files, with their bytes where these are known."""
+"""Names of Google's files, with their bytes where these are known. BiT-M saw ImageNet-21k, BiT-S ImageNet-2012."""
 
-_URL = "https://storage.googleapis.com/vit_models/{}.npz"
+_URL = "https://storage.googleapis.com/{}.npz"
 _WIDTH_AND_DEPTH = {"B": (768, 12), "L": (1024, 24), "H": (1280, 32)}
 
 
@@ -45,8 +49,9 @@ def resolve(name_or_path: str) -> Path:
             raise UserError(f"{path}, which comes with the package, is missing; install vit_jax again")
         return path
     if name_or_path in RELEASED:
+        bucket = "" if _is_resnet(name_or_path) else "vit_models/"
         return download.fetch(
-            _URL.format(urllib.parse.quote(name_or_path)),
+            _URL.format(bucket + urllib.parse.quote(name_or_path)),
             download.cache_dir() / f"{name_or_path}.npz",
             num_bytes=RELEASED[name_or_path],
             check=functools.partial(_check_released, name_or_path),
@@ -64,10 +69,21 @@ def resolve(name_or_path: str) -> Path:
 
 def _check_released(name: str, path: Path) -> None:
     """Reads a fetched file whole and compares its sizes with its name."""
-    got = infer_architecture(load_npz(path))
-    variant, patch_size = name.rpartition("ViT-")[2].split("_")
-    width, depth = _WIDTH_AND_DEPTH[variant]
-    expected = {"patch_size": int(patch_size), "hidden_size": width, "num_layers": depth}
+    params, expected = load_npz(path), _sizes(name)
+    got = infer_resnet(squeeze_head(params)) if _is_resnet(name) else infer_architecture(params)
     wrong = [f"{key} {got[key]} instead of {size}" for key, size in expected.items() if got[key] != size]
     if wrong:
         raise UserError(f"the file is not {name}: {', '.join(wrong)}")
+
+
+def _sizes(name: str) -> dict[str, Any]:
+    """What a released name says of the sizes."""
+    if _is_resnet(name):
+        return {"units": (3, 4, 6, 3), "width": 64}
+    variant, patch_size = name.rpartition("ViT-")[2].split("_")
+    width, depth = _WIDTH_AND_DEPTH[variant]
+    return {"patch_size": int(patch_size), "hidden_size": width, "num_layers": depth}
+
+
+def _is_resnet(name: str) -> bool:
+    return name.startswith("bit_models/")
