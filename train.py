@@ -10,6 +10,7 @@ from vit_jax.errors import UsageError, one_line, run_command
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/digits.py; keys: configs/base.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/NAME[-ARG] unless given.")
+_REPORT = flags.DEFINE_bool("report", True, "Write report.html into the folder of a finished run.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the run would cost and start nothing.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes; 1 looks for no others.")
@@ -28,12 +29,15 @@ def main() -> int:
     with distributed.joined(
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, wait_seconds=_WAIT_SECONDS.value
     ):
-        from vit_jax import dry_run, trainer
+        from vit_jax import dry_run, report, trainer
 
         if _DRY_RUN.value:
             dry_run.dry_run(_CONFIG.value)
         else:
-            trainer.train_and_evaluate(_CONFIG.value, _WORKDIR.value or default_workdir())
+            workdir = Path(_WORKDIR.value or default_workdir())
+            results = trainer.train_and_evaluate(_CONFIG.value, workdir)
+            if results and _REPORT.value:
+                report.leave_report(workdir)
     return 0
 
 

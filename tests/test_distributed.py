@@ -55,7 +55,7 @@ def start_training(workdir: Path, *both: str, second: tuple[str, ...] = ()) -> l
 
 
 def training(workdir: Path) -> list[object]:
-    return ["train.py", "--config", "configs/digits.py:scratch", "--workdir", workdir, *SMALL]
+    return ["train.py", "--config", "configs/digits.py:scratch", "--workdir", workdir, *SMALL, "--noreport"]
 
 
 def wait(processes: list[subprocess.Popen], timeout: float = 240) -> list[int]:

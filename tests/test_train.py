@@ -27,6 +27,7 @@ SMALL = (
     "--config.eval_every_steps=30",
     "--config.checkpoint_every_steps=10",
     "--config.augment=flip",
+    "--noreport",
 )
 
 

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 
@@ -93,11 +94,17 @@ def test_a_folder_without_a_checkpoint_is_one_line(run_command, tmp_path):
 # ---- the report
 
 
-def test_the_report_is_one_page_that_needs_nothing_else(workdir, run_command):
+@pytest.fixture(scope="module")
+def page(workdir, run_command):
+    """The report as a file."""
     result = run_command("-m", "vit_jax.report", "--workdir", workdir)
     assert result.returncode == 0, result.stderr
-    assert str(workdir / "report.html") in result.stdout
-    page = (workdir / "report.html").read_text()
+    assert result.stdout.splitlines()[-1] == str(workdir / "report.html")
+    return workdir / "report.html"
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(workdir, page):
+    page = page.read_text()
     sources = re.findall(r'src="([^"]*)"', page)
     assert len(sources) == 8 and all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"https?://|<script", page)
@@ -114,3 +121,68 @@ def test_a_report_of_an_unfinished_run_is_refused(workdir, run_command, tmp_path
     assert result.stderr.splitlines() == [
         f"error: {tmp_path / 'run'} is at step 20 of 40; a report is of a finished run"
     ]
+
+
+def test_a_run_leaves_its_report_once(run_command, tmp_path):
+    few = ("--config.num_steps=4", "--config.warmup_steps=1")
+    command = ("train.py", "--config", "configs/digits.py", "--workdir", tmp_path / "run", *few)
+    result = run_command(*command, "--noreport")
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "run/report.html").exists()
+    result = run_command(*command)
+    assert result.stdout.splitlines()[-1] == f"report: {tmp_path / 'run/report.html'}"
+    assert "drawing the report" in result.stdout
+    assert "--config.num_steps=4" in (tmp_path / "run/report.html").read_text()
+    assert "drawing the report" not in run_command(*command).stdout
+
+
+@pytest.fixture
+def browser():
+    """Chromium without a window."""
+    programs = [shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")]
+    if None in programs:
+        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+_WIDER_THAN_THE_PAGE = """
+return [...document.querySelectorAll("body *")]
+    .filter(element => !element.closest(".wide, pre") && element.getBoundingClientRect().right > innerWidth)
+    .map(element => element.outerHTML.slice(0, 80))
+"""
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_report_in_a_browser(workdir, page, browser, width):
+    page = page.absolute().as_uri()
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(page)
+    assert browser.get_log("browser") == []
+    asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    addresses = {one["params"]["request"]["url"] for one in asked if one["method"] == "Network.requestWillBeSent"}
+    assert page in addresses and not {url for url in addresses - {page} if not url.startswith("data:")}
+
+    assert browser.execute_script("return innerWidth") == width
+    images = browser.find_elements("css selector", "img")
+    assert len(images) == 8
+    for image in images:
+        assert image.get_property("complete") and image.get_property("naturalWidth") > 500
+        assert 600 <= image.rect["width"] <= max(width, 640)  # legible; a narrow page scrolls it, not itself
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script(_WIDER_THAN_THE_PAGE) == []
+    sizes = "return [...document.querySelectorAll('p, td, th, pre')].map(e => parseFloat(getComputedStyle(e).fontSize))"
+    assert min(browser.execute_script(sizes)) >= 13
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert browser.find_element("css selector", ".big").text == f"{last['test/accuracy']:.2%}"

@@ -30,7 +30,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 70rem; margin: 0 auto; padding: 1rem }
 h1 { font-size: 1.6rem; overflow-wrap: anywhere }
 h2 { font-size: 1.2rem; margin-top: 2.5rem }
-img { display: block; width: 100%; min-width: 40rem; height: auto; margin: 1rem 0 }
+img { display: block; max-width: max(100%, 40rem); height: auto; margin: 1rem 0 }
 .wide { overflow-x: auto }
 table { border-collapse: collapse }
 td, th { padding: .2rem 1rem .2rem 0; text-align: left; vertical-align: top }
@@ -49,6 +49,23 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(parser, argv)
     print(write_report(Path(arguments.workdir), data_dir=arguments.data_dir))
     return 0
+
+
+def leave_report(workdir: Path) -> None:
+    """Writes the page of a run that has just finished, unless it is there, and prints its place.
+
+    Several processes are told the command instead: it needs one alone.
+    """
+    import jax
+
+    page = workdir / "report.html"
+    if jax.process_count() > 1:
+        print(f"its pictures on one page, from one process: python -m vit_jax.report --workdir {workdir}")
+        return
+    if not page.exists():
+        print("drawing the report …", flush=True)
+        write_report(workdir)
+    print(f"report: {page}")
 
 
 def write_report(workdir: Path, *, data_dir: str | None = None) -> Path:
@@ -128,7 +145,8 @@ def _table(rows: list[tuple[str, str]], *, numbers: bool = False) -> str:
 def _picture(title: str, png: bytes) -> str:
     data = base64.b64encode(png).decode()
     return (
-        f'<h2>{html.escape(title.capitalize())}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+        f"<h2>{html.escape(title.capitalize())}</h2>"
+        f'<div class="wide"><img alt="{html.escape(title)}" src="data:image/png;base64,{data}"></div>'
     )
 
 

@@ -45,7 +45,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     restored_step = checkpoint.latest_step(workdir)
     distributed.wait_for_all("every process has seen where the run stands")
     if restored_step == config.num_steps:
-        return report(config, workdir)
+        return summarize(config, workdir)
     check_writable(workdir)
     job, create_state = create_job(config)
     with checkpoint.open_manager(workdir) as checkpoints:
@@ -98,7 +98,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
                 writer.log_evaluation(0, results)
                 checkpoint.save(checkpoints, 0, state, job.about, accuracy=results["test/accuracy"])
         checkpoint.finish(checkpoints)
-    return report(config, workdir)
+    return summarize(config, workdir)
 
 
 def steps_until_stop(step: int, config: ConfigDict, program: Program) -> int:
@@ -266,7 +266,7 @@ def check_writable(workdir: Path) -> None:
         raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}; give another") from error
 
 
-def report(config: ConfigDict, workdir: Path) -> dict[str, float]:
+def summarize(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """Draws a finished run's curves, prints its results and what to type next; returns the results."""
     if not distributed.is_first():
         return {}
