@@ -22,3 +22,12 @@ def test_plot_curves_labels_axes_and_lines():
     assert [axes.get_title() for axes in (loss, accuracy, rate)] == ["Loss", "Accuracy", "Learning rate"]
     assert all(axes.get_xlabel() == "step" and axes.get_ylabel() for axes in (loss, accuracy, rate))
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["train (single batches)", "test"]
+
+
+def test_plot_accuracies_draws_a_line_for_each_run_and_names_its_last_value():
+    (axes,) = plotting.plot_accuracies({"ours": RECORDS, "not evaluated": []}, title="digits").axes
+    tested = [(record["step"], record["test/accuracy"]) for record in RECORDS if "test/accuracy" in record]
+    assert axes.lines[0].get_xydata().tolist() == [list(point) for point in tested]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == [f"ours: {tested[-1][1]:.1%}", "not evaluated: nan%"]
+    assert axes.lines[0].get_color() != axes.lines[1].get_color()

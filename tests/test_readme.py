@@ -33,7 +33,7 @@ def command_with(*words: str) -> list[str]:
 
 
 def test_every_file_that_the_readme_names_is_there():
-    for name in re.findall(r"(?:configs|benchmarks|vit_jax)/[\w/]+\.\w+", README):
+    for name in re.findall(r"(?:configs|benchmarks|notebooks|vit_jax)/[\w/]+\.\w+", README):
         assert (ROOT / name).exists(), name
 
 

@@ -1,14 +1,18 @@
 """Arrays and records to matplotlib figures. Figures are made without pyplot: no window, no global state."""
 
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-_TRAIN, _TEST = "#0072B2", "#D55E00"  # blue and vermilion of Okabe and Ito's palette, told apart by the colour-blind
+# Okabe and Ito's palette, told apart by the colour-blind.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_TRAIN, _TEST = _COLOURS[:2]
+_MARKERS = "os^Dv<>"
 
 
 def plot_curves(records: Sequence[dict[str, Any]], *, title: str = "") -> Figure:
@@ -35,6 +39,26 @@ def plot_curves(records: Sequence[dict[str, Any]], *, title: str = "") -> Figure
         axes.grid(alpha=0.3)
     for axes in (loss, accuracy):
         axes.legend()
+    figure.suptitle(title)
+    return figure
+
+
+def plot_accuracies(runs: Mapping[str, Sequence[dict[str, Any]]], *, title: str = "") -> Figure:
+    """Test accuracy over the steps, one line for each run.
+
+    Args:
+        runs: name -> the lines of its metrics.jsonl.
+        title: above.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, records) in enumerate(runs.items()):
+        last = next((record["test/accuracy"] for record in reversed(records) if "test/accuracy" in record), math.nan)
+        style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)], "markersize": 4}
+        _curve(axes, records, "test/accuracy", label=f"{name}: {last:.1%}", **style)
+    axes.set(xlabel="step", ylabel="share of test pictures that are right", ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
     figure.suptitle(title)
     return figure
 
