@@ -66,3 +66,25 @@ def test_what_is_no_run_is_one_line(run_command, words, code):
     assert result.returncode == code
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
+
+
+def test_seeds_of_one_recipe_are_one_row(runs, run_command, tmp_path):
+    """Accuracies of 0.5, 0.6 and 0.7: 0.6 ± 0.1, with n - 1 below the root."""
+    for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
+        workdir = tmp_path / f"full-{seed}"
+        workdir.mkdir()
+        config = json.loads((runs / "full/config.json").read_text())
+        (workdir / "config.json").write_text(json.dumps({**config, "seed": seed}))
+        (workdir / "checkpoints").symlink_to(runs / "full/checkpoints")
+        *lines, last = (runs / "full/metrics.jsonl").read_text().splitlines()
+        lines.append(json.dumps({**json.loads(last), "test/accuracy": accuracy}))
+        (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    workdirs = [tmp_path / "full-0", runs / "head", tmp_path / "full-1", tmp_path / "full-2"]
+    full, head = compare.compare_runs(workdirs, join_seeds=True)
+    assert (full["run"], full["seeds"], full["parameters"], full["trains"]) == ("full", 3, 2970, "full")
+    assert full["test accuracy"] == pytest.approx(0.6) and full["±"] == pytest.approx(0.1)
+    assert (head["run"], head["seeds"], head["±"]) == ("head", 1, 0.0)
+    result = run_command("-m", "vit_jax.compare", "--join_seeds", *workdirs)
+    assert result.returncode == 0, result.stderr
+    row = [cell.strip() for cell in result.stdout.splitlines()[2].split("|")]
+    assert row[1:7] == ["full", "full", "2,970", "3", "60.00%", "10.00%"]

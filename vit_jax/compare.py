@@ -2,27 +2,47 @@
 
 import argparse
 import datetime
+import json
+import os
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vit_jax.errors import UserError, parse_arguments, run_command
 
-_COLUMNS = ("run", "trains", "parameters", "test accuracy", "top 5", "pictures", "time", "pictures/s")
+_TEXTS = ("run", "trains")
+_COLUMNS: dict[str, Callable[[Any], str]] = {
+    "run": str,
+    "trains": str,
+    "parameters": "{:,}".format,
+    "seeds": str,
+    "test accuracy": "{:.2%}".format,
+    "±": "{:.2%}".format,
+    "top 5": "{:.2%}".format,
+    "pictures": "{:,}".format,
+    "time": lambda seconds: str(datetime.timedelta(seconds=round(seconds))),
+    "pictures/s": "{:,.0f}".format,
+}
+"""Column -> its value as text."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(prog="python -m vit_jax.compare", description=__doc__)
     parser.add_argument("workdirs", nargs="+", metavar="DIR", help="folders of finished runs on the same test pictures")
+    parser.add_argument("--join_seeds", action="store_true", help="one line for runs that differ in their seed alone")
     arguments = parse_arguments(parser, argv)
-    print(format_table(compare_runs(arguments.workdirs)))
+    print(format_table(compare_runs(arguments.workdirs, join_seeds=arguments.join_seeds)))
     return 0
 
 
-def compare_runs(workdirs: Sequence[str | Path]) -> list[dict[str, Any]]:
+def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) -> list[dict[str, Any]]:
     """What was trained, how well it did and what it took, run by run.
+
+    With `join_seeds`, runs whose configs differ in `seed` alone are one row: means, the number of seeds, and under "±"
+    the standard deviation of the test accuracy over them (n - 1; 0 of one).
 
     Time is that of training: evaluation, checkpoints and compilation are not in it, nor are stored features.
 
@@ -31,7 +51,7 @@ def compare_runs(workdirs: Sequence[str | Path]) -> list[dict[str, Any]]:
     """
     from vit_jax import checkpoint, settings, writer
 
-    rows, tested = [], {}
+    rows, tested, recipes = [], {}, []
     for workdir in map(Path, workdirs):
         config = settings.load_config(workdir)
         records = writer.read_records(workdir / "metrics.jsonl")
@@ -47,6 +67,7 @@ def compare_runs(workdirs: Sequence[str | Path]) -> list[dict[str, Any]]:
             (line["step"] - start) * config.batch_size / line["images_per_second"]
             for start, line in zip(starts, lines, strict=False)
         )
+        recipes.append(json.dumps({**config.to_dict(), "seed": None}, sort_keys=True))
         rows.append(
             {
                 "run": workdir.name,
@@ -62,36 +83,39 @@ def compare_runs(workdirs: Sequence[str | Path]) -> list[dict[str, Any]]:
     if len(set(tested.values())) > 1:
         differences = "; ".join(f"{workdir}: {pictures}" for workdir, pictures in tested.items())
         raise UserError(f"the runs were tested on different pictures ({differences}); compare runs on the same")
-    return rows
+    return _join_seeds(rows, recipes) if join_seeds else rows
+
+
+def _join_seeds(rows: Sequence[dict[str, Any]], recipes: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each recipe, in the order of their first runs."""
+    joined = []
+    for recipe in dict.fromkeys(recipes):
+        runs = [row for row, other in zip(rows, recipes, strict=True) if other == recipe]
+        accuracies = [run["test accuracy"] for run in runs]
+        means = {key: statistics.mean(run[key] for run in runs) for key in runs[0] if key not in _TEXTS}
+        name = os.path.commonprefix([run["run"] for run in runs])
+        seeds = {"seeds": len(runs), "±": statistics.stdev(accuracies) if len(runs) > 1 else 0.0}
+        joined.append({**means, **seeds, "run": name.rstrip("-_") or name, "trains": runs[0]["trains"]})
+    return joined
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as a Markdown table whose columns stand below each other in plain text, too."""
-    from vit_jax.writer import format_number
-
-    shown = {
-        "parameters": "{:,}".format,
-        "test accuracy": "{:.2%}".format,
-        "top 5": "{:.2%}".format,
-        "pictures": "{:,}".format,
-        "time": lambda seconds: str(datetime.timedelta(seconds=seconds)),
-        "pictures/s": format_number,
-    }
-    cells = [[shown.get(name, str)(row[name]) for name in _COLUMNS] for row in rows]
-    widths = [max(map(len, column)) for column in zip(_COLUMNS, *cells, strict=True)]
-    left = ("run", "trains")
+    names = [name for name in _COLUMNS if name in rows[0]]
+    cells = [[_COLUMNS[name](row[name]) for name in names] for row in rows]
+    widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
 
     def line(values: Sequence[str]) -> str:
         padded = [
-            value.ljust(width) if name in left else value.rjust(width)
-            for name, value, width in zip(_COLUMNS, values, widths, strict=True)
+            value.ljust(width) if name in _TEXTS else value.rjust(width)
+            for name, value, width in zip(names, values, widths, strict=True)
         ]
         return f"| {' | '.join(padded)} |"
 
     rule = [
-        "-" * width if name in left else "-" * (width - 1) + ":" for name, width in zip(_COLUMNS, widths, strict=True)
+        "-" * width if name in _TEXTS else "-" * (width - 1) + ":" for name, width in zip(names, widths, strict=True)
     ]
-    return "\n".join([line(_COLUMNS), line(rule), *map(line, cells)])
+    return "\n".join([line(names), line(rule), *map(line, cells)])
 
 
 if __name__ == "__main__":

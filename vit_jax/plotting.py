@@ -1,6 +1,5 @@
 """Arrays and records to matplotlib figures. Figures are made without pyplot: no window, no global state."""
 
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,9 +52,9 @@ def plot_accuracies(runs: Mapping[str, Sequence[dict[str, Any]]], *, title: str 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for i, (name, records) in enumerate(runs.items()):
-        last = next((record["test/accuracy"] for record in reversed(records) if "test/accuracy" in record), math.nan)
+        last = [f": {record['test/accuracy']:.1%}" for record in records if "test/accuracy" in record][-1:]
         style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)], "markersize": 4}
-        _curve(axes, records, "test/accuracy", label=f"{name}: {last:.1%}", **style)
+        _curve(axes, records, "test/accuracy", label="".join([name, *last]), **style)
     axes.set(xlabel="step", ylabel="share of test pictures that are right", ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
