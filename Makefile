@@ -15,9 +15,10 @@ train: $(VENV)/installed
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test-slow: $(VENV)/installed-test $(VENV)-aot/installed
-	$(BIN)/python -m pytest -m slow --ignore tests/test_aot.py
+test-slow: $(VENV)/installed-test $(VENV)-aot/installed $(VENV)-interop/installed
+	$(BIN)/python -m pytest -m slow --ignore tests/test_aot.py --ignore tests/test_interop.py
 	$(VENV)-aot/bin/python -m pytest -m slow -rs tests/test_aot.py
+	$(VENV)-interop/bin/python -m pytest -m slow -rs tests/test_interop.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -43,6 +44,14 @@ $(VENV)-aot/installed: $(VENV)/installed
 	$(PYTHON) -m venv $(VENV)-aot
 	@$(VENV)-aot/bin/python -m pip install -qq --upgrade pip
 	@$(VENV)-aot/bin/python -m pip install -qq --editable '.[aot,test]'
+	@touch $@
+
+# Hugging Face's transformers have one, too: torch is large. One release of it, for a range may bring CUDA's libraries.
+$(VENV)-interop/installed: $(VENV)/installed
+	$(PYTHON) -m venv $(VENV)-interop
+	@$(VENV)-interop/bin/python -m pip install -qq --upgrade pip
+	@$(VENV)-interop/bin/python -m pip install -qq torch==2.13.0
+	@$(VENV)-interop/bin/python -m pip install -qq --editable '.[interop,test]'
 	@touch $@
 
 clean:

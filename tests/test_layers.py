@@ -24,10 +24,10 @@ FLOORS = [
     ],
     ["steps", "settings"],
     ["checkpoint", "features", "build"],
-    ["program"],
+    ["program", "classifier"],
     ["job"],
     ["trainer", "dry_run"],
-    ["evaluate", "compare", "visualize"],
+    ["evaluate", "predict", "export", "compare", "visualize"],
     ["report"],
 ]
 

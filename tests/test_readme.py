@@ -130,8 +130,38 @@ def test_the_default_recipe_reaches_what_the_readme_says(run_command, tmp_path):
     result = run_command("-c", script.replace("runs/digits", str(tmp_path / "digits.py")))
     assert result.returncode == 0, result.stderr
     assert float(result.stdout.splitlines()[-1]) >= 0.95
+    use_the_model(run_command, tmp_path / "digits.py", tmp_path)
+    assert (tmp_path / "digits.py/report.html").exists()
     assert accuracies["configs/digits.py"] >= 0.95
     assert accuracies["configs/digits.py"] >= accuracies["configs/digits.py:scratch"] + 0.02
+
+
+def use_the_model(run_command, workdir, folder):
+    """Every command and script of the README's "Use the model", on the run that it names."""
+    (folder / "FOLDER").mkdir()
+    for place in ("PICTURE.png", "FOLDER/a.jpg", "b.jpg"):
+        Image.fromarray(np.full((9, 7, 3), 200, np.uint8)).save(folder / place)
+    here = {
+        "runs/digits": workdir,
+        "PICTURE": folder / "PICTURE.png",
+        "FOLDER": folder / "FOLDER",
+        "*.jpg": folder / "*.jpg",
+    }
+    used = [command for command in commands() if {"vit_jax.predict", "vit_jax.export"} & set(command)]
+    assert len(used) == 6
+    for command in used:
+        words = [str(here.get(word, folder / word if word.startswith("digits") else word)) for word in command]
+        result = run_command(*words)
+        assert result.returncode == 0, result.stderr
+        assert len(result.stdout.splitlines()) == (3 if "--top" in words else 1)
+    scripts = re.findall(r"```python\n((?:[^`]*)(?:vit_jax.load|deserialize)[^`]*?)```", README, re.S)
+    assert len(scripts) == 2
+    for script in scripts:
+        script = script.replace("runs/digits", str(workdir)).replace(
+            "digits_stablehlo", str(folder / "digits_stablehlo")
+        )
+        result = run_command("-c", script)
+        assert result.returncode == 0, result.stderr
 
 
 def test_the_shipped_file_was_made_as_the_readme_says():

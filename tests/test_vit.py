@@ -287,7 +287,9 @@ def test_stochastic_depth_scales_what_it_keeps():
     params = random_params(grid=(2, 2))["Transformer"]["encoderblock_1"]
     params["MlpBlock_3"] = jax.tree.map(jnp.zeros_like, params["MlpBlock_3"])  # leaves attention alone
     x = random_images(5, 24, num=1)[..., 0]  # [1 n d]
-    block = functools.partial(vit.EncoderBlock, 3, 40, 0.0, 0.0, gelu_approximate=True, dtype=jnp.float32)
+    block = functools.partial(
+        vit.EncoderBlock, 3, 40, 0.0, 0.0, gelu_approximate=True, layer_norm_epsilon=1e-6, dtype=jnp.float32
+    )
     branch = block(0.0).apply({"params": params}, x, True) - x
     many = block(0.5).apply({"params": params}, jnp.tile(x, (64, 1, 1)), False, rngs={"dropout": jax.random.key(0)})
     kept = np.isclose(many, x + 2 * branch, atol=1e-4).all(axis=(1, 2))

@@ -1,38 +1,49 @@
 """From a config and a released file to the model and its parameters."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import vit_jax
-from vit_jax import pretrained
-from vit_jax.errors import UsageError, UserError
+from vit_jax import preprocess, pretrained
+from vit_jax.errors import UsageError, UserError, one_line
 from vit_jax.models import ARCHITECTURES, HEAD_INITS
 from vit_jax.types import Params
 
 INFER = {"vit": pretrained.infer_architecture, "resnet50": pretrained.infer_resnet}
 """`config.architecture` -> what reads a model's sizes off a file."""
 
-
-def load_source(config: ConfigDict) -> Params | None:
-    """The parameters of the pretrained file, or None where the run starts from scratch."""
-    if not config.pretrained:
-        return None
-    return pretrained.squeeze_head(pretrained.load_npz(pretrained.resolve(config.pretrained)))
+_NOT_IN_SHAPES = ("gelu_approximate", "layer_norm_epsilon")
+"""Arguments that are part of what parameters mean, and that their shapes do not tell."""
 
 
-def create_model(config: ConfigDict, source: Params | None, *, num_classes: int) -> Any:
+class Source(NamedTuple):
+    """What a run starts from: parameters, and what their file says of the model, if it does."""
+
+    params: Params
+    about: dict[str, Any] | None
+
+
+def load_source(config: ConfigDict) -> Source | None:
+    """Reads the pretrained file; None where the run starts from scratch."""
+    return Source(*pretrained.read_model(config.pretrained)) if config.pretrained else None
+
+
+def create_model(config: ConfigDict, source: Source | None, *, num_classes: int) -> Any:
     """The module. Sizes that `config.model` leaves out are read off the file; those it gives must be the file's."""
     arguments = _with_tuples(config.model.to_dict())
     if source is not None:
         try:
-            sizes = INFER[config.architecture](source)
+            sizes = INFER[config.architecture](source.params)
         except UserError as error:
             raise UserError(f"{config.pretrained}: {error}") from error
+        said = source.about["model"] if source.about else {}
+        sizes |= {key: said[key] for key in _NOT_IN_SHAPES if key in said}
         arguments = agree(arguments, sizes, config.pretrained)
     elif not arguments:
         raise UsageError("config.model is empty: give the model's sizes, or a pretrained file to read them off")
@@ -51,7 +62,7 @@ def needs_file(config: ConfigDict) -> bool:
     return bool(config.pretrained) and not set(config.model) >= set(ARCHITECTURES[config.architecture].SIZES)
 
 
-def create_params(config: ConfigDict, model: Any, source: Params | None) -> Params:
+def create_params(config: ConfigDict, model: Any, source: Source | None) -> Params:
     """The parameters before the first update, adapted from the file or drawn at random; says what it did."""
     init = init_params(model, config)
     if source is None:
@@ -59,7 +70,7 @@ def create_params(config: ConfigDict, model: Any, source: Params | None) -> Para
         return jax.jit(init)()
     # The compiler leaves out all that this does not return, so that only the head is really drawn.
     head = jax.jit(lambda: init()["head"])()
-    params, report = pretrained.adapt_params(source, {**jax.eval_shape(init), "head": head})
+    params, report = pretrained.adapt_params(source.params, {**jax.eval_shape(init), "head": head})
     print(f"{config.pretrained}\n{report}")
     return params
 
@@ -157,4 +168,35 @@ def describe(config: ConfigDict, model: Any, class_names: Sequence[str]) -> dict
         "pixel_mean": list(config.pixel_mean),
         "pixel_deviation": list(config.pixel_deviation),
         "class_names": list(class_names),
+    }
+
+
+def rebuild_model(about: dict[str, Any], *, dtype: str = "float32") -> Any:
+    """The module that `describe` described.
+
+    Raises:
+        UserError: the description is none.
+    """
+    try:
+        sizes = dict(about["model"])
+        return build_model(about["architecture"], sizes, num_classes=sizes.pop("num_classes"), dtype=dtype)
+    except (KeyError, TypeError, UsageError) as error:
+        raise UserError(f"what the file says of its model is damaged ({one_line(error)}); export it again") from error
+
+
+def describe_file(params: Params) -> dict[str, Any]:
+    """What can be told of a released file's model by its parameters: `describe`, with numbers as class names."""
+    architecture = "resnet50" if "resnet" in params else "vit"
+    sizes = INFER[architecture](params)
+    image_size = 224
+    if architecture == "vit":
+        positions = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - 1
+        image_size = math.isqrt(positions) * sizes["patch_size"]
+    return {
+        "architecture": architecture,
+        "model": sizes,
+        "image_size": image_size,
+        "pixel_mean": list(preprocess.HALF),
+        "pixel_deviation": list(preprocess.HALF),
+        "class_names": [str(i) for i in range(sizes["num_classes"])],
     }

@@ -131,24 +131,27 @@ def restore(manager: ocp.CheckpointManager, state: TrainState, step: int) -> Tra
     return TrainState(trainable=trainable, frozen=frozen, ema=items.get("ema", {}), **items["training"])
 
 
-def restore_params(manager: ocp.CheckpointManager, step: int, sharding: NamedSharding) -> tuple[Params, dict[str, Any]]:
+def restore_params(
+    manager: ocp.CheckpointManager, step: int, sharding: NamedSharding, *, averages: bool = True
+) -> tuple[Params, dict[str, Any]]:
     """Reads the parameters alone, and what they are.
 
     Args:
         manager: of the run.
         step: which checkpoint.
         sharding: where every parameter goes.
+        averages: whether they are read, where there are any.
 
     Returns:
-        (params, about): the model's whole tree, with averages in the place of what they average, and the JSON given
-        to `save`.
+        (params, about): the model's whole tree, averages in the place of what they average, and the JSON given to
+        `save`.
 
     Raises:
         UserError: the checkpoint is damaged.
     """
     try:
         metadata = manager.item_metadata(step)
-        names = ("params", "ema") if "ema" in metadata.keys() else ("params",)
+        names = ("params", "ema") if averages and "ema" in metadata.keys() else ("params",)
         wanted = {name: abstract(dict(metadata[name]), sharding) for name in names}
     except (*_STORAGE_ERRORS, TypeError, AttributeError) as error:
         raise _read_error(manager, step, error) from error

@@ -130,7 +130,7 @@ def format_page(name: str, run: Any, results: dict[str, float], pictures: list[t
         f"<p>of the test pictures are right after the last step, {run.step:,}.</p>"
         f"<h2>Results</h2>{_table([(what, f'{value:.2%}') for what, value in [*ours, *known]], numbers=True)}"
         f"<h2>Recipe</h2>{_table(facts)}"
-        f"<h2>Command</h2><pre>{html.escape(run.command)}</pre>"
+        f"<h2>Command</h2><pre>{html.escape(run.about['command'])}</pre>"
         f"{images}"
         f"<h2>Every setting</h2><pre>{html.escape(json.dumps(config.to_dict(), indent=2))}</pre></body></html>\n"
     )

@@ -14,12 +14,24 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_jax import checkpoint, distributed, features, lora, metrics, plotting, settings, sharding, steps
-from vit_jax.build import build_model
+from vit_jax import (
+    build,
+    checkpoint,
+    classifier,
+    distributed,
+    features,
+    lora,
+    metrics,
+    plotting,
+    settings,
+    sharding,
+    steps,
+)
+from vit_jax.classifier import Classifier
 from vit_jax.errors import UserError
 from vit_jax.job import create_evaluate, create_job, load_dataset
 from vit_jax.program import Program, test_options
-from vit_jax.types import Dataset, Params
+from vit_jax.types import Dataset
 from vit_jax.writer import Writer, format_number, read_records
 
 
@@ -119,24 +131,29 @@ def fetch(tree: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A finished or interrupted run, read from its folder."""
+class Run(Classifier):
+    """A finished or interrupted run, read from its folder: a classifier, and how it came to be.
+
+    Attributes:
+        config: laid out as in `configs/base.py`.
+        step: of the checkpoint.
+        mesh: of all devices, where `params` lie.
+        about: what the checkpoint says of its model, see `build.describe`; "command" is the one that trained it.
+    """
 
     config: ConfigDict
     step: int
-    model: Any
-    params: Params
-    class_names: tuple[str, ...]
     mesh: Mesh
-    command: str = ""  # that trained it
+    about: dict[str, Any]
 
 
-def load_run(workdir: str | Path, *, step: int | None = None) -> Run:
+def load_run(workdir: str | Path, *, step: int | None = None, averages: bool = True) -> Run:
     """Reads config, model and parameters of a run from its folder alone.
 
     Args:
         workdir: of the run.
         step: which checkpoint; None takes the latest.
+        averages: whether averages of parameters, where the run kept them, stand in for what they average.
 
     Raises:
         UserError: no run there, no such checkpoint, or a damaged one.
@@ -151,11 +168,10 @@ def load_run(workdir: str | Path, *, step: int | None = None) -> Run:
         step = there[-1] if step is None else step
         if step not in there:
             raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, there))}")
-        params, about = checkpoint.restore_params(checkpoints, step, sharding.replicated(mesh))
+        params, about = checkpoint.restore_params(checkpoints, step, sharding.replicated(mesh), averages=averages)
         params = lora.merge_factors(params, alpha=config.lora.alpha)
-    sizes = dict(about["model"])
-    model = build_model(about["architecture"], sizes, num_classes=sizes.pop("num_classes"), dtype=config.dtype)
-    return Run(config, step, model, params, tuple(about["class_names"]), mesh, about["command"])
+    model = build.rebuild_model(about, dtype=config.dtype)
+    return Run(**classifier.fields(model, params, about), config=config, step=step, mesh=mesh, about=about)
 
 
 def evaluate_run(run: Run) -> dict[str, float]:

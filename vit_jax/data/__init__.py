@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from vit_jax.data.cifar import CIFARS, cifar_shapes, load_cifar
-from vit_jax.data.pictures import decode_picture, load_folder
+from vit_jax.data.pictures import PICTURE_SUFFIXES, decode_picture, load_folder
 from vit_jax.data.splits import nearest_first, parse_split, slice_split
 from vit_jax.data.tfds_sets import load_tfds
 from vit_jax.errors import UsageError, UserError
 from vit_jax.types import Dataset, Split
 
-__all__ = ["KNOWN_DATASETS", "decode_picture", "load_dataset"]
+__all__ = ["KNOWN_DATASETS", "PICTURE_SUFFIXES", "decode_picture", "load_dataset"]
 
 KNOWN_DATASETS = ("digits", "cifar10", "cifar100", "folder:DIR", "tfds:NAME")
 

@@ -62,6 +62,7 @@ class EncoderBlock(nn.Module):
         attention_dropout_rate: on the attention weights.
         stochastic_depth_rate: how often either branch is left out, picture by picture (Huang et al. 2016).
         gelu_approximate: whether the GELU is its tanh form.
+        layer_norm_epsilon: below the root of the norms.
         dtype: of the computation; the softmax and the norms' sums are at least float32.
     """
 
@@ -71,13 +72,14 @@ class EncoderBlock(nn.Module):
     attention_dropout_rate: float
     stochastic_depth_rate: float
     gelu_approximate: bool
+    layer_norm_epsilon: float
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         """[b n d] -> [b n d]."""
         skip = functools.partial(nn.Dropout, self.stochastic_depth_rate, broadcast_dims=(1, 2))
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_0")(x)
+        y = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="LayerNorm_0")(x)
         y = nn.MultiHeadDotProductAttention(
             num_heads=self.num_heads,
             dtype=self.dtype,
@@ -92,7 +94,7 @@ class EncoderBlock(nn.Module):
         y = nn.Dropout(self.dropout_rate)(y, deterministic=deterministic)
         x = over_batch(x + skip()(y, deterministic=deterministic))
 
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_2")(x)
+        y = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="LayerNorm_2")(x)
         mlp = MlpBlock(self.mlp_dim, self.dropout_rate, self.gelu_approximate, self.dtype, name="MlpBlock_3")
         y = mlp(y, deterministic=deterministic)
         return over_batch(x + skip()(y, deterministic=deterministic))
@@ -120,6 +122,7 @@ class Encoder(nn.Module):
     attention_dropout_rate: float
     stochastic_depth_rate: float
     gelu_approximate: bool
+    layer_norm_epsilon: float
     remat: str
     dtype: Any
 
@@ -139,10 +142,11 @@ class Encoder(nn.Module):
                 self.attention_dropout_rate,
                 self.stochastic_depth_rate * i / max(1, self.num_layers - 1),
                 self.gelu_approximate,
+                self.layer_norm_epsilon,
                 self.dtype,
                 name=f"encoderblock_{i}",
             )(x, deterministic)
-        return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="encoder_norm")(x)
+        return nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="encoder_norm")(x)
 
 
 class VisionTransformer(nn.Module):
@@ -163,6 +167,7 @@ class VisionTransformer(nn.Module):
         remat: "none", or a key of `REMAT_POLICIES`: what a block does not keep for its backward pass is computed again.
         gelu_approximate: whether the GELU is its tanh form, as in the released files, or the exact one.
         head_init: a key of `HEAD_INITS`: how the head's kernel starts; its bias is zero.
+        layer_norm_epsilon: below the root of the norms; 1e-6 in the released files.
 
     Source:
         Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section 3.1.
@@ -184,6 +189,7 @@ class VisionTransformer(nn.Module):
     remat: str = "none"
     gelu_approximate: bool = True
     head_init: str = "zeros"
+    layer_norm_epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -220,6 +226,7 @@ class VisionTransformer(nn.Module):
             self.attention_dropout_rate,
             self.stochastic_depth_rate,
             self.gelu_approximate,
+            self.layer_norm_epsilon,
             self.remat,
             self.dtype,
             name="Transformer",

@@ -3,7 +3,8 @@
 from vit_jax.pretrained.adapt import Grid, Report, adapt_params, resample_position_embeddings
 from vit_jax.pretrained.architecture import POSITION_KEY, infer_architecture
 from vit_jax.pretrained.bit import infer_resnet, squeeze_head
-from vit_jax.pretrained.npz import load_npz, save_npz
+from vit_jax.pretrained.folder import read_model, save_folder
+from vit_jax.pretrained.npz import load_npz, read_about, save_npz
 from vit_jax.pretrained.released import RELEASED, resolve
 
 __all__ = [
@@ -15,8 +16,11 @@ __all__ = [
     "infer_architecture",
     "infer_resnet",
     "load_npz",
+    "read_about",
+    "read_model",
     "resample_position_embeddings",
     "resolve",
+    "save_folder",
     "save_npz",
     "squeeze_head",
 ]

@@ -51,13 +51,13 @@ def infer_architecture(params: Params) -> dict[str, Any]:
     hidden_size, num_heads = architecture["hidden_size"], architecture["num_heads"]
     if not num_heads or hidden_size % num_heads:
         raise UserError(f"this is not a whole ViT: its width, {hidden_size}, does not divide into {num_heads} heads")
-    expected = _expected_shapes(**architecture, num_tokens=size(POSITION_KEY, axis=1, num_axes=3))
+    expected = expected_shapes(**architecture, num_tokens=size(POSITION_KEY, axis=1, num_axes=3))
     if shapes != expected:
         raise UserError(f"this is not a whole ViT: {differences(shapes, expected)}")
     return architecture
 
 
-def _expected_shapes(
+def expected_shapes(
     *,
     patch_size: int,
     hidden_size: int,

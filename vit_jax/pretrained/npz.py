@@ -1,10 +1,12 @@
 """Parameter files as `numpy.savez` writes them: read with every check, written whole or not at all."""
 
 import contextlib
+import json
 import os
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -98,7 +100,18 @@ def _nest(path: Path, flat: FlatParams) -> Params:
     return unflatten_dict(flat, sep="/")
 
 
-def save_npz(path: str | os.PathLike, params: Params) -> None:
+def read_about(path: str | os.PathLike) -> dict[str, Any] | None:
+    """What `save_npz` was told of the model; None where the file does not say, as the released ones."""
+    with zipfile.ZipFile(path) as archive:
+        comment = archive.comment
+    try:
+        about = json.loads(comment)
+    except ValueError:
+        return None
+    return about if isinstance(about, dict) else None
+
+
+def save_npz(path: str | os.PathLike, params: Params, about: dict[str, Any] | None = None) -> None:
     """Writes parameters as `numpy.savez` does: stored, not compressed; equal parameters give equal bytes.
 
     The file is written beside and then renamed, so that what stands at `path` is always whole.
@@ -106,14 +119,21 @@ def save_npz(path: str | os.PathLike, params: Params) -> None:
     Args:
         path: where it shall stand; its folder exists.
         params: nested dictionary of arrays, NumPy's or JAX's; their joined keys become the file's keys.
+        about: JSON values that `read_about` gives back; they lie in the comment of the archive, where other readers of
+            such files do not look.
 
     Raises:
-        UserError: the file cannot be written. What stood at `path` is unchanged.
+        UserError: the file cannot be written, or `about` takes more than the 65,535 bytes of a comment. What stood at
+            `path` is unchanged.
     """
     path = Path(path)
+    comment = b"" if about is None else json.dumps(about, separators=(",", ":")).encode()
+    if len(comment) > zipfile.ZIP_MAX_COMMENT:
+        raise UserError(f"cannot write {path}: its description takes {len(comment):,} bytes of at most 65,535")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with zipfile.ZipFile(temporary, "w") as archive:
+            archive.comment = comment
             for key, leaf in flatten_dict(params, sep="/").items():
                 with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
                     np.lib.format.write_array(member, np.asarray(leaf), allow_pickle=False)

@@ -1,0 +1,160 @@
+"""A trained model leaves as four kinds of files, and each gives its logits."""
+
+import json
+import stat
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import vit_jax
+from configs import digits
+from vit_jax import export, pretrained, trainer
+from vit_jax.errors import UserError
+
+FORMATS = ("npz", "orbax", "safetensors", "stablehlo")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run whose averages differ from its parameters and whose backbone has low-rank factors."""
+    config = digits.get_config()
+    config.update(num_steps=20, warmup_steps=5, eval_every_steps=20, checkpoint_every_steps=20)
+    config.update(trainable="lora", ema_decay=0.9)
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    trainer.train_and_evaluate(config, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(workdir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    for name in FORMATS:
+        assert export.main(["--workdir", str(workdir), "--format", name, "--out", str(folder / name)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(workdir):
+    return trainer.load_test_dataset(trainer.load_run(workdir)).test.images
+
+
+def logits_of(source, images):
+    return vit_jax.load(source).logits(images)
+
+
+@pytest.mark.parametrize("name", ["npz", "orbax", "safetensors"])
+def test_what_is_loaded_again_is_the_run_to_the_bit(workdir, exported, images, name):
+    run, loaded = vit_jax.load(workdir), vit_jax.load(exported / name)
+    ours, theirs = flatten_dict(run.params), flatten_dict(loaded.params)
+    assert ours.keys() == theirs.keys()
+    for key, leaf in ours.items():
+        np.testing.assert_array_equal(leaf, theirs[key])
+    np.testing.assert_array_equal(run.logits(images), loaded.logits(images))
+    assert loaded.class_names == run.class_names and loaded.image_size == 16
+    assert (loaded.pixel_mean, loaded.pixel_deviation) == (run.pixel_mean, run.pixel_deviation)
+
+
+def test_predictions_are_those_that_were_evaluated(workdir, images):
+    run = vit_jax.load(workdir)
+    test = trainer.load_test_dataset(run).test
+    probabilities = run.predict(test.images)
+    np.testing.assert_allclose(probabilities.sum(axis=-1), 1, atol=1e-6)
+    accuracy = np.mean(probabilities.argmax(axis=-1) == test.labels)
+    assert accuracy == trainer.evaluate_run(run)["test/accuracy"]
+    np.testing.assert_allclose(run.predict(test.images[:3]), probabilities[:3], atol=1e-6)
+    assert run.predict(test.images[:0]).shape == (0, 10)
+    with pytest.raises(ValueError, match=r"expected pictures as uint8 \[n h w 3\], got float32 \[2, 16, 16, 3\]"):
+        run.predict(np.zeros((2, 16, 16, 3), np.float32))
+
+
+def test_an_npz_has_the_keys_of_the_released_layout_and_starts_another_run(workdir, exported, tmp_path):
+    flat = dict(np.load(exported / "npz"))
+    assert flat.keys() == flatten_dict(pretrained.load_npz(pretrained.resolve("micro")), sep="/").keys()
+    config = digits.get_config()
+    config.update(pretrained=str(exported / "npz"), num_steps=0, warmup_steps=0)
+    trainer.train_and_evaluate(config, tmp_path / "again")
+    again = flatten_dict(jax.device_get(trainer.load_run(tmp_path / "again").params), sep="/")
+    for key in flat.keys() - {"head/kernel", "head/bias"}:
+        np.testing.assert_array_equal(again[key], flat[key])
+
+
+def test_averages_are_exported_unless_asked_otherwise(workdir, exported, images, tmp_path):
+    words = ["--workdir", str(workdir), "--format", "npz", "--no_averages", "--out", str(tmp_path / "raw.npz")]
+    assert export.main(words) == 0
+    raw = trainer.load_run(workdir, averages=False)
+    np.testing.assert_array_equal(logits_of(tmp_path / "raw.npz", images), raw.logits(images))
+    assert np.abs(raw.logits(images) - logits_of(exported / "npz", images)).max() > 1e-3
+
+
+def test_stablehlo_needs_jax_alone_and_takes_any_batch(workdir, exported, images, tmp_path):
+    """The lines of the README, in a process that cannot import this package or flax."""
+    np.save(tmp_path / "images.npy", np.asarray(jax.image.resize(images[:7], (7, 16, 16, 3), "nearest")))
+    script = f"""
+import sys
+for name in ("vit_jax", "flax", "optax", "orbax"):
+    sys.modules[name] = None
+import jax.export, numpy as np
+from pathlib import Path
+model = jax.export.deserialize(bytearray(Path({str(exported / "stablehlo/model.stablehlo")!r}).read_bytes()))
+images = np.load({str(tmp_path / "images.npy")!r})
+logits = [np.asarray(model.call(images[:n])) for n in (1, 7)]
+np.testing.assert_allclose(logits[0], logits[1][:1], atol=1e-5)
+np.save({str(tmp_path / "logits.npy")!r}, logits[1])
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    wanted = vit_jax.load(workdir).logits(np.load(tmp_path / "images.npy"))
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), wanted, atol=1e-5)
+
+
+def test_every_export_says_what_it_is(workdir, exported):
+    about = trainer.load_run(workdir).about
+    assert about["vit_jax"] == vit_jax.__version__ and about["class_names"] == [str(i) for i in range(10)]
+    assert pretrained.read_about(exported / "npz") == about
+    for name in ("orbax", "stablehlo", "safetensors"):
+        assert json.loads((exported / name / "about.json").read_text()) == about
+    modes = {path.name: path.stat().st_mode & stat.S_IROTH for path in (exported / "safetensors").iterdir()}
+    assert all(modes.values()), modes
+    config = json.loads((exported / "safetensors/config.json").read_text())
+    assert (config["hidden_act"], config["layer_norm_eps"]) == ("gelu_pytorch_tanh", 1e-6)
+    preprocessor = json.loads((exported / "safetensors/preprocessor_config.json").read_text())
+    assert preprocessor["image_mean"] == preprocessor["image_std"] == [0.5, 0.5, 0.5]
+
+
+def test_a_released_file_is_a_classifier_whose_classes_are_numbers(images):
+    micro = vit_jax.load("micro")
+    assert micro.image_size == 32 and micro.class_names == tuple(str(i) for i in range(10))
+    assert micro.predict(images[:2]).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--format", "onnx"], 2, "invalid choice: 'onnx'"),
+        (["--format", "npz", "--step", "7"], 1, "has no checkpoint of step 7; it has 20"),
+        (["--format", "npz", "--out", "setup.cfg"], 1, "--out setup.cfg is there already"),
+        (["--format", "orbax", "--out", "nowhere/there"], 1, "nowhere does not exist; make it first"),
+        (["--format", "npz", "--workdir", "configs"], 1, "configs holds no run"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(workdir, run_command, tmp_path, words, code, message):
+    words = ["--workdir", workdir, "--out", tmp_path / "out", *words]
+    result = run_command("-m", "vit_jax.export", *words)
+    assert result.returncode == code
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_export_leaves_nothing(workdir, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vit_jax.export._write_json", fail)
+    with pytest.raises(UserError, match=r"cannot write .*out: No space left on device"):
+        export.main(["--workdir", str(workdir), "--format", "safetensors", "--out", str(tmp_path / "out")])
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,87 @@
+"""Hugging Face's own transformers read what is exported, and the reverse; an environment of the extra `interop`."""
+
+import numpy as np
+import pytest
+
+import vit_jax
+from configs import digits
+from vit_jax import export, trainer
+
+pytestmark = [
+    pytest.mark.slow,
+    # Of transformers and torch themselves, as they are imported.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+]
+torch = pytest.importorskip("torch", reason="needs the extra interop")
+transformers = pytest.importorskip("transformers", reason="needs the extra interop")
+
+SIZES = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+
+def their_logits(model, processor, images):
+    """Of uint8 pictures of the model's size, made ready by their processor."""
+    with torch.no_grad():
+        return model(**processor(images=list(images), return_tensors="pt")).logits.numpy()
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Real pictures."""
+    from sklearn.datasets import load_sample_images
+
+    china, flower = load_sample_images().images
+    return np.stack([photo[row : row + 16, 300:316] for photo in (china, flower) for row in range(0, 400, 20)])
+
+
+def test_transformers_read_what_is_exported(tmp_path, images):
+    config = digits.get_config()
+    config.update(num_steps=20, warmup_steps=5, eval_every_steps=20, checkpoint_every_steps=20)
+    trainer.train_and_evaluate(config, tmp_path / "run")
+    assert (
+        export.main(["--workdir", str(tmp_path / "run"), "--format", "safetensors", "--out", str(tmp_path / "out")])
+        == 0
+    )
+    model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out").eval()
+    processor = transformers.ViTImageProcessor.from_pretrained(tmp_path / "out")
+    ours = vit_jax.load(tmp_path / "run").logits(images)
+    assert np.abs(ours).max() > 0.2
+    np.testing.assert_allclose(their_logits(model, processor, images), ours, atol=1e-5)
+    assert list(model.config.id2label.values()) == [str(i) for i in range(10)]
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh"])
+def test_a_folder_of_theirs_is_a_model_of_ours(tmp_path, images, act):
+    torch.manual_seed(0)
+    names = {0: "cat", 1: "dog", 2: "cow"}
+    config = transformers.ViTConfig(**SIZES, hidden_act=act, id2label=names, initializer_range=0.2)
+    model = transformers.ViTForImageClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    processor = transformers.ViTImageProcessor(
+        size={"height": 16, "width": 16}, image_mean=[0.4] * 3, image_std=[0.2] * 3
+    )
+    processor.save_pretrained(tmp_path)
+    ours = vit_jax.load(tmp_path)
+    assert ours.class_names == ("cat", "dog", "cow")
+    theirs = their_logits(model, processor, images)
+    assert np.abs(theirs).max() > 0.5
+    np.testing.assert_allclose(ours.logits(images), theirs, atol=2e-5)
+
+
+def test_a_folder_without_a_head_starts_a_run(tmp_path, images):
+    torch.manual_seed(0)
+    transformers.ViTModel(transformers.ViTConfig(**SIZES), add_pooling_layer=True).save_pretrained(tmp_path / "model")
+    ours = vit_jax.load(tmp_path / "model")
+    assert not np.any(ours.logits(images))
+    config = digits.get_config()
+    config.model = {}
+    config.update(pretrained=str(tmp_path / "model"), num_steps=4, warmup_steps=0)
+    config.update(eval_every_steps=4, checkpoint_every_steps=4)
+    results = trainer.train_and_evaluate(config, tmp_path / "run")
+    assert results["test/loss"] > 0

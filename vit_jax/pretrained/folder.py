@@ -1,0 +1,72 @@
+"""Models as `export` writes them into folders, and any model by its name or place."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_jax.errors import UserError, one_line
+from vit_jax.pretrained.bit import squeeze_head
+from vit_jax.pretrained.huggingface import load_huggingface
+from vit_jax.pretrained.npz import load_npz, read_about
+from vit_jax.pretrained.released import resolve
+from vit_jax.types import Params
+
+
+def read_model(name_or_path: str) -> tuple[Params, dict[str, Any] | None]:
+    """Reads parameters wherever they lie.
+
+    Args:
+        name_or_path: a released name, an `.npz` file, a folder of `save_folder`, or one of Hugging Face's.
+
+    Returns:
+        (params, about): names as in the released files, and what the file says of its model, as `build.describe` has
+        it; None where it does not say.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = resolve(name_or_path)
+    if not path.is_dir():
+        return squeeze_head(load_npz(path)), read_about(path)
+    if (path / "model.safetensors").exists():
+        return load_huggingface(path)
+    if (path / "params").is_dir():
+        return load_folder(path)
+    raise UserError(f"{path} is a folder without parameters; give an .npz file, or a folder that export wrote")
+
+
+def save_folder(folder: Path, params: Params, about: dict[str, Any]) -> None:
+    """Writes parameters alone, as Orbax does, into `folder/params`, and what they are into `folder/about.json`."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((folder / "params").absolute(), params)
+    (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def load_folder(folder: Path) -> tuple[Params, dict[str, Any]]:
+    """Reads what `save_folder` wrote.
+
+    Raises:
+        UserError: it is not whole.
+    """
+    import orbax.checkpoint as ocp
+
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        with ocp.StandardCheckpointer() as checkpointer:
+            path = (folder / "params").absolute()
+            shapes = dict(checkpointer.metadata(path).item_metadata)
+            return checkpointer.restore(path, _zeros(shapes)), about
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder} could not be read: {one_line(error)[:300]}; export it again") from error
+
+
+def _zeros(shapes: dict[str, Any]) -> Params:
+    """Host arrays of the same shapes: Orbax restores into what it is given."""
+    return {
+        key: _zeros(value) if isinstance(value, dict) else np.zeros(value.shape, value.dtype)
+        for key, value in shapes.items()
+    }
