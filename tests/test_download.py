@@ -4,9 +4,13 @@ import contextlib
 import hashlib
 import http.server
 import socket
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
+from conftest import ROOT
 
 from vit_jax import download
 from vit_jax.errors import UserError
@@ -24,6 +28,8 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answers = [PLAIN | answer for answer in answers] or [PLAIN]
         self.asked_ranges = []
+        self.asked_paths = []
+        self.stopping = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/file.bin"
 
 
@@ -33,6 +39,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
         asked = self.headers.get("Range")
         self.server.asked_ranges.append(asked)
+        self.server.asked_paths.append(self.path)
+        self.server.stopping.wait(answer.get("delay", 0))
         content = answer.get("content", CONTENT)
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and answer.get("ranges", True) else 0
         if answer["status"] != 200:
@@ -65,6 +73,7 @@ def serve(*answers):
         try:
             yield server
         finally:
+            server.stopping.set()
             server.shutdown()
             thread.join()
 
@@ -264,3 +273,35 @@ def test_cache_dir_defaults_to_the_home(monkeypatch, tmp_path):
     monkeypatch.delenv("VIT_JAX_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert download.cache_dir() == tmp_path / ".cache" / "vit_jax"
+
+
+def test_a_mirror_is_asked_for_host_and_path(path, monkeypatch):
+    with serve() as server:
+        monkeypatch.setenv("VIT_JAX_MIRROR", server.url.removesuffix("file.bin"))
+        fetch("https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz", path)
+    assert path.read_bytes() == CONTENT
+    assert server.asked_paths == ["/storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz"]
+
+
+def test_two_processes_fetch_a_file_once(path):
+    script = "import sys; from vit_jax import download; download.fetch(sys.argv[1], sys.argv[2])"
+    with serve({"delay": 1.5}) as server:
+        command = [sys.executable, "-c", script, server.url, str(path)]
+        both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        said = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert path.read_bytes() == CONTENT
+    assert len(server.asked_ranges) == 1
+    assert sum("another process fetches" in text for text in said) == 1
+
+
+def test_a_process_that_is_killed_leaves_no_lock(path):
+    script = "import sys; from vit_jax import download; download.fetch(sys.argv[1], sys.argv[2])"
+    with serve({"delay": 60}, {}) as server:
+        first = subprocess.Popen([sys.executable, "-c", script, server.url, str(path)], cwd=ROOT)
+        while not server.asked_ranges:
+            time.sleep(0.05)
+        first.kill()
+        first.wait()
+        fetch(server.url, path)
+    assert path.read_bytes() == CONTENT

@@ -1,16 +1,19 @@
 """Fetches released files and archives by their address: resumed, checked, and kept in a cache."""
 
+import contextlib
 import hashlib
 import http.client
 import os
 import re
 import ssl
+import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import filelock
 from tqdm import tqdm
 
 from vit_jax.errors import UserError
@@ -44,7 +47,7 @@ def fetch(
     The bytes gather in `path` + ".part", from where a later call goes on.
 
     Args:
-        url: http(s) address.
+        url: http(s) address; `$VIT_JAX_MIRROR` may name another server, see `mirrored`.
         path: where the file shall stand. If it exists already it is returned as it is.
         num_bytes: expected length.
         sha256: expected hexadecimal digest.
@@ -63,6 +66,54 @@ def fetch(
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path):
+        if not path.exists():
+            _fetch(
+                mirrored(url),
+                path,
+                num_bytes=num_bytes,
+                sha256=sha256,
+                check=check,
+                timeout_seconds=timeout_seconds,
+                num_attempts=num_attempts,
+                pause_seconds=pause_seconds,
+            )
+    return path
+
+
+def mirrored(url: str) -> str:
+    """The address to ask: `$VIT_JAX_MIRROR/HOST/PATH` for `https://HOST/PATH` where that variable is set."""
+    mirror = os.environ.get("VIT_JAX_MIRROR", "").rstrip("/")
+    return f"{mirror}/{url.split('://', maxsplit=1)[1]}" if mirror else url
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """While inside, no other process fetches the same file; says so where it has to wait."""
+    lock = filelock.FileLock(path.with_name(path.name + ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"another process fetches {path}; waiting for it …", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fetch(
+    url: str,
+    path: Path,
+    *,
+    num_bytes: int | None,
+    sha256: str | None,
+    check: Callable[[Path], None] | None,
+    timeout_seconds: float,
+    num_attempts: int,
+    pause_seconds: float,
+) -> None:
+    """The file that is not there yet; arguments as in `fetch`."""
     part = path.with_name(path.name + ".part")
     try:
         _download(
@@ -79,7 +130,6 @@ def fetch(
         code = f"HTTP {error.code} " if isinstance(error, urllib.error.HTTPError) else ""
         raise UserError(f"cannot fetch {url}: {code}{reason}; download it by hand and put it at {path}") from error
     os.replace(part, path)
-    return path
 
 
 def _download(
