@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -52,7 +53,7 @@ def test_load_run_names_the_checkpoints_that_there_are(tmp_path):
 def test_evaluate_run_refuses_other_classes(tmp_path):
     trainer.train_and_evaluate(small_config(), tmp_path)
     run = trainer.load_run(tmp_path)
-    other = type(run)(run.config, run.step, run.model, run.params, ("cat", "dog"), run.mesh)
+    other = dataclasses.replace(run, class_names=("cat", "dog"))
     with pytest.raises(UserError, match="the run knows 2 classes, cat, dog, …; the dataset has 10, 0, 1, 2, 3, 4, …"):
         trainer.evaluate_run(other)
 
