@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     ["types", "errors"],
-    ["download", "distributed"],
+    ["download", "distributed", "crops"],
     [
         "models",
         "pretrained",

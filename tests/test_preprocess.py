@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import preprocess
+from vit_jax import crops, preprocess
 
 
 def test_normalize_maps_the_ends_of_uint8_to_minus_one_and_one():
@@ -72,67 +72,14 @@ def test_a_pictures_draw_depends_on_its_key_alone():
     np.testing.assert_allclose(whole[4:], half, atol=1e-6)
 
 
-def original_crop(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
-    """The original's rejection sampler, written from its description with plain Python numbers."""
-    while True:
-        aspect = rng.uniform(0.75, 1.33)
-        smallest, largest = 0.05 * height * width, 1.0 * height * width
-        rows, most = round((smallest / aspect) ** 0.5), round((largest / aspect) ** 0.5)
-        if round(most * aspect) > width:
-            most = int((width + 0.5 - 1e-7) / aspect)
-        most = min(most, height)
-        rows = min(rows, most)
-        rows += rng.integers(0, most - rows + 1)
-        columns = round(rows * aspect)
-        if rows * columns < smallest:
-            rows += 1
-            columns = round(rows * aspect)
-        if rows * columns > largest:
-            rows -= 1
-            columns = round(rows * aspect)
-        if not (smallest <= rows * columns <= largest and 0 < rows <= height and 0 < columns <= width):
-            continue
-        top = rng.integers(0, height - rows) if rows < height else 0
-        left = rng.integers(0, width - columns) if columns < width else 0
-        return top, left, rows, columns
-
-
-def test_random_square_is_drawn_in_whole_pixels_of_the_resized_picture():
-    draw = jax.vmap(lambda key: preprocess.random_square(key, height=32, width=16, image_size=224))
-    top, left, rows, columns = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
-    side = rows * 224 / 32
-    np.testing.assert_allclose(side, np.round(side), atol=1e-4)
-    np.testing.assert_allclose(columns, rows / 2, rtol=1e-6)
-    area = (side / 224) ** 2
-    assert area.min() > 0.635 and area.max() <= 1
-    assert np.abs(np.quantile(area, [0.25, 0.5, 0.75]) - [0.73, 0.82, 0.91]).max() < 0.02
-    assert top.min() == left.min() == 0
-    assert (top + rows).max() == pytest.approx(32) and (left + columns).max() == pytest.approx(16)
-
-
 def test_square_crop_of_everything_is_the_picture_or_its_mirror_image(monkeypatch):
-    monkeypatch.setattr(preprocess, "random_square", lambda key, **_: (0.0, 0.0, 8.0, 8.0))
+    monkeypatch.setattr(crops, "square_box", lambda draws, **_: (0.0, 0.0, 8.0, 8.0))
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3)).astype(np.uint8)
     result = preprocess.prepare(jax.random.split(jax.random.key(0), 16), images, image_size=8, augment="square_crop")
     plain = np.asarray(preprocess.normalize(images))
     mirrored = [np.allclose(ours, theirs[:, ::-1], atol=1e-6) for ours, theirs in zip(result, plain, strict=True)]
     same = [np.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(result, plain, strict=True)]
     assert np.all(np.logical_xor(same, mirrored)) and 0 < sum(same) < 16
-
-
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 48)])
-def test_random_crop_box_follows_the_original_distribution(height, width):
-    count = 20_000
-    keys = jax.random.split(jax.random.PRNGKey(0), count)
-    draw = jax.vmap(lambda key: preprocess.random_crop_box(key, height=height, width=width))
-    ours = np.stack(jax.jit(draw)(keys), axis=1)
-    rng = np.random.default_rng(0)
-    theirs = np.array([original_crop(rng, height, width) for _ in range(count)])
-    assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
-    for column, size in enumerate((height, width, height, width)):
-        histograms = [np.bincount(boxes[:, column], minlength=size + 1) / count for boxes in (ours, theirs)]
-        # Largest gap between the cumulative distributions; 0.0195 is the 0.1 % point of Kolmogorov and Smirnov.
-        assert np.abs(np.cumsum(histograms[0] - histograms[1])).max() < 1.95 * (2 / count) ** 0.5
 
 
 def mix_black_and_white(count, **alphas):

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.crops import Box, random_box
+
 AUGMENTATIONS = ("none", "flip", "pad_crop", "square_crop", "inception")
 
 HALF = (0.5, 0.5, 0.5)
 """Mean and deviation that take pixels to [-1, 1], as the released models were trained."""
-
-Box = tuple[jax.Array | int, jax.Array | int, jax.Array | int, jax.Array | int]
-"""Top, left, height, width in pixels."""
 
 
 def normalize(images: jax.Array, *, mean: Sequence[float] = HALF, deviation: Sequence[float] = HALF) -> jax.Array:
@@ -44,17 +43,12 @@ def prepare(
         image_size: pixels, square.
         augment: "none"; "flip" (half the pictures, left to right); "pad_crop" (a margin of an eighth in the mean's
             colour, a crop of the picture's size, and flip); "square_crop" (a square of 64 to 100 % of the area, and
-            flip); "inception" (5 to 100 % of the area, and flip).
+            flip); "inception" (5 to 100 % of the area, and flip). Boxes are those of `crops`.
         mean: of the channels, from 0 to 1.
         deviation: of the channels, on the same scale.
 
     Returns:
         float32 [b image_size image_size 3].
-
-    Source:
-        "inception": Szegedy et al. 2015, section 6, as TensorFlow's sample_distorted_bounding_box draws it.
-        "pad_crop": He et al. 2016, section 4.2, there with a margin of 4 pixels for 32.
-        "square_crop": torchvision's RandomResizedCrop of a picture that has `image_size` already.
     """
     if augment == "none":
         normal = normalize(images, mean=mean, deviation=deviation)
@@ -64,17 +58,10 @@ def prepare(
 
     def one(key: jax.Array, image: jax.Array) -> jax.Array:
         crop_key, flip_key = jax.random.split(key)
+        height, width = image.shape[:2]
+        draws = jax.random.uniform(crop_key, (4,))
+        box = random_box(augment, draws, height=height, width=width, image_size=image_size, xp=jnp)
         image = normalize(image, mean=mean, deviation=deviation)
-        box: Box = _whole(image)
-        if augment == "pad_crop":
-            margin = image.shape[0] // 8
-            top, left = jax.random.randint(crop_key, (2,), 0, 2 * margin + 1)
-            box = (top, left, box[2], box[3])
-            image = jnp.pad(image, ((margin, margin), (margin, margin), (0, 0)))
-        elif augment == "square_crop":
-            box = random_square(crop_key, height=image.shape[0], width=image.shape[1], image_size=image_size)
-        elif augment == "inception":
-            box = random_crop_box(crop_key, height=image.shape[0], width=image.shape[1])
         return _resize(image, box, image_size=image_size, flip=jax.random.bernoulli(flip_key))
 
     return jax.vmap(one)(keys, images)
@@ -124,78 +111,16 @@ def mix(
     return jax.vmap(one)(keys, images, partners)
 
 
-def random_square(key: jax.Array, *, height: int, width: int, image_size: int) -> Box:
-    """Draws a square of 64 to 100 % of a picture as it is after a resize to `image_size`.
-
-    The area is uniform, the side rounded to whole pixels, the corner uniform over the places that fit.
-
-    Returns:
-        Scalars (top, left, crop height, crop width) in pixels of the picture before its resize, fractions of them too.
-    """
-    area_key, corner_key = jax.random.split(key)
-    side = jnp.round(image_size * jnp.sqrt(jax.random.uniform(area_key, minval=0.64)))
-    top, left = jnp.floor(jax.random.uniform(corner_key, (2,)) * (image_size - side + 1))
-    rows, columns = height / image_size, width / image_size
-    return top * rows, left * columns, side * rows, side * columns
-
-
-def random_crop_box(
-    key: jax.Array,
-    *,
-    height: int,
-    width: int,
-    area_range: tuple[float, float] = (0.05, 1.0),
-    aspect_range: tuple[float, float] = (0.75, 1.33),
-) -> Box:
-    """Draws a crop as the original training did.
-
-    The aspect (width / height) is uniform; the crop's height is uniform over the integers whose area lies within
-    bounds and that fit the picture; the corner is uniform over the places that fit, the last one left out.
-
-    Args:
-        key: one random key.
-        height: of the picture, pixels.
-        width: of the picture, pixels.
-        area_range: of the crop, as a share of the picture's area.
-        aspect_range: of the crop's width to its height.
-
-    Returns:
-        int32 scalars (top, left, crop height, crop width).
-
-    Source:
-        TensorFlow's kernel of sample_distorted_bounding_box. Its rare redraw, for crops that rounding puts out of
-        bounds, is replaced by a clip to the picture.
-    """
-    aspect_key, height_key, top_key, left_key = jax.random.split(key, 4)
-    aspect = jax.random.uniform(aspect_key, minval=aspect_range[0], maxval=aspect_range[1])
-    smallest_area, largest_area = (share * height * width for share in area_range)
-
-    def width_of(rows: jax.Array) -> jax.Array:
-        return jnp.round(rows * aspect)
-
-    largest = jnp.round(jnp.sqrt(largest_area / aspect))
-    largest = jnp.where(width_of(largest) > width, jnp.floor((width + 0.4999) / aspect), largest)
-    largest = jnp.minimum(largest, height)
-    smallest = jnp.minimum(jnp.round(jnp.sqrt(smallest_area / aspect)), largest)
-    rows = smallest + jnp.floor(jax.random.uniform(height_key) * (largest - smallest + 1))
-    rows = jnp.where(rows * width_of(rows) < smallest_area, rows + 1, rows)
-    rows = jnp.where(rows * width_of(rows) > largest_area, rows - 1, rows)
-    rows = jnp.clip(rows, 1, height)
-    columns = jnp.clip(width_of(rows), 1, width)
-
-    top = jnp.floor(jax.random.uniform(top_key) * (height - rows))
-    left = jnp.floor(jax.random.uniform(left_key) * (width - columns))
-    top, left, rows, columns = (value.astype(jnp.int32) for value in (top, left, rows, columns))
-    return top, left, rows, columns
-
-
 def _whole(image: jax.Array) -> Box:
     """The box (top, left, height, width) of a whole picture [h w c]."""
     return 0, 0, image.shape[0], image.shape[1]
 
 
 def _resize(image: jax.Array, box: Box, *, image_size: int, flip: jax.Array | bool = False) -> jax.Array:
-    """Cuts a box out of a picture [h w c], resizes it bilinearly to a square, flips it left to right on request."""
+    """Cuts a box out of a picture [h w c], resizes it bilinearly to a square, flips it left to right on request.
+
+    Outside of the picture all is zero, which is the mean's colour.
+    """
     top, left, height, width = box
     rows = _bilinear(top, height, image.shape[0], image_size)
     columns = _bilinear(left, width, image.shape[1], image_size)

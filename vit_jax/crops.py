@@ -1,0 +1,117 @@
+"""Where a random crop lies: arithmetic on uniform draws, for JAX on the device and NumPy in a worker process alike."""
+
+from typing import Any
+
+Box = tuple[Any, Any, Any, Any]
+"""Top, left, height, width in pixels."""
+
+
+def random_box(augment: str, draws: Any, *, height: int, width: int, image_size: int, xp: Any) -> Box:
+    """The part of a picture that a training step sees.
+
+    Args:
+        augment: "none" or "flip" (all of it); "pad_crop", "square_crop", "inception": see the functions below.
+        draws: four numbers in [0, 1).
+        height: of the picture, pixels.
+        width: of the picture, pixels.
+        image_size: pixels, square, that the box is resized to.
+        xp: `jax.numpy` or `numpy`.
+
+    Returns:
+        Scalars (top, left, height, width) in pixels of the picture; fractions of them, and places outside of it, too.
+    """
+    if augment == "pad_crop":
+        return padded_box(draws, height=height, width=width, xp=xp)
+    if augment == "square_crop":
+        return square_box(draws, height=height, width=width, image_size=image_size, xp=xp)
+    if augment == "inception":
+        return inception_box(draws, height=height, width=width, xp=xp)
+    return 0, 0, height, width
+
+
+def padded_box(draws: Any, *, height: int, width: int, xp: Any) -> Box:
+    """A crop of the picture's own size out of the picture and a margin of an eighth of its height around it.
+
+    Args:
+        draws: numbers in [0, 1): for top and left.
+        height: of the picture, pixels.
+        width: of the picture, pixels.
+        xp: `jax.numpy` or `numpy`.
+
+    Source:
+        He et al. 2016, section 4.2, there with a margin of 4 pixels for 32.
+    """
+    margin = height // 8
+    top, left = xp.floor(draws[:2] * (2 * margin + 1)) - margin
+    return top, left, height, width
+
+
+def square_box(draws: Any, *, height: int, width: int, image_size: int, xp: Any) -> Box:
+    """A square of 64 to 100 % of a picture as it is after a resize to `image_size`.
+
+    The area is uniform, the side rounded to whole pixels, the corner uniform over the places that fit.
+
+    Args:
+        draws: numbers in [0, 1): for the area, top and left.
+        height: of the picture, pixels.
+        width: of the picture, pixels.
+        image_size: pixels, square.
+        xp: `jax.numpy` or `numpy`.
+
+    Returns:
+        Box in pixels of the picture before its resize, fractions of them too.
+
+    Source:
+        torchvision's RandomResizedCrop of a picture that has `image_size` already.
+    """
+    side = xp.round(image_size * xp.sqrt(0.64 + 0.36 * draws[0]))
+    top, left = xp.floor(draws[1:3] * (image_size - side + 1))
+    rows, columns = height / image_size, width / image_size
+    return top * rows, left * columns, side * rows, side * columns
+
+
+def inception_box(
+    draws: Any,
+    *,
+    height: int,
+    width: int,
+    xp: Any,
+    area_range: tuple[float, float] = (0.05, 1.0),
+    aspect_range: tuple[float, float] = (0.75, 1.33),
+) -> Box:
+    """A crop as the original training drew it.
+
+    The aspect (width / height) is uniform; the crop's height is uniform over the integers whose area lies within
+    bounds and that fit the picture; the corner is uniform over the places that fit, the last one left out.
+
+    Args:
+        draws: numbers in [0, 1): for the aspect, the height, top and left.
+        height: of the picture, pixels.
+        width: of the picture, pixels.
+        xp: `jax.numpy` or `numpy`.
+        area_range: of the crop, as a share of the picture's area.
+        aspect_range: of the crop's width to its height.
+
+    Returns:
+        Box of whole pixels.
+
+    Source:
+        Szegedy et al. 2015, section 6; TensorFlow's kernel of sample_distorted_bounding_box. Its rare redraw, for crops
+        that rounding puts out of bounds, is replaced by a clip to the picture.
+    """
+    aspect = aspect_range[0] + (aspect_range[1] - aspect_range[0]) * draws[0]
+    smallest_area, largest_area = (share * height * width for share in area_range)
+
+    def width_of(rows: Any) -> Any:
+        return xp.round(rows * aspect)
+
+    largest = xp.round(xp.sqrt(largest_area / aspect))
+    largest = xp.where(width_of(largest) > width, xp.floor((width + 0.4999) / aspect), largest)
+    largest = xp.minimum(largest, height)
+    smallest = xp.minimum(xp.round(xp.sqrt(smallest_area / aspect)), largest)
+    rows = smallest + xp.floor(draws[1] * (largest - smallest + 1))
+    rows = xp.where(rows * width_of(rows) < smallest_area, rows + 1, rows)
+    rows = xp.where(rows * width_of(rows) > largest_area, rows - 1, rows)
+    rows = xp.clip(rows, 1, height)
+    columns = xp.clip(width_of(rows), 1, width)
+    return xp.floor(draws[2] * (height - rows)), xp.floor(draws[3] * (width - columns)), rows, columns
