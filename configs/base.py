@@ -27,6 +27,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.dataset.train_split = "train"  # may be sliced, as in "train[:90%]"
     config.dataset.test_split = "test"  # give "train[90%:]" to tune without looking at the test pictures
     config.dataset.classes = ()  # names of the classes to keep; () keeps all
+    # Where the pictures of a folder or of TFDS are: "memory" (decoded once, kept on the device) | "stream" (decoded and
+    # cropped anew for every step) | "auto": in memory where they take at most half of it.
+    config.dataset.storage = "auto"
+    config.dataset.num_workers = 0  # processes that decode what is streamed; 0 takes as many as there are cores
     config.image_size = 224  # pixels, square: what the model sees
     # Pixels are (pixel / 255 - mean) / deviation, in red, green, blue; these take them to [-1, 1].
     config.pixel_mean = (0.5, 0.5, 0.5)

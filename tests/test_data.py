@@ -467,7 +467,58 @@ def test_folder_names_a_truncated_picture_and_counts_the_others(folder):
 def test_folder_says_how_much_memory_is_missing(folder, monkeypatch):
     monkeypatch.setattr(pictures, "_available_bytes", lambda: 100)
     with pytest.raises(UserError, match="need 288 bytes of memory, 100 are available"):  # 6 pictures, 4 x 4 x 3
-        load_folder(folder)
+        load_folder(folder, storage="memory")
+
+
+def test_folder_is_decoded_later_where_it_would_fill_half_the_memory(folder, monkeypatch):
+    whole = load_folder(folder)
+    assert load_folder(folder, device_bytes=576).train.in_memory  # twice the 288 bytes
+    later = load_folder(folder, device_bytes=575)
+    monkeypatch.setattr(pictures, "_available_bytes", lambda: 575)
+    for dataset in (later, load_folder(folder), load_folder(folder, device_bytes=10**6)):
+        for ours, theirs in ((dataset.train, whole.train), (dataset.test, whole.test)):
+            assert not ours.in_memory and ours.images.shape == theirs.images.shape
+            np.testing.assert_array_equal(ours.images[:], theirs.images)
+            np.testing.assert_array_equal(ours.labels, theirs.labels)
+
+
+def test_pictures_that_are_decoded_later_read_like_an_array(folder):
+    whole, later = load_folder(folder).train.images, load_folder(folder, storage="stream").train.images
+    for rows in (1, -1, slice(1, 3), np.array([2, 0, 2]), np.array([True, False, True, False])):
+        np.testing.assert_array_equal(later[rows], whole[rows])
+    np.testing.assert_array_equal(later.take([3, 1])[np.array([1])], whole[[1]])
+
+
+def test_a_box_of_a_picture_is_cut_out_and_resized(tmp_path):
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    cut = pictures.decode_picture(tmp_path / "a.png", size=(2, 2), draw_box=lambda height, width: (1, 2, 2, 2))
+    np.testing.assert_array_equal(cut, pixels[1:3, 2:4])
+    shifted = pictures.decode_picture(
+        tmp_path / "a.png", size=(4, 4), draw_box=lambda height, width: (-1, 2, 4, 4), outside=(9, 8, 7)
+    )
+    np.testing.assert_array_equal(np.asarray(shifted)[1:, :2], pixels[:3, 2:])
+    assert np.unique(np.asarray(shifted)[:1].reshape(-1, 3), axis=0).tolist() == [[9, 8, 7]]
+    assert np.unique(np.asarray(shifted)[:, 2:].reshape(-1, 3), axis=0).tolist() == [[9, 8, 7]]
+
+
+def test_a_box_of_a_large_jpeg_or_a_turned_one_is_cut_where_it_lies(tmp_path):
+    left_half = np.zeros((400, 800, 3), np.uint8)
+    left_half[:, :400] = 200
+    Image.fromarray(left_half).save(tmp_path / "a.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees: what is left comes to the top
+    Image.fromarray(left_half).save(tmp_path / "turned.jpg", exif=exif)
+    sizes = []
+
+    def right_half(height, width):
+        sizes.append((height, width))
+        return 0, width / 2, height, width / 2
+
+    assert np.asarray(pictures.decode_picture(tmp_path / "a.jpg", size=(8, 8), draw_box=right_half)).max() < 10
+    turned = np.asarray(pictures.decode_picture(tmp_path / "turned.jpg", size=(8, 8), draw_box=right_half))
+    assert turned[:3].min() > 190 and turned[5:].max() < 10
+    assert sizes == [(400, 800), (800, 400)]
 
 
 def test_folder_shows_progress_for_many_pictures_only(folder, monkeypatch, capfd):

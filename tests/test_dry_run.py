@@ -58,7 +58,7 @@ def test_what_saves_memory_is_seen(cost):
 
 
 def test_a_run_that_does_not_fit_is_told_what_to_do(monkeypatch, capsys):
-    monkeypatch.setattr(dry_run, "memory_of", lambda device: (2**20, "a device's figure"))
+    monkeypatch.setattr(sharding, "memory_of", lambda device: (2**20, "a device's figure"))
     with pytest.raises(UserError) as error:
         dry_run.dry_run(config_with(remat="dots"))
     assert re.fullmatch(

@@ -72,7 +72,7 @@ def test_features_serve_scikit_learn():
 def test_views_are_drawn_picture_by_picture_and_view_by_view():
     mesh = sharding.create_mesh()
     rng = np.random.default_rng(0)
-    images = sharding.place(rng.integers(0, 256, (10, 8, 8, 3)).astype(np.uint8), sharding.replicated(mesh))
+    images = rng.integers(0, 256, (10, 8, 8, 3)).astype(np.uint8)
     model, params, _ = micro()
     params = sharding.place(params, sharding.replicated(mesh))
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import os
 from typing import Any
 
 import jax
@@ -48,7 +47,12 @@ def dry_run(config: ConfigDict) -> None:
     source = build.load_source(config) if build.needs_file(config) else None
     model = build.create_model(config, source, num_classes=len(dataset.class_names))
     program = create_program(
-        config, model, mesh, num_pictures=len(dataset.train), picture_shape=dataset.train.images.shape[1:]
+        config,
+        model,
+        mesh,
+        num_pictures=len(dataset.train),
+        picture_shape=dataset.train.images.shape[1:],
+        in_memory=dataset.train.in_memory,
     )
     print(program.describe_trainable())
     print("compiling the training step and the evaluation …", flush=True)
@@ -57,17 +61,21 @@ def dry_run(config: ConfigDict) -> None:
     evaluation = measure(lower_evaluation(program, config, batch_size).compile(), mesh.size, batch_size)
 
     rows, labels = program.abstract_arrays
-    pictures = sum(math.prod(array.shape) * array.dtype.itemsize for array in (rows, labels))
-    test_pictures = pictures * len(dataset.test) // len(labels)
+    pictures = sum(
+        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in (rows, labels)
+    )
+    # Of streamed pictures the next batch lies ready.
+    test_pictures = pictures if program.streamed else pictures * len(dataset.test) // len(labels)
     needed = training.arguments + test_pictures + max(training.temporaries, evaluation.temporaries)
+    how = ", as features" if program.cached else ", two batches at a time" if program.streamed else ""
     device = mesh.devices.flat[0]
-    available, whose = memory_of(device)
+    available, whose = sharding.memory_of(device)
     print(
         f"\n{'a training picture':<22}{_work(training)}{', its features being stored' if program.cached else ''}"
         f"\n{'a test picture':<22}{_work(evaluation)}"
         f"\n{'memory per device':<22}{_gib(needed)} of {_gib(available)} ({whose}); {mesh.size} × {device.device_kind}"
         f"\n{'  state':<22}{_gib(training.arguments - pictures)}"
-        f"\n{'  pictures':<22}{_gib(pictures + test_pictures)}{', as features' if program.cached else ''}"
+        f"\n{'  pictures':<22}{_gib(pictures + test_pictures)}{how}"
         f"\n{'  temporaries':<22}{_gib(training.temporaries)} to train, {_gib(evaluation.temporaries)} to evaluate"
         f"\nas the compiler for {device.platform} says, jax {jax.__version__}; another backend's temporaries are others"
     )
@@ -102,19 +110,15 @@ def lower_evaluation(program: Program, config: ConfigDict, batch_size: int) -> A
     state = program.abstract_state
     params = jax.eval_shape(functools.partial(steps.evaluated_params, lora_alpha=config.lora.alpha), state)
     images, labels = program.abstract_pictures
+    if not program.in_memory:
+        images, labels = (jax.ShapeDtypeStruct((batch_size, *a.shape[1:]), a.dtype) for a in (images, labels))
+        images, labels = sharding.abstract((images, labels), sharding.over_batch(program.mesh))
     everywhere = sharding.replicated(program.mesh)
     totals = sharding.abstract(jax.eval_shape(steps.start_totals), everywhere)
-    eval_step = steps.make_eval_step(program.pictures_forward, program.mesh, batch_size=batch_size)
+    eval_step = steps.make_eval_step(
+        program.pictures_forward, program.mesh, batch_size=batch_size, streamed=not program.in_memory
+    )
     return eval_step.lower(sharding.abstract(params, sharding.by_rule(params, program.mesh)), images, labels, totals)
-
-
-def memory_of(device: jax.Device) -> tuple[int, str]:
-    """(bytes that one device may use, whose figure that is); simulated devices of a CPU share its memory."""
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit:
-        return limit, "the device's own figure"
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return machine // jax.local_device_count(), "the machine's memory"
 
 
 def _work(cost: Cost) -> str:

@@ -33,9 +33,9 @@ def extract_features(
         float32 [n d].
     """
     mesh = sharding.create_mesh()
-    placed_params, placed_images = (sharding.place(tree, sharding.replicated(mesh)) for tree in (params, images))
+    placed = sharding.place(params, sharding.replicated(mesh))
     prepare = functools.partial(preprocess.prepare, image_size=image_size, **options)
-    features = apply_to_all(backbone(model), placed_params, placed_images, mesh, prepare=prepare, batch_size=batch_size)
+    features = apply_to_all(backbone(model), placed, images, mesh, prepare=prepare, batch_size=batch_size)
     return np.asarray(features, np.float32)
 
 
@@ -47,7 +47,7 @@ def backbone(model: Any) -> Any:
 def apply_to_all(
     model: Any,
     params: Params,
-    images: jax.Array,
+    images: Any,
     mesh: Mesh,
     *,
     prepare: Callable[[jax.Array, jax.Array], jax.Array],
@@ -60,7 +60,7 @@ def apply_to_all(
     Args:
         model: such as `backbone` of one.
         params: of the model, on the mesh.
-        images: uint8 [n h w 3], on every device.
+        images: uint8 [n h w 3] on the host, or what reads like it.
         mesh: batches are split over its devices.
         prepare: (keys [b], pictures [b h w 3]) -> inputs of the model.
         batch_size: pictures at once, rounded up to the devices.
@@ -75,24 +75,26 @@ def apply_to_all(
     num_batches = -(-num_rows // batch_size)
     everywhere = sharding.replicated(mesh)
 
-    def batch_at(start: jax.Array, key: jax.Array, params: Params, images: jax.Array) -> jax.Array:
+    def outputs_of(start: jax.Array, key: jax.Array, params: Params, batch: jax.Array) -> jax.Array:
         rows = jax.lax.with_sharding_constraint(start + jnp.arange(batch_size), sharding.over_batch(mesh))
         keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return model.apply({"params": params}, prepare(keys, images[rows % len(images)]))
+            return model.apply({"params": params}, prepare(keys, batch))
 
     def fill(buffer: jax.Array, start: jax.Array, *inputs: Any) -> tuple[jax.Array, jax.Array]:
-        buffer = jax.lax.dynamic_update_slice_in_dim(buffer, batch_at(start, *inputs), start, axis=0)
+        buffer = jax.lax.dynamic_update_slice_in_dim(buffer, outputs_of(start, *inputs), start, axis=0)
         return buffer, start + batch_size
 
     start, key = sharding.place((np.int32(0), jax.random.PRNGKey(seed)), everywhere)
-    batch = jax.eval_shape(batch_at, start, key, params, images)
-    make_buffer = lambda: jnp.zeros((num_batches * batch_size, *batch.shape[1:]), batch.dtype)  # noqa: E731
+    batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), jnp.uint8)
+    outputs = jax.eval_shape(outputs_of, start, key, params, batch)
+    make_buffer = lambda: jnp.zeros((num_batches * batch_size, *outputs.shape[1:]), outputs.dtype)  # noqa: E731
     buffer = jax.jit(make_buffer, out_shardings=everywhere)()
-    fill = jax.jit(fill, donate_argnums=(0, 1), out_shardings=everywhere)
-    for _ in tqdm(range(num_batches), desc="pictures", unit="batch", leave=False, delay=2, mininterval=bar_interval()):
-        buffer, start = fill(buffer, start, key, params, images)
-        jax.block_until_ready(start)
+    fill = jax.jit(fill, donate_argnums=0, out_shardings=everywhere)
+    for i in tqdm(range(num_batches), desc="pictures", unit="batch", leave=False, delay=2, mininterval=bar_interval()):
+        rows = np.arange(i * batch_size, (i + 1) * batch_size) % len(images)
+        previous, (buffer, start) = start, fill(buffer, start, key, params, sharding.place_rows(images, rows, mesh))
+        jax.block_until_ready(previous)  # for the bar's sake; the device already has the next batch
     return buffer[:num_rows]
 
 

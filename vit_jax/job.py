@@ -1,11 +1,12 @@
 """A config with its data and its file: what the loop works with."""
 
+import contextlib
 import dataclasses
 import functools
 import math
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -15,9 +16,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from vit_jax import build, data, distributed, features, optim, sharding, steps
+from vit_jax.data.streaming import training_batches
 from vit_jax.program import Program, create_program
 from vit_jax.types import Dataset, Params, Split
 from vit_jax.writer import bar_interval
+
+Arrays = tuple[jax.Array, jax.Array]
+"""Pictures, or features of them, and their labels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,37 +52,42 @@ class Job:
         place = functools.cache(lambda count: sharding.place(np.int32(count), sharding.replicated(self.program.mesh)))
         return lambda *inputs, count: compiled(*inputs, place(count))
 
-    def store(self, state: steps.TrainState) -> tuple[tuple[jax.Array, jax.Array], Callable]:
-        """Puts what training and evaluation read of the pictures on the devices: pixels, or features of them.
+    def open_arrays(self, state: steps.TrainState, *, step: int) -> tuple[Generator[Arrays, None, None], Callable]:
+        """Makes ready what training and evaluation read of the pictures: all of them, their features, or batches.
+
+        Args:
+            state: whose frozen backbone makes the features.
+            step: that training goes on from.
 
         Returns:
-            (arrays, evaluate): stored training pictures with their labels, and `state -> totals` over the test
-            pictures, see `metrics.means`.
+            (arrays, evaluate): for one call of the training steps after the other what they read, which is always the
+            same where it lies on the devices; and `state -> totals` over the test pictures, see `metrics.means`.
         """
-        config, program = self.config, self.program
-        frozen = optim.merge_params(state.trainable, state.frozen)
-        views = config.feature_views if program.cached else 1
-
-        def stored(split: Split, *, prepare: Callable, num_views: int) -> tuple[jax.Array, jax.Array]:
-            labels = np.tile(split.labels, num_views)
-            images, labels = sharding.place((split.images, labels), sharding.replicated(program.mesh))
-            if program.cached:
-                images = features.apply_to_all(
-                    features.backbone(program.model),
-                    frozen,
-                    images,
-                    program.mesh,
-                    prepare=prepare,
-                    batch_size=config.eval_batch_size,
-                    num_views=num_views,
-                    seed=config.seed,
-                )
-            return images, labels
-
-        arrays = stored(self.dataset.train, prepare=program.pictures_forward.augment, num_views=views)
-        test = stored(self.dataset.test, prepare=program.pictures_forward.prepare, num_views=1)
-        evaluate = create_evaluate(program.forward, test, program.mesh, batch_size=config.eval_batch_size)
-        alpha = config.lora.alpha
+        config, program, dataset = self.config, self.program, self.dataset
+        params = optim.merge_params(state.trainable, state.frozen)
+        batch_size, alpha = config.eval_batch_size, config.lora.alpha
+        if program.cached:
+            compute = functools.partial(
+                features.apply_to_all,
+                features.backbone(program.model),
+                params,
+                mesh=program.mesh,
+                batch_size=batch_size,
+                seed=config.seed,
+            )
+            whole, views = program.pictures_forward, config.feature_views
+            train_images = compute(dataset.train.images, prepare=whole.augment, num_views=views)
+            test_images = compute(dataset.test.images, prepare=whole.prepare)
+            arrays = repeat(train_images, np.tile(dataset.train.labels, views), program.mesh)
+            test = Split(images=test_images, labels=dataset.test.labels)
+        else:
+            arrays = (
+                stream(config, dataset.train, program.mesh, step=step)
+                if program.streamed
+                else repeat(dataset.train.images, dataset.train.labels, program.mesh)
+            )
+            test = dataset.test
+        evaluate = create_evaluate(program.forward, test, program.mesh, batch_size=batch_size)
         return arrays, lambda state: evaluate(steps.evaluated_params(state, lora_alpha=alpha))
 
 
@@ -94,7 +104,12 @@ def create_job(config: ConfigDict) -> tuple[Job, Callable[[], steps.TrainState]]
         source = build.load_source(config)
     model = build.create_model(config, source, num_classes=len(dataset.class_names))
     program = create_program(
-        config, model, mesh, num_pictures=len(dataset.train), picture_shape=dataset.train.images.shape[1:]
+        config,
+        model,
+        mesh,
+        num_pictures=len(dataset.train),
+        picture_shape=dataset.train.images.shape[1:],
+        in_memory=dataset.train.in_memory,
     )
     print(program.describe_trainable())
 
@@ -118,37 +133,75 @@ def load_dataset(config: ConfigDict, *, shapes_only: bool = False) -> Dataset:
         test_split=names.test_split,
         image_size=config.image_size,
         classes=names.classes,
+        storage=names.storage,
+        device_bytes=sharding.memory_of(jax.local_devices()[0])[0],
         shapes_only=shapes_only,
     )
     height, width = dataset.train.images.shape[1:3]
     print(
         f"{names.name}: {len(dataset.train):,} training and {len(dataset.test):,} test pictures of {height} × {width} "
-        f"pixels, {len(dataset.class_names)} classes"
+        f"pixels, {len(dataset.class_names)} classes{'' if dataset.train.in_memory else ', decoded as they are needed'}"
     )
     return dataset
 
 
+def repeat(images: Any, labels: np.ndarray, mesh: Mesh) -> Generator[Arrays, None, None]:
+    """All pictures or features, and their labels, on every device; the same again and again."""
+    if not isinstance(images, jax.Array):
+        images = sharding.place(images, sharding.replicated(mesh))
+    arrays = images, sharding.place(labels, sharding.replicated(mesh))
+    while True:
+        yield arrays
+
+
+def stream(config: ConfigDict, split: Split, mesh: Mesh, *, step: int) -> Generator[Arrays, None, None]:
+    """Batches that worker processes make ready, the first one for the update after `step`."""
+    batches = training_batches(
+        split,
+        augment=config.augment,
+        outside=[round(255 * mean) for mean in config.pixel_mean],
+        batch_size=config.batch_size,
+        seed=config.seed,
+        first_step=step,
+        num_steps=config.num_steps,
+        part=jax.process_index(),
+        num_parts=jax.process_count(),
+        num_workers=config.dataset.num_workers,
+    )
+    with contextlib.closing(batches):
+        for images, labels in batches:
+            yield sharding.place_part(images, mesh), sharding.place_part(labels, mesh)
+
+
 def create_evaluate(
-    forward: steps.Forward, arrays: tuple[jax.Array, jax.Array], mesh: Mesh, *, batch_size: int
+    forward: steps.Forward, split: Split, mesh: Mesh, *, batch_size: int
 ) -> Callable[[Params], dict[str, jax.Array]]:
     """Returns `params -> totals`: sums over every picture of a split, each counted exactly once.
 
     Args:
-        forward: from stored pictures to logits.
-        arrays: stored pictures [n …] and int32 labels [n], on every device.
+        forward: from pictures, or features of them, to logits.
+        split: these and their labels; kept on every device, or decoded batch by batch where they are not in memory.
         mesh: batches are split over its devices.
         batch_size: a wish; rounded up to the devices.
     """
-    num_pictures = len(arrays[1])
+    num_pictures = len(split)
     batch_size = sharding.round_up(batch_size, num_pictures, mesh)
-    eval_step = steps.make_eval_step(forward, mesh, batch_size=batch_size)
+    streamed = isinstance(split.images, data.Encoded)
+    eval_step = steps.make_eval_step(forward, mesh, batch_size=batch_size, streamed=streamed)
     num_batches = math.ceil(num_pictures / batch_size)
+    whole = None if streamed else next(repeat(split.images, split.labels, mesh))
+
+    def batch(number: int) -> Arrays:
+        rows = np.arange(number * batch_size, (number + 1) * batch_size)
+        labels = np.where(rows < num_pictures, split.labels[rows % num_pictures], -1)
+        images = sharding.place_rows(split.images, rows % num_pictures, mesh)
+        return images, sharding.place(labels, sharding.over_batch(mesh))
 
     def evaluate(params: Params) -> dict[str, jax.Array]:
         totals = sharding.place(steps.start_totals(), sharding.replicated(mesh))
         bar = tqdm(range(num_batches), desc="test", unit="batch", leave=False, delay=2, mininterval=bar_interval())
-        for _ in bar:
-            previous, totals = totals, eval_step(params, *arrays, totals)
+        for number in bar:
+            previous, totals = totals, eval_step(params, *(whole or batch(number)), totals)
             jax.block_until_ready(previous)  # for the bar's sake; the device already has the next batch
         return totals
 

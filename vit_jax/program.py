@@ -23,14 +23,15 @@ class Program:
         mesh: of devices.
         model: Linen module.
         cached: whether the head trains on stored features, the backbone being a fixed function of a picture.
+        in_memory: whether the pictures fit into memory.
         patterns: what trains, as regular expressions.
         steps_per_epoch: whole batches in the training split.
         abstract_state: of the run.
-        abstract_pictures: the training pictures and their labels.
-        abstract_arrays: what is stored of them; the same unless `cached`.
+        abstract_pictures: the training pictures and their labels; those of one batch unless they are `in_memory`.
+        abstract_arrays: what a step reads of them: features if `cached`, otherwise the same.
         init_state: jitted params -> state before the first update.
         train_steps: jitted (state, *arrays, permutation, count) -> (state, scalars); `count` is 1 unless `cached`.
-        permute: jitted state -> order of the pictures in its epoch.
+        permute: jitted state -> order of the pictures in its epoch; None if `streamed`.
         pictures_forward: from a picture to logits.
         forward: from what is stored of a picture to logits; the same unless `cached`.
     """
@@ -38,6 +39,7 @@ class Program:
     mesh: Mesh
     model: Any
     cached: bool
+    in_memory: bool
     patterns: tuple[str, ...]
     steps_per_epoch: int
     abstract_state: steps.TrainState
@@ -48,6 +50,11 @@ class Program:
     permute: Callable[[steps.TrainState], jax.Array]
     pictures_forward: steps.Forward
     forward: steps.Forward
+
+    @property
+    def streamed(self) -> bool:
+        """Whether every step gets a batch of its own from the host."""
+        return not (self.in_memory or self.cached)
 
     def describe_trainable(self) -> str:
         """A table of what trains."""
@@ -64,7 +71,13 @@ class Program:
 
 
 def create_program(
-    config: ConfigDict, model: Any, mesh: Mesh, *, num_pictures: int, picture_shape: tuple[int, ...]
+    config: ConfigDict,
+    model: Any,
+    mesh: Mesh,
+    *,
+    num_pictures: int,
+    picture_shape: tuple[int, ...],
+    in_memory: bool = True,
 ) -> Program:
     """Makes the functions of a run.
 
@@ -74,6 +87,7 @@ def create_program(
         mesh: of devices, real ones or those of a topology.
         num_pictures: of the training split.
         picture_shape: height, width and channels as they are stored.
+        in_memory: whether they fit into memory; others come batch by batch, cropped already.
 
     Raises:
         UsageError: the batch does not divide or is larger than the data, nothing trains, or features cannot be stored.
@@ -104,7 +118,9 @@ def create_program(
     head_only = set(abstract_state.trainable) == {"head"}
     dropout = has_dropout(model) and (config.frozen_dropout or not head_only)
     cached = stores_features(config, head_only=head_only, dropout=dropout)
-    whole = steps.from_pictures(model, augment=config.augment, dropout=dropout, **test_options(config))
+    streamed = not (in_memory or cached)
+    augment = "flip" if streamed and config.augment != "none" else config.augment  # cropped where they were decoded
+    whole = steps.from_pictures(model, augment=augment, dropout=dropout, **test_options(config))
     forward = features.from_features(model) if cached else whole
     train_step = steps.make_train_step(
         forward,
@@ -122,20 +138,25 @@ def create_program(
     train_steps = features.make_train_steps(train_step) if cached else lambda *args: train_step(*args[:-1])
     num_views = config.feature_views if cached else 1
 
-    def stored(num_rows: int, shape: tuple[int, ...], dtype: Any) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    def stored(num_rows: int, shape: tuple[int, ...], dtype: Any, place: Any = everywhere) -> tuple[Any, Any]:
         arrays = jax.ShapeDtypeStruct((num_rows, *shape), dtype), jax.ShapeDtypeStruct((num_rows,), jnp.int32)
-        return sharding.abstract(arrays, everywhere)
+        return sharding.abstract(arrays, place)
 
-    pictures = arrays = stored(num_pictures, picture_shape, jnp.uint8)
+    if in_memory:
+        pictures = arrays = stored(num_pictures, picture_shape, jnp.uint8)
+    else:
+        pictures = arrays = stored(config.batch_size, picture_shape, jnp.uint8, sharding.over_batch(mesh))
     if cached:
-        keys = jax.ShapeDtypeStruct((num_pictures, 2), jnp.uint32)
+        keys = jax.ShapeDtypeStruct((len(pictures[1]), 2), jnp.uint32)
         inputs = jax.eval_shape(whole.prepare, keys, pictures[0])
         outputs = jax.eval_shape(features.backbone(model).apply, {"params": abstract_state.frozen}, inputs)
         arrays = stored(num_views * num_pictures, outputs.shape[1:], outputs.dtype)
+    permutation = steps.make_permutation(num_pictures, config.batch_size, num_views=num_views)
     return Program(
         mesh=mesh,
         model=model,
         cached=cached,
+        in_memory=in_memory,
         patterns=patterns,
         steps_per_epoch=num_pictures // config.batch_size,
         abstract_state=sharding.abstract(abstract_state, shardings),
@@ -143,9 +164,7 @@ def create_program(
         abstract_arrays=arrays,
         init_state=jax.jit(init_state, out_shardings=shardings, donate_argnums=0),
         train_steps=jax.jit(train_steps, out_shardings=(shardings, everywhere), donate_argnums=0),
-        permute=jax.jit(
-            steps.make_permutation(num_pictures, config.batch_size, num_views=num_views), out_shardings=everywhere
-        ),
+        permute=jax.jit((lambda state: None) if streamed else permutation, out_shardings=everywhere),
         pictures_forward=whole,
         forward=forward,
     )

@@ -54,6 +54,8 @@ _RULES = {
     "dataset.classes": _Rule(
         (tuple, list), "a tuple of class names", lambda value: all(isinstance(x, str) for x in value)
     ),
+    "dataset.storage": _one_of("auto", "memory", "stream"),
+    "dataset.num_workers": _whole(0),
     "image_size": _whole(1),
     "pixel_mean": _Rule((tuple, list), "three numbers", lambda value: _are_numbers(value)),
     "pixel_deviation": _Rule(
@@ -99,6 +101,7 @@ _RULES = {
 # A run may go on with these changed: they do not touch what it computes.
 _FREE = (
     "dataset.data_dir",
+    "dataset.num_workers",
     "eval_batch_size",
     "remat",
     "mesh.fsdp",

@@ -1,6 +1,7 @@
 """The mesh of devices, and where arrays live on it."""
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,6 +104,38 @@ def place(tree: Any, shardings: Any) -> Any:
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(put, tree, _for_each(tree, shardings))
+
+
+def place_rows(images: Any, rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Puts some of a split's pictures on the mesh, split over all devices; each process reads only its own of them.
+
+    Args:
+        images: uint8 [n h w 3] on the host, or what reads like it.
+        rows: int [b]; the devices divide b.
+        mesh: of `create_mesh`.
+
+    Returns:
+        uint8 [b h w 3].
+    """
+
+    def read(index: Any) -> np.ndarray:
+        return images[rows[index[0]]]
+
+    return jax.make_array_from_callback((len(rows), *images.shape[1:]), over_batch(mesh), read)
+
+
+def place_part(part: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Puts this process's equal part [b/p …] of a batch [b …] on the mesh, split over all devices."""
+    return jax.make_array_from_process_local_data(over_batch(mesh), part)
+
+
+def memory_of(device: jax.Device) -> tuple[int, str]:
+    """(bytes that one device may use, whose figure that is); simulated devices of a CPU share its memory."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return limit, "the device's own figure"
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine // jax.local_device_count(), "the machine's memory"
 
 
 def round_up(batch_size: int, num_pictures: int, mesh: Mesh) -> int:

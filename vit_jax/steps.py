@@ -135,8 +135,8 @@ def make_train_step(
     """Returns `(state, images, labels, permutation) -> (state, scalars)`, to be jitted.
 
     The step picks its own pictures out of the whole training split (stored pictures [n …], int32 [n], on every device),
-    at the place in the epoch's permutation that `state.step` says. Scalars: "train/loss" and "train/accuracy" of this
-    batch before the update, "learning_rate" of the update.
+    at the place in the epoch's permutation that `state.step` says; without a permutation, they are its batch already.
+    Scalars: "train/loss" and "train/accuracy" of this batch before the update, "learning_rate" of the update.
 
     Args:
         forward: from stored pictures to logits.
@@ -164,26 +164,37 @@ def make_train_step(
             accuracy += jnp.sum(weight * (jnp.argmax(logits, axis=-1) == labels))
         return loss / batch_size, accuracy / batch_size
 
-    def train_step(state: TrainState, images: jax.Array, labels: jax.Array, permutation: jax.Array):
-        place = state.step % (len(permutation) // batch_size)
-        rows = jax.lax.dynamic_slice_in_dim(permutation, place * batch_size, batch_size)
+    def train_step(state: TrainState, images: jax.Array, labels: jax.Array, permutation: jax.Array | None):
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step))
-        batch = {"rows": rows, "keys": jax.random.split(augment_key, batch_size)}
+        batch: dict[str, Any] = {"keys": jax.random.split(augment_key, batch_size)}
+        if permutation is None:
+            batch |= {"images": images, "labels": labels}
+        else:
+            place = state.step % (len(permutation) // batch_size)
+            batch["rows"] = jax.lax.dynamic_slice_in_dim(permutation, place * batch_size, batch_size)
         if mixes:  # every picture's partner is its neighbour in the whole batch, however that is split
             mix_key = jax.random.fold_in(jax.random.fold_in(state.key, 2), state.step)
-            batch |= {f"partner_{name}": jnp.roll(value, 1, axis=0) for name, value in batch.items()}
+            batch["partners"] = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), batch)
             batch["mix_keys"] = jax.random.split(mix_key, batch_size)
 
-        def gradient(batch: dict[str, jax.Array], dropout_key: jax.Array):
+        def pick(batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+            batch_images, batch_labels = (
+                (batch["images"], batch["labels"])
+                if permutation is None
+                else (images[batch["rows"]], labels[batch["rows"]])
+            )
+            return forward.augment(batch["keys"], batch_images), batch_labels
+
+        def gradient(batch: dict[str, Any], dropout_key: jax.Array):
             batch = jax.lax.with_sharding_constraint(batch, sharding.over_batch(mesh))
-            inputs = forward.augment(batch["keys"], images[batch["rows"]])
-            targets = [(labels[batch["rows"]], jnp.ones(()))]
+            inputs, batch_labels = pick(batch)
+            targets = [(batch_labels, jnp.ones(()))]
             if mixes:
-                partners = forward.augment(batch["partner_keys"], images[batch["partner_rows"]])
+                partners, partner_labels = pick(batch["partners"])
                 inputs, share = preprocess.mix(
                     batch["mix_keys"], inputs, partners, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha
                 )
-                targets = [(targets[0][0], share), (labels[batch["partner_rows"]], 1.0 - share)]
+                targets = [(batch_labels, share), (partner_labels, 1.0 - share)]
             value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 return value_and_grad(state.trainable, state.frozen, inputs, targets, dropout_key)
@@ -219,22 +230,32 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(forward: Forward, mesh: Mesh, *, batch_size: int) -> Any:
+def make_eval_step(forward: Forward, mesh: Mesh, *, batch_size: int, streamed: bool = False) -> Any:
     """Returns jitted `(params, images, labels, totals) -> totals`, one batch further through a split.
 
     `totals` is what `start_totals` gives, then what the call before gave; rows past the split's end are masked, so that
     every picture counts exactly once whatever the batch size.
+
+    Args:
+        forward: from stored pictures to logits.
+        mesh: batches are split over all its devices.
+        batch_size: pictures at once.
+        streamed: whether images and labels are the batch itself, labels past the end being -1, and not the whole split.
     """
 
     def eval_step(params: Params, images: jax.Array, labels: jax.Array, totals: dict) -> dict:
         rows = totals["next_row"] + jnp.arange(batch_size)
         rows = jax.lax.with_sharding_constraint(rows, sharding.over_batch(mesh))
-        mask = rows < len(labels)
-        rows = jnp.minimum(rows, len(labels) - 1)
+        if streamed:
+            mask = labels >= 0
+        else:
+            mask = rows < len(labels)
+            rows = jnp.minimum(rows, len(labels) - 1)
+            images, labels = images[rows], labels[rows]
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.PRNGKey(0), row))(rows)
-            logits = forward.logits(params, forward.prepare(keys, images[rows]), None)
-        sums = metrics.masked_sums(logits, labels[rows], mask)
+            logits = forward.logits(params, forward.prepare(keys, images), None)
+        sums = metrics.masked_sums(logits, labels, mask)
         return {**{k: totals[k] + sums[k] for k in sums}, "next_row": totals["next_row"] + batch_size}
 
     return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))

@@ -70,12 +70,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         if distributed.is_first():
             settings.save_config(config, workdir)
         train_steps = job.compile_train_steps()
-        arrays, evaluate = job.store(state)
         step = restored_step or 0
+        arrays, evaluate = job.open_arrays(state, step=step)
         permutation = job.program.permute(state)
 
         silent = not distributed.is_first()
         with (
+            contextlib.closing(arrays),
             Writer(workdir, step=step, num_steps=config.num_steps, silent=silent) as writer,
             stop_signals() as signals,
         ):
@@ -83,7 +84,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
                 if step % job.program.steps_per_epoch == 0:
                     permutation = job.program.permute(state)
                 count = steps_until_stop(step, config, job.program) if job.program.cached else 1
-                state, scalars = train_steps(state, *arrays, permutation, count=count)
+                state, scalars = train_steps(state, *next(arrays), permutation, count=count)
                 step += count
 
                 last = step == config.num_steps
@@ -181,9 +182,8 @@ def evaluate_run(run: Run) -> dict[str, float]:
         UserError: the dataset cannot be read, or its classes are not those of the run.
     """
     dataset = load_test_dataset(run)
-    arrays = sharding.place((dataset.test.images, dataset.test.labels), sharding.replicated(run.mesh))
     forward = steps.from_pictures(run.model, **test_options(run.config))
-    evaluate = create_evaluate(forward, arrays, run.mesh, batch_size=run.config.eval_batch_size)
+    evaluate = create_evaluate(forward, dataset.test, run.mesh, batch_size=run.config.eval_batch_size)
     return metrics.means(fetch(evaluate(run.params)))
 
 
@@ -208,7 +208,7 @@ def predict(run: Run, images: np.ndarray) -> np.ndarray:
 
     Args:
         run: of `load_run`.
-        images: uint8 [n h w 3].
+        images: uint8 [n h w 3], or what reads like it.
 
     Returns:
         float32 [n classes]: probabilities.
@@ -217,7 +217,7 @@ def predict(run: Run, images: np.ndarray) -> np.ndarray:
     logits = features.apply_to_all(
         run.model,
         run.params,
-        sharding.place(images, sharding.replicated(run.mesh)),
+        images,
         run.mesh,
         prepare=forward.prepare,
         batch_size=run.config.eval_batch_size,

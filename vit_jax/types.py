@@ -14,19 +14,24 @@ FlatParams = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Pictures of one split, in host memory.
+    """Pictures of one split.
 
     Attributes:
-        images: uint8 [n h w 3], RGB.
+        images: uint8 [n h w 3], RGB, in host memory; or what reads like it and decodes files (`data.Encoded`).
         labels: int32 [n], indices into the dataset's class names.
     """
 
-    images: np.ndarray
+    images: Any
     labels: np.ndarray
 
     def __len__(self) -> int:
         """The number of pictures."""
         return len(self.labels)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether every picture is decoded."""
+        return isinstance(self.images, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)

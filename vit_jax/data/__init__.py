@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from vit_jax.data.cifar import CIFARS, cifar_shapes, load_cifar
-from vit_jax.data.pictures import PICTURE_SUFFIXES, decode_picture, load_folder
+from vit_jax.data.pictures import PICTURE_SUFFIXES, Encoded, decode_picture, decode_splits, list_folder
 from vit_jax.data.splits import nearest_first, parse_split, slice_split
-from vit_jax.data.tfds_sets import load_tfds
+from vit_jax.data.tfds_sets import open_tfds
 from vit_jax.errors import UsageError, UserError
 from vit_jax.types import Dataset, Split
 
-__all__ = ["KNOWN_DATASETS", "PICTURE_SUFFIXES", "decode_picture", "load_dataset"]
+__all__ = ["KNOWN_DATASETS", "PICTURE_SUFFIXES", "Encoded", "decode_picture", "load_dataset"]
 
 KNOWN_DATASETS = ("digits", "cifar10", "cifar100", "folder:DIR", "tfds:NAME")
 
@@ -29,9 +29,11 @@ def load_dataset(
     test_split: str = "test",
     image_size: int,
     classes: Sequence[str] = (),
+    storage: str = "auto",
+    device_bytes: int | None = None,
     shapes_only: bool = False,
 ) -> Dataset:
-    """Reads a dataset into host memory.
+    """Reads a dataset into host memory, or opens it where it would not fit.
 
     Args:
         name: "digits" | "cifar10" | "cifar100" | "folder:DIR" | "tfds:NAME".
@@ -42,16 +44,34 @@ def load_dataset(
         image_size: pixels, square, that the model sees. Pictures of a folder or of TFDS that all have one size of
             at most twice this are kept as they are; otherwise every one is resized to [image_size image_size].
         classes: names of those to keep, in their new order; all unless given. Splits are sliced before.
+        storage: "memory": pictures are decoded now; "stream": those of a folder or of TFDS when they are asked for;
+            "auto": later where they would take more than half of the memory of host or device.
+        device_bytes: memory of a device; None sets no limit.
         shapes_only: CIFAR's pictures are neither fetched nor read; zeros that take no memory stand for them.
 
     Returns:
-        Both splits, uint8 [n h w 3] and int32 [n], and the class names.
+        Both splits, uint8 [n h w 3], or `Encoded` of that shape, and int32 [n], and the class names.
 
     Raises:
         UsageError: an unknown name, split or class, or a slice that cannot be read.
         UserError: files that are missing, damaged, empty, inconsistent or too large for the memory; an empty slice.
     """
-    dataset = _load_whole(name, data_dir, train_split, test_split, image_size, shapes_only)
+    kind, _, argument = name.partition(":")
+    if kind in ("folder", "tfds") and argument:
+        splits = {"train": parse_split(train_split), "test": parse_split(test_split)}
+        if kind == "tfds":
+            *encoded, class_names = open_tfds(argument, data_dir, splits)
+        else:
+            _refuse_data_dir(name, data_dir)
+            *encoded, class_names = list_folder(Path(argument).expanduser(), splits)
+        train, test = decode_splits(encoded, image_size, storage=storage, device_bytes=device_bytes)
+        dataset = Dataset(train=train, test=test, class_names=class_names)
+    elif storage == "stream":
+        raise UsageError(
+            f"config.dataset.storage 'stream' is for folder:DIR and tfds:NAME, not {name!r}; set it to 'auto'"
+        )
+    else:
+        dataset = _load_known(name, data_dir, train_split, test_split, shapes_only)
     return keep_classes(dataset, classes) if classes else dataset
 
 
@@ -75,22 +95,14 @@ def keep_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
         labels = new_labels[split.labels]
         if not np.any(labels >= 0):
             raise UserError(f"no pictures of the classes {', '.join(classes)}; give larger splits")
-        return Split(images=split.images[labels >= 0], labels=labels[labels >= 0])
+        kept = np.flatnonzero(labels >= 0)
+        return Split(images=split.images.take(kept, axis=0), labels=labels[kept])
 
     return Dataset(train=keep(dataset.train), test=keep(dataset.test), class_names=tuple(classes))
 
 
-def _load_whole(
-    name: str, data_dir: str, train_split: str, test_split: str, image_size: int, shapes_only: bool
-) -> Dataset:
-    """All classes of a dataset; arguments as in `load_dataset`."""
-    kind, _, argument = name.partition(":")
-    if kind in ("folder", "tfds") and argument:
-        splits = {"train": parse_split(train_split), "test": parse_split(test_split)}
-        if kind == "tfds":
-            return load_tfds(argument, data_dir, splits, image_size)
-        _refuse_data_dir(name, data_dir)
-        return load_folder(Path(argument).expanduser(), splits, image_size)
+def _load_known(name: str, data_dir: str, train_split: str, test_split: str, shapes_only: bool) -> Dataset:
+    """Digits or a CIFAR, all classes; arguments as in `load_dataset`."""
     if name not in ("digits", *CIFARS):
         raise UsageError(f"unknown dataset {name!r}; known are {', '.join(nearest_first(name, KNOWN_DATASETS))}")
     known = ("train", "test")

@@ -1,18 +1,21 @@
-"""Encoded pictures -> one uint8 array: decoding, folders of pictures, memory."""
+"""Encoded pictures -> uint8 arrays, at once or when they are asked for: decoding, folders of pictures, memory."""
 
 import dataclasses
+import math
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from vit_jax.crops import Box
 from vit_jax.data.splits import SplitSlice
 from vit_jax.errors import UserError
-from vit_jax.types import Dataset, Split
+from vit_jax.types import Split
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,7 +26,13 @@ _PICTURES_PER_TASK = 64  # one future a picture would cost as much as decoding a
 _EXIF_ORIENTATION = 0x0112
 
 
-def decode_picture(source: str | Path | BinaryIO, *, size: tuple[int, int] | None = None) -> "Image.Image":
+def decode_picture(
+    source: str | Path | BinaryIO,
+    *,
+    size: tuple[int, int] | None = None,
+    draw_box: Callable[[int, int], Box] | None = None,
+    outside: tuple[int, ...] = (127, 127, 127),
+) -> "Image.Image":
     """Decodes one picture file, whatever its mode, upright and in RGB.
 
     The camera's EXIF rotation is applied, transparent parts become white, 16-bit greys keep their upper 8 bits.
@@ -31,6 +40,8 @@ def decode_picture(source: str | Path | BinaryIO, *, size: tuple[int, int] | Non
     Args:
         source: path of a picture, or an open binary file.
         size: (width, height) in pixels to squash the picture to, bilinear with antialiasing; None keeps its own.
+        draw_box: (height, width) in pixels -> the part to squash; None takes all of it. Needs `size`.
+        outside: colour of what a box covers outside of the picture.
 
     Returns:
         The picture, mode "RGB".
@@ -42,27 +53,91 @@ def decode_picture(source: str | Path | BinaryIO, *, size: tuple[int, int] | Non
 
     try:
         with Image.open(source) as image:
+            width, height = upright_size(image)
+            top, left, rows, columns = map(float, draw_box(height, width)) if draw_box else (0.0, 0.0, height, width)
             if size:
                 # A JPEG decoder can leave out the detail that resizing would average away, which is faster.
-                image.draft(None, (2 * max(size), 2 * max(size)))
+                detail = 2 * max(size) / min(rows, columns)
+                image.draft(None, (round(image.width * detail), round(image.height * detail)))
             picture = _convert_to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # a damaged file makes the decoders raise nearly anything
         raise _picture_error(source, error) from error
-    if size and picture.size != size:
-        picture = picture.resize(size, Image.Resampling.BILINEAR)
-    return picture
+    if not size or (picture.size == size and not draw_box):
+        return picture
+    scale_x, scale_y = picture.width / width, picture.height / height
+    box = (left * scale_x, top * scale_y, (left + columns) * scale_x, (top + rows) * scale_y)
+    return _squash(picture, box, size, outside)
+
+
+def _squash(
+    picture: "Image.Image", box: tuple[float, ...], size: tuple[int, int], outside: tuple[int, ...]
+) -> "Image.Image":
+    """Cuts a box (left, top, right, bottom) out of a picture and resizes it, without a look at what lies around it."""
+    from PIL import Image, ImageOps
+
+    slack = 1e-3  # of rounding
+    left, top = (math.floor(edge + slack) for edge in box[:2])
+    right, bottom = (math.ceil(edge - slack) for edge in box[2:])
+    margin = max(0, -left, -top, right - picture.width, bottom - picture.height)
+    if margin:
+        picture = ImageOps.expand(picture, margin, outside)
+    part = picture.crop((left + margin, top + margin, right + margin, bottom + margin))
+    inner = (
+        max(0, box[0] - left),
+        max(0, box[1] - top),
+        min(part.width, box[2] - left),
+        min(part.height, box[3] - top),
+    )
+    return part.resize(size, Image.Resampling.BILINEAR, inner)
+
+
+def upright_size(image: "Image.Image") -> tuple[int, int]:
+    """(width, height) after the camera's rotation, from the header alone."""
+    # Asking for EXIF where the header has none would decode a whole PNG.
+    orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
+    return image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Pictures of one split that are not decoded yet: `open_picture(i)` is a path or a binary file."""
+    """Picture files that are decoded when they are asked for; reads like an array uint8 [n h w 3].
 
-    open_picture: Callable[[int], Path | BinaryIO]
-    labels: np.ndarray  # int32 [n]
+    Attributes:
+        open_picture: number of a picture -> its path, or a binary file.
+        numbers: int [n], those of the pictures.
+        size: (width, height) in pixels that every one is squashed to.
+    """
+
+    open_picture: Callable[[int], str | BinaryIO]
+    numbers: np.ndarray
+    size: tuple[int, int] = (0, 0)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[n h w 3]."""
+        return len(self), self.size[1], self.size[0], 3
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        return len(self.numbers)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """Decodes a picture [h w 3], or those of a slice or an array of rows [m h w 3], in as many threads as cores."""
+        if np.ndim(rows) == 0 and not isinstance(rows, slice):
+            return np.asarray(decode_picture(self.open_picture(self.numbers[rows]), size=self.size))
+        return decode_all(dataclasses.replace(self, numbers=self.numbers[rows]))
+
+    def take(self, rows: np.ndarray, axis: int = 0) -> "Encoded":
+        """Some of the pictures, none of them decoded; as `numpy.ndarray.take` along axis 0."""
+        return dataclasses.replace(self, numbers=self.numbers.take(rows, axis))
 
 
-def load_folder(root: Path, splits: dict[str, SplitSlice], image_size: int) -> Dataset:
-    """Reads DIR/SPLIT/CLASS/*.jpg and the like."""
+EncodedSplit = tuple[Encoded, np.ndarray]
+"""Pictures and their labels, int32 [n]."""
+
+
+def list_folder(root: Path, splits: dict[str, SplitSlice]) -> tuple[EncodedSplit, EncodedSplit, tuple[str, ...]]:
+    """Lists DIR/SPLIT/CLASS/*.jpg and the like: what to train on, what to test on, class names."""
     if not root.is_dir():
         raise UserError(f"dataset folder:{root}: no such directory")
     files = {split.name: _list_classes(root / split.name) for split in splits.values()}
@@ -72,9 +147,8 @@ def load_folder(root: Path, splits: dict[str, SplitSlice], image_size: int) -> D
         differing += [f"{name} (only in {splits['test'].name})" for name in sorted(test_classes - train_classes)]
         raise UserError(f"{root}: both splits must have the same class folders; these differ: {', '.join(differing)}")
     class_names = tuple(sorted(train_classes))
-    encoded = {role: _select_files(files[split.name], class_names, split) for role, split in splits.items()}
-    train, test = decode_splits(encoded, image_size)
-    return Dataset(train=train, test=test, class_names=class_names)
+    train, test = (_select_files(files[split.name], class_names, split) for split in splits.values())
+    return train, test, class_names
 
 
 def _list_classes(split_dir: Path) -> dict[str, list[Path]]:
@@ -95,63 +169,82 @@ def _list_classes(split_dir: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def _select_files(classes: dict[str, list[Path]], class_names: Sequence[str], split: SplitSlice) -> Encoded:
+def _select_files(classes: dict[str, list[Path]], class_names: Sequence[str], split: SplitSlice) -> EncodedSplit:
     """The files of a split, in the order of classes and names.
 
     A slice is cut from a fixed shuffle: cut from the sorted files, "train[:90%]" would lose the last classes.
     """
-    paths = [path for name in class_names for path in classes[name]]
+    paths = [str(path) for name in class_names for path in classes[name]]
     labels = np.repeat(np.arange(len(class_names), dtype=np.int32), [len(classes[name]) for name in class_names])
     start, stop = split.bounds(len(paths))
     chosen = np.sort(np.random.RandomState(0).permutation(len(paths))[start:stop])
-    chosen_paths = [paths[i] for i in chosen]
-    return Encoded(open_picture=chosen_paths.__getitem__, labels=labels[chosen])
+    return Encoded(paths.__getitem__, chosen), labels[chosen]
 
 
-def decode_splits(encoded: dict[str, Encoded], image_size: int) -> list[Split]:
-    """Decodes every picture to one common size."""
-    sizes = [_read_sizes(pictures) for pictures in encoded.values()]
-    different = set().union(*sizes)
-    size = different.pop() if len(different) == 1 else (image_size, image_size)
-    if max(size) > 2 * image_size:
-        size = (image_size, image_size)
-    width, height = size
-    _check_memory(sum(len(pictures.labels) for pictures in encoded.values()) * height * width * 3)
-    return [_decode_split(pictures, size) for pictures in encoded.values()]
+def decode_splits(
+    encoded: Sequence[EncodedSplit], image_size: int, *, storage: str = "auto", device_bytes: int | None = None
+) -> list[Split]:
+    """Brings every picture to one common size: now, or, of what would fill the memory, when it is asked for.
+
+    Args:
+        encoded: the splits.
+        image_size: pixels, square, that the model sees.
+        storage: "memory": now; "stream": later; "auto": by their size.
+        device_bytes: what a device has for them; None sets no limit.
+
+    Raises:
+        UserError: a picture cannot be decoded, or they do not fit.
+    """
+    square = size = (image_size, image_size)
+    if storage != "stream":
+        sizes = set().union(*(_read_sizes(images) for images, _ in encoded))
+        common = sizes.pop() if len(sizes) == 1 else square
+        size = common if max(common) <= 2 * image_size else square
+        needed = sum(len(labels) for _, labels in encoded) * math.prod(size) * 3
+        available = min(_available_bytes(), device_bytes or sys.maxsize)
+        if storage == "auto" and needed > available // 2:
+            storage, size = "stream", square
+        elif needed > available:
+            raise UserError(
+                f"the decoded pictures need {needed:,} bytes of memory, {available:,} are available; "
+                "set dataset.storage to 'stream', or take a slice such as 'train[:10%]'"
+            )
+    splits = [Split(images=dataclasses.replace(images, size=size), labels=labels) for images, labels in encoded]
+    if storage == "stream":
+        return splits
+    return [Split(images=decode_all(split.images), labels=split.labels) for split in splits]
 
 
-def _read_sizes(pictures: Encoded) -> set[tuple[int, int]]:
+def _read_sizes(images: Encoded) -> set[tuple[int, int]]:
     """All different (width, height), upright, from the headers only."""
     from PIL import Image
 
     sizes: set[tuple[int, int]] = set()
 
     def read_size(i: int) -> None:
-        with Image.open(pictures.open_picture(i)) as image:
-            # Asking for EXIF where the header has none would decode a whole PNG.
-            orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
-            sizes.add(image.size[::-1] if orientation in (5, 6, 7, 8) else image.size)
+        with Image.open(images.open_picture(images.numbers[i])) as image:
+            sizes.add(upright_size(image))
 
-    _for_each_picture(pictures, read_size, "reading headers")
+    _for_each_picture(images, read_size, "reading headers")
     return sizes
 
 
-def _decode_split(pictures: Encoded, size: tuple[int, int]) -> Split:
-    width, height = size
-    images = np.empty((len(pictures.labels), height, width, 3), np.uint8)  # [n h w c]
+def decode_all(images: Encoded) -> np.ndarray:
+    """Every picture, uint8 [n h w 3]."""
+    decoded = np.empty(images.shape, np.uint8)
 
     def decode(i: int) -> None:
-        images[i] = np.asarray(decode_picture(pictures.open_picture(i), size=size))
+        decoded[i] = images[i]
 
-    _for_each_picture(pictures, decode, "decoding")
-    return Split(images=images, labels=pictures.labels)
+    _for_each_picture(images, decode, "decoding")
+    return decoded
 
 
-def _for_each_picture(pictures: Encoded, work: Callable[[int], None], title: str) -> None:
+def _for_each_picture(images: Encoded, work: Callable[[int], None], title: str) -> None:
     """Calls `work(i)` for every picture in a pool of threads, and names the first of those that fail."""
     from tqdm import tqdm
 
-    num_pictures = len(pictures.labels)
+    num_pictures = len(images)
     failed: dict[int, Exception] = {}
 
     def work_on(chunk: range) -> int:
@@ -171,7 +264,9 @@ def _for_each_picture(pictures: Encoded, work: Callable[[int], None], title: str
     if failed:
         first = min(failed)
         error = failed[first]
-        message = str(error if isinstance(error, UserError) else _picture_error(pictures.open_picture(first), error))
+        message = str(
+            error if isinstance(error, UserError) else _picture_error(images.open_picture(images.numbers[first]), error)
+        )
         raise UserError(message + (f"; {len(failed) - 1} more pictures fail" if len(failed) > 1 else "")) from error
 
 
@@ -192,15 +287,6 @@ def _convert_to_rgb(image: "Image.Image") -> "Image.Image":
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
-
-
-def _check_memory(num_bytes: int) -> None:
-    available = _available_bytes()
-    if num_bytes > available:
-        raise UserError(
-            f"the decoded pictures need {num_bytes:,} bytes of memory, {available:,} are available;"
-            " take a smaller image_size or a slice such as 'train[:10%]'"
-        )
 
 
 def _available_bytes() -> int:

@@ -6,14 +6,19 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vit_jax.data.pictures import Encoded, decode_splits
+from vit_jax.data.pictures import Encoded, EncodedSplit
 from vit_jax.data.splits import SplitSlice, nearest_first
 from vit_jax.errors import UsageError, UserError
-from vit_jax.types import Dataset
 
 
-def load_tfds(name: str, data_dir: str, splits: dict[str, SplitSlice], image_size: int) -> Dataset:
-    """Reads a dataset that TFDS has prepared as array_record; reading needs no TensorFlow, preparing does."""
+def open_tfds(
+    name: str, data_dir: str, splits: dict[str, SplitSlice]
+) -> tuple[EncodedSplit, EncodedSplit, tuple[str, ...]]:
+    """Opens a dataset that TFDS has prepared as array_record; reading needs no TensorFlow, preparing does.
+
+    Returns:
+        What to train on, what to test on, class names.
+    """
     builder = _create_tfds_builder(name, data_dir)
     features = dict(builder.info.features.items())
     class_names = getattr(features.get("label"), "names", None)
@@ -26,9 +31,8 @@ def load_tfds(name: str, data_dir: str, splits: dict[str, SplitSlice], image_siz
         if split.name not in builder.info.splits:
             known = ", ".join(nearest_first(split.name, builder.info.splits))
             raise UsageError(f"unknown split {split.text!r} of tfds:{name}; known are {known}")
-    encoded = {role: _open_tfds_split(builder, split) for role, split in splits.items()}
-    train, test = decode_splits(encoded, image_size)
-    return Dataset(train=train, test=test, class_names=tuple(class_names))
+    train, test = (_open_tfds_split(builder, split) for split in splits.values())
+    return train, test, tuple(class_names)
 
 
 def _create_tfds_builder(name: str, data_dir: str) -> Any:
@@ -60,16 +64,17 @@ def _tfds_command(name: str, data_dir: str) -> str:
     )
 
 
-def _open_tfds_split(builder: Any, split: SplitSlice) -> Encoded:
+def _open_tfds_split(builder: Any, split: SplitSlice) -> EncodedSplit:
     import tensorflow_datasets as tfds
 
     source = builder.as_data_source(split=split.name, decoders={"image": tfds.decode.SkipDecoding()})
     start, stop = split.bounds(len(source))
 
-    def open_picture(i: int) -> BinaryIO:
-        picture = io.BytesIO(source[start + i]["image"])
-        picture.name = f"{i} of tfds:{builder.name} {split.text}"
+    def open_picture(number: int) -> BinaryIO:
+        picture = io.BytesIO(source[int(number)]["image"])
+        picture.name = f"{number} of tfds:{builder.name} {split.name}"
         return picture
 
+    numbers = np.arange(start, stop)
     labels = np.fromiter((source[i]["label"] for i in range(start, stop)), np.int32, stop - start)
-    return Encoded(open_picture=open_picture, labels=labels)
+    return Encoded(open_picture, numbers), labels
