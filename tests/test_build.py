@@ -54,6 +54,15 @@ def test_options_that_a_file_does_not_know_are_kept(file):
     assert create_model(config).dropout_rate == 0.1
 
 
+def test_what_a_file_says_beyond_its_sizes_is_taken_unless_the_config_says_otherwise(file, tmp_path):
+    about = {"model": {"gelu_approximate": False, "layer_norm_epsilon": 1e-12}}
+    pretrained.save_npz(tmp_path / "other.npz", pretrained.load_npz(file), about)
+    model = create_model(config_with(pretrained=str(tmp_path / "other.npz")))
+    assert (model.gelu_approximate, model.layer_norm_epsilon) == (False, 1e-12)
+    model = create_model(config_with(pretrained=str(tmp_path / "other.npz"), model={"gelu_approximate": True}))
+    assert (model.gelu_approximate, model.layer_norm_epsilon) == (True, 1e-12)
+
+
 def test_a_model_from_scratch_needs_sizes():
     with pytest.raises(UsageError, match="config.model is empty"):
         create_model(config_with())

@@ -35,7 +35,7 @@ def load_source(config: ConfigDict) -> Source | None:
 
 
 def create_model(config: ConfigDict, source: Source | None, *, num_classes: int) -> Any:
-    """The module. Sizes that `config.model` leaves out are read off the file; those it gives must be the file's."""
+    """The module. What `config.model` leaves out is read off the file; sizes that it gives must be the file's."""
     arguments = _with_tuples(config.model.to_dict())
     if source is not None:
         try:
@@ -43,8 +43,8 @@ def create_model(config: ConfigDict, source: Source | None, *, num_classes: int)
         except UserError as error:
             raise UserError(f"{config.pretrained}: {error}") from error
         said = source.about["model"] if source.about else {}
-        sizes |= {key: said[key] for key in _NOT_IN_SHAPES if key in said}
-        arguments = agree(arguments, sizes, config.pretrained)
+        meant = {key: said[key] for key in _NOT_IN_SHAPES if key in said}
+        arguments = meant | agree(arguments, sizes, config.pretrained)
     elif not arguments:
         raise UsageError("config.model is empty: give the model's sizes, or a pretrained file to read them off")
     return build_model(
