@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, command_env, command_line
+from PIL import Image
 
-from vit_jax import distributed
+from vit_jax import data, distributed
 from vit_jax.errors import UsageError
 
 SMALL = (
@@ -105,6 +106,32 @@ def test_a_killed_pair_goes_on_and_equals_one_process(tmp_path, run_command):
     assert evaluated.returncode == 0, evaluated.stderr
     results = json.loads(evaluated.stdout.splitlines()[-1])
     assert results == pytest.approx(records(tmp_path / "pair")[-1], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_pair_that_streams_its_pictures_equals_one_process(tmp_path, run_command):
+    """Each process decodes its half of every batch, and of the test pictures."""
+    dataset = data.load_dataset("digits", image_size=8)
+    for name, split, count in (("train", dataset.train, 160), ("test", dataset.test, 44)):
+        for i in range(count):
+            folder = tmp_path / "pictures" / name / str(split.labels[i])
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(split.images[i]).save(folder / f"{i:03}.png")
+    words = [f"--config.dataset.name=folder:{tmp_path}/pictures", "--config.dataset.storage=stream"]
+    words += [
+        "--config.dataset.num_workers=1",
+        "--config.dataset.train_split=train",
+        "--config.dataset.test_split=test",
+    ]
+    words += ["--config.augment=square_crop", "--config.mixup_alpha=0.2"]
+    codes = wait(start_training(tmp_path / "pair", *words))
+    assert codes == [0, 0], (tmp_path / "pair.0").read_text() + (tmp_path / "pair.1").read_text()
+    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    alone = run_command(*training(tmp_path / "alone"), *words, env=eight)
+    assert alone.returncode == 0, alone.stderr
+    for ours, theirs in zip(records(tmp_path / "pair"), records(tmp_path / "alone"), strict=True):
+        ours.pop("images_per_second", None), theirs.pop("images_per_second", None)
+        assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 def test_a_signal_to_one_of_them_stops_both_at_one_step(tmp_path):
