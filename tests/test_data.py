@@ -656,6 +656,20 @@ PREPARE = """
     Pets(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
 """
 
+STREAM = """
+    import sys
+
+    from vit_jax.data import load_dataset
+    from vit_jax.data.streaming import training_batches
+
+    if __name__ == "__main__":
+        train = load_dataset(sys.argv[1], data_dir=sys.argv[2], image_size=4, storage="stream").train
+        options = {"augment": "none", "outside": (0, 0, 0), "batch_size": 2, "seed": 0, "num_workers": 1}
+        batches = training_batches(train, first_step=0, num_steps=2, **options)
+        pairs = [(int(image[0, 0, 0]) // 10, int(label)) for batch in batches for image, label in zip(*batch)]
+        print(sorted(pairs))
+"""
+
 SHOW = """
     import sys
 
@@ -687,6 +701,14 @@ def test_tfds_reads_array_records_without_tensorflow(tfds_dir):
     assert shapes == "(4, 5, 6, 3) (2, 5, 6, 3)"
     assert pairs == "[(0, 0), (1, 1), (2, 0), (3, 1)]"
     assert has_tensorflow == "False"
+
+
+def test_tfds_streams_what_does_not_fit(tfds_dir, tmp_path):
+    """The source of records comes into the worker processes."""
+    (tmp_path / "main.py").write_text(textwrap.dedent(STREAM))
+    code = f"import runpy; runpy.run_path({str(tmp_path / 'main.py')!r}, run_name='__main__')"
+    (pairs,) = run_python(code, "tfds:pets", tfds_dir)[-1:]
+    assert pairs == "[(0, 0), (1, 1), (2, 0), (3, 1)]"
 
 
 def test_tfds_slices(tfds_dir):
