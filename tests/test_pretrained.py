@@ -269,9 +269,10 @@ def test_infer_architecture_wants_the_right_number_of_axes(key, shape):
 
 
 FOREIGN = {
-    "hybrid of ResNet and ViT": {**flat_params(), "conv_root/kernel": np.zeros(1), "gn_root/scale": np.zeros(1)},
-    "big_vision file": {f"params/{key}": leaf for key, leaf in flat_params().items()},
-    "an optimizer's state": {f"opt/target/{key}": leaf for key, leaf in flat_params().items()},
+    "its parameters lie below params/; pretrained.read_model, or to_original, takes them out": {
+        f"params/{key}": leaf for key, leaf in flat_params().items()
+    },
+    "its parameters lie below opt/": {f"opt/target/{key}": leaf for key, leaf in flat_params().items()},
     "ResNet (BiT)": {"resnet/root_block/standardized_conv2d/kernel": np.zeros(1)},
     "not a ViT file, for it holds layer1/weight; give a ViT": {"layer1/weight": np.zeros(1)},
     "not a ViT file, for it holds nothing": {},
