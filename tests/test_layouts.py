@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -229,9 +230,10 @@ def test_the_tree_of_a_model_is_its_files_key_list(pool):
 
 
 def test_gradients_flow_through_every_parameter_of_a_hybrid():
-    model = models.VisionTransformer(CLASSES, **HYBRID, pool="map", remat="full", head_init="xavier")
-    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), jnp.float32)
-    flat = hybrid(pool="map")
+    sizes = HYBRID | {"stem_units": (2,), "pool": "map"}
+    model = models.VisionTransformer(CLASSES, **sizes, remat="full", head_init="xavier")
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
+    flat = original(**sizes)
     params = unflatten_dict(flat, sep="/")
     gradients = jax.jit(jax.grad(lambda p: model.apply({"params": p}, images).std()))(params)
     for key, leaf in flatten_dict(gradients, sep="/").items():
@@ -273,13 +275,17 @@ def test_a_run_starts_from_one_and_is_looked_into_and_handed_on(name, image_size
     export.export_npz(run, tmp_path / "out.npz")
     images = np.random.default_rng(1).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
     np.testing.assert_array_equal(vit_jax.load(tmp_path / "out.npz").logits(images), run.logits(images))
+    export.export_stablehlo(run, tmp_path / "program")
+    program = jax.export.deserialize(bytearray((tmp_path / "program/model.stablehlo").read_bytes()))
+    small = np.random.default_rng(1).integers(0, 256, (3, image_size, image_size, 3)).astype(np.uint8)
+    np.testing.assert_allclose(program.call(small), run.logits(small), atol=1e-4)
     with pytest.raises(UserError, match="which a ViTForImageClassification cannot have; take another --format"):
         export.export_safetensors(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_without_a_step_a_run_is_its_file(tmp_path):
-    flat, layout = FILES["hybrid"]
+    flat, layout = FILES["hybrid, root alone"]
     file = write(tmp_path / "file.npz", layout(flat))
     trainer.train_and_evaluate(config_from(file, num_steps=0, warmup_steps=0, image_size=32), tmp_path / "run")
     params = flatten_dict(jax.device_get(trainer.load_run(tmp_path / "run").params), sep="/")

@@ -563,7 +563,7 @@ def test_resolve_quotes_the_address(fetched, name):
     pretrained.resolve(name)
     assert "+" not in fetched["url"]
     address = urllib.parse.unquote(fetched["url"]).removeprefix("https://storage.googleapis.com/")
-    assert address == f"{'' if name.startswith('bit_models/') else 'vit_models/'}{name}.npz"
+    assert address == f"{'' if name.startswith(('bit_models/', 'big_vision/')) else 'vit_models/'}{name}.npz"
 
 
 def thin_params(**sizes):

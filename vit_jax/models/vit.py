@@ -178,7 +178,7 @@ class MAPHead(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b n d] -> [b d]."""
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1])).astype(self.dtype)
-        probe = jnp.tile(probe, (len(x), 1, 1))  # [b 1 d]
+        probe = jnp.tile(probe, (x.shape[0], 1, 1))  # [b 1 d]
         attention = create_attention(self.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")
         x = attention(probe, x, deterministic=True, sow_weights=True)
         y = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="LayerNorm_0")(x)

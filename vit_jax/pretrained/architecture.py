@@ -92,13 +92,12 @@ def expected_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Every key of a released file, with its shape."""
     width = (hidden_size,)
-    shapes: dict[str, tuple[int, ...]] = {POSITION_KEY: (1, num_tokens, hidden_size)}
+    shapes: dict[str, tuple[int, ...]] = {"cls": (1, 1, hidden_size)} if pool == "cls" else {}
+    shapes[POSITION_KEY] = (1, num_tokens, hidden_size)
     channels = 3
     if stem_units is not None:
         stem, channels = _stem_shapes(stem_units, stem_width)
         shapes |= stem
-    if pool == "cls":
-        shapes["cls"] = (1, 1, hidden_size)
     shapes |= _dense("embedding", (patch_size, patch_size, channels), width)
     for i in range(num_layers):
         block = f"Transformer/encoderblock_{i}"

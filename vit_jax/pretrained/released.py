@@ -35,9 +35,10 @@ RELEASED = (
     *(f"{folder}/{_file_name(variant)}" for folder, variants in _FOLDERS.items() for variant in variants.split()),
     "bit_models/BiT-M-R50x1",
     "bit_models/BiT-S-R50x1",
+    *(f"big_vision/vit_s16_i1k_{epochs}ep" for epochs in (90, 150, 300)),
 )
-"""Names of Google's files. BiT-M saw ImageNet-21k; BiT-S, sam and gsam ImageNet-2012. Besides there is every file of
-"augreg", see `resolve`."""
+"""Names of Google's files. BiT-M saw ImageNet-21k; BiT-S, big_vision, sam and gsam ImageNet-2012. Besides there is
+every file of "augreg", see `resolve`."""
 
 _NUM_BYTES = {"imagenet21k/ViT-B_16": 412_815_506}  # the only one that was found
 _URL = "https://storage.googleapis.com/{}"
@@ -92,7 +93,7 @@ def _fetch(name: str) -> Path:
 
 
 def _address(name: str) -> str:
-    bucket = "" if _is_resnet(name) else "vit_models/"
+    bucket = "" if name.startswith(("bit_models/", "big_vision/")) else "vit_models/"
     return _URL.format(bucket + urllib.parse.quote(name))
 
 
