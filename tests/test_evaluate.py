@@ -129,6 +129,7 @@ def test_a_run_on_a_dataset_that_is_named_is_what_it_is_on_its_own(tmp_path, cap
     ("words", "error", "message"),
     [
         (["--workdir", "micro"], UsageError, "--workdir micro is no run: give the --dataset"),
+        (["--workdir", "augreg/B_16"], UsageError, "--workdir augreg/B_16 is no run: give the --dataset"),
         (["--workdir", "FILE"], UsageError, "is no run: give the --dataset"),
         (["--workdir", "a", "--test_split", "val"], UsageError, "--test_split is of --dataset"),
         (["--workdir", "FILE", "--dataset", "digits", "--step", "3"], UsageError, "--step is of a run"),

@@ -242,6 +242,19 @@ def test_gradients_flow_through_every_parameter_of_a_hybrid():
         assert np.any(leaf != 0) or key.endswith("/key/bias"), key
 
 
+def test_bfloat16_reaches_the_stem_and_the_pooling():
+    flat = hybrid(stem_units=(), patch_size=2, pool="map")
+    model = models.VisionTransformer(
+        None, **HYBRID | {"stem_units": (), "patch_size": 2}, pool="map", dtype=jnp.bfloat16
+    )
+    inputs = pictures(flat) / 127.5 - 1
+    features = model.apply({"params": unflatten_dict(flat, sep="/")}, jnp.asarray(inputs, jnp.float32))
+    assert features.dtype == jnp.bfloat16
+    flat |= {"head/kernel": np.eye(24), "head/bias": np.zeros(24)}
+    wanted = reference.forward(unflatten_dict(flat, sep="/"), inputs)
+    assert np.linalg.norm(np.asarray(features, np.float64) - wanted) < 0.03 * np.linalg.norm(wanted)
+
+
 def test_pictures_that_do_not_divide_into_a_hybrids_patches_are_refused():
     model = models.VisionTransformer(CLASSES, **HYBRID)
     assert model.pixels_per_patch == 8

@@ -49,9 +49,9 @@ def is_run(workdir: str) -> bool:
 
 def check_flags(arguments: argparse.Namespace) -> None:
     """Refuses flags that do not go together."""
-    from vit_jax.pretrained import RELEASED
+    from vit_jax.pretrained import is_name
 
-    if arguments.dataset is None and (Path(arguments.workdir).is_file() or arguments.workdir in ("micro", *RELEASED)):
+    if arguments.dataset is None and (Path(arguments.workdir).is_file() or is_name(arguments.workdir)):
         raise UsageError(f"--workdir {arguments.workdir} is no run: give the --dataset to evaluate it on")
     if arguments.dataset is None and arguments.test_split is not None:
         raise UsageError("--test_split is of --dataset: give both, or neither for the run's own")

@@ -7,7 +7,7 @@ from vit_jax.pretrained.folder import read_model, save_folder
 from vit_jax.pretrained.imagenet import canonical_name, imagenet_classes
 from vit_jax.pretrained.layouts import to_original
 from vit_jax.pretrained.npz import load_npz, read_about, save_npz
-from vit_jax.pretrained.released import RELEASED, resolve
+from vit_jax.pretrained.released import RELEASED, is_name, resolve
 
 __all__ = [
     "POSITION_KEY",
@@ -19,6 +19,7 @@ __all__ = [
     "imagenet_classes",
     "infer_architecture",
     "infer_resnet",
+    "is_name",
     "load_npz",
     "read_about",
     "read_model",

@@ -48,6 +48,11 @@ _VARIANT = re.compile(r"(?:(R\d*)[+_](?:ViT-)?)?(?:ViT-)?(Ti|S|B|L|H)_(\d+)(?:-.
 _AUGREG = "augreg/"
 
 
+def is_name(text: str) -> bool:
+    """Whether this is a name, and not a path, for `resolve`; of augreg's every one is."""
+    return text == "micro" or text in RELEASED or (text.startswith(_AUGREG) and not Path(text).exists())
+
+
 def resolve(name_or_path: str) -> Path:
     """Finds a parameter file by its path or its name, and fetches it where it has to be.
 
