@@ -67,7 +67,7 @@ def _unstack(flat: FlatParams) -> FlatParams:
     for key, leaf in flat.items():
         if key.startswith(_STACK):
             rest = key.removeprefix(_STACK)
-            unstacked |= {f"Transformer/encoderblock_{i}/{rest}": part for i, part in enumerate(leaf)}
+            unstacked |= {f"Transformer/encoderblock_{i}/{rest}": part for i, part in enumerate(np.atleast_1d(leaf))}
         else:
             unstacked[key] = leaf
     return unstacked
@@ -79,7 +79,8 @@ def _name_map_head(flat: FlatParams) -> FlatParams:
 
 def _has_computed_positions(flat: FlatParams) -> bool:
     learned = {"cls", "pos_embedding", "Transformer/pos_embedding", POSITION_KEY}
-    return any(map(BIG_VISION_ATTENTION.match, flat)) and "embedding/kernel" in flat and not learned & flat.keys()
+    has_patches = "embedding/kernel" in flat and flat["embedding/kernel"].ndim == 4
+    return has_patches and any(map(BIG_VISION_ATTENTION.match, flat)) and not learned & flat.keys()
 
 
 def _compute_positions(flat: FlatParams) -> FlatParams:
@@ -104,7 +105,7 @@ def _name_block_layers(flat: FlatParams) -> FlatParams:
 def _move_positions(flat: FlatParams) -> FlatParams:
     others = {key: leaf for key, leaf in flat.items() if not key.endswith("pos_embedding")}
     positions = next(leaf for key, leaf in flat.items() if key.endswith("pos_embedding"))
-    if "cls" in flat and not is_square(positions.shape[1] - 1):
+    if "cls" in flat and positions.ndim == 3 and not is_square(positions.shape[1] - 1):
         # The class token joins after the positions were added: its own is zero. (Once it joined before.)
         positions = np.concatenate([np.zeros_like(positions[:, :1]), positions], axis=1)
     return others | {POSITION_KEY: positions}
