@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # The module's constructor arguments; may stay empty where `pretrained` gives a file: sizes are read off it.
     config.model = ConfigDict()
     config.dtype = "float32"  # of activations and matmuls ("float32" | "bfloat16"); parameters are always float32
-    # "" (from scratch) | a released name such as "imagenet21k/ViT-B_16" | "micro" | the path of a .npz
+    # "" (from scratch) | a released name such as "imagenet21k/ViT-B_16" or "augreg/B_16" | "micro" | a file's path
     config.pretrained = ""
 
     config.dataset = ConfigDict()

@@ -9,52 +9,171 @@ B_16 = {"patch_size": 16, "hidden_size": 768, "num_layers": 12, "num_heads": 12,
 
 
 def released_shapes(
-    *, patch_size, hidden_size, num_layers, num_heads, mlp_dim, representation_size, num_classes, num_tokens
+    *,
+    patch_size,
+    hidden_size,
+    num_layers,
+    num_heads,
+    mlp_dim,
+    representation_size,
+    num_classes,
+    num_tokens,
+    pool="cls",
+    stem_units=None,
+    stem_width=64,
 ):
     """Key -> shape of a released file; the order is that of the files."""
     d, m, heads = hidden_size, mlp_dim, (num_heads, hidden_size // num_heads)
-    shapes = {
-        "cls": (1, 1, d),
-        "embedding/kernel": (patch_size, patch_size, 3, d),
+    shapes = {"cls": (1, 1, d)} if pool == "cls" else {}
+    channels = 3
+    if stem_units is not None:
+        shapes |= stem_shapes(stem_units, stem_width)
+        channels = stem_width * 2 ** (len(stem_units) + 1) if stem_units else stem_width
+    shapes |= {
+        "embedding/kernel": (patch_size, patch_size, channels, d),
         "embedding/bias": (d,),
         "Transformer/posembed_input/pos_embedding": (1, num_tokens, d),
     }
+
+    def attention_and_mlp(attention, mlp):
+        pairs = [(f"{attention}/{name}", (d,), heads) for name in ("query", "key", "value")]
+        pairs += [(f"{attention}/out", heads, (d,)), (f"{mlp}/Dense_0", (d,), (m,)), (f"{mlp}/Dense_1", (m,), (d,))]
+        return {
+            f"{name}/{leaf}": shape
+            for name, inputs, outputs in pairs
+            for leaf, shape in (("kernel", inputs + outputs), ("bias", outputs))
+        }
+
     for i in range(num_layers):
         block = f"Transformer/encoderblock_{i}"
-        attention, mlp = f"{block}/MultiHeadDotProductAttention_1", f"{block}/MlpBlock_3"
         for norm in (f"{block}/LayerNorm_0", f"{block}/LayerNorm_2"):
             shapes |= {f"{norm}/scale": (d,), f"{norm}/bias": (d,)}
-        for name in ("query", "key", "value"):
-            shapes |= {f"{attention}/{name}/kernel": (d, *heads), f"{attention}/{name}/bias": heads}
-        shapes |= {f"{attention}/out/kernel": (*heads, d), f"{attention}/out/bias": (d,)}
-        shapes |= {f"{mlp}/Dense_0/kernel": (d, m), f"{mlp}/Dense_0/bias": (m,)}
-        shapes |= {f"{mlp}/Dense_1/kernel": (m, d), f"{mlp}/Dense_1/bias": (d,)}
+        shapes |= attention_and_mlp(f"{block}/MultiHeadDotProductAttention_1", f"{block}/MlpBlock_3")
     shapes |= {"Transformer/encoder_norm/scale": (d,), "Transformer/encoder_norm/bias": (d,)}
+    if pool == "map":
+        shapes |= {
+            "MAPHead_0/probe": (1, 1, d),
+            "MAPHead_0/LayerNorm_0/scale": (d,),
+            "MAPHead_0/LayerNorm_0/bias": (d,),
+        }
+        shapes |= attention_and_mlp("MAPHead_0/MultiHeadDotProductAttention_0", "MAPHead_0/MlpBlock_0")
     if representation_size:
         shapes |= {"pre_logits/kernel": (d, representation_size), "pre_logits/bias": (representation_size,)}
     return shapes | {"head/kernel": (representation_size or d, num_classes), "head/bias": (num_classes,)}
 
 
+def stem_shapes(units, width):
+    """Key -> shape of a hybrid's ResNet."""
+    shapes = {"conv_root/kernel": (7, 7, 3, width), "gn_root/scale": (width,), "gn_root/bias": (width,)}
+    channels = width
+    for block, (num_units, middle) in enumerate(zip(units, [width, 2 * width, 4 * width, 8 * width], strict=False), 1):
+        for number in range(1, num_units + 1):
+            unit = f"block{block}/unit{number}"
+            kernels = {"1": (1, 1, channels, middle), "2": (3, 3, middle, middle), "3": (1, 1, middle, 4 * middle)}
+            if number == 1:
+                kernels["_proj"] = (1, 1, channels, 4 * middle)
+            for name, kernel in kernels.items():
+                shapes[f"{unit}/conv{name}/kernel"] = kernel
+                shapes[f"{unit}/gn{name}/scale"] = shapes[f"{unit}/gn{name}/bias"] = kernel[-1:]
+            channels = 4 * middle
+    return shapes
+
+
 def forward(params, images):
-    """Logits [b classes] of images [b h w 3], both float64; Dosovitskiy et al. 2021, Eq. 1 to 4."""
+    """Logits [b classes] of images [b h w 3], both float64; Dosovitskiy et al. 2021, Eq. 1 to 4.
+
+    Where the parameters have a ResNet before the patches, no class token, or a pooling head, so has the model.
+    """
     params = to_float64(params)
     encoder = params["Transformer"]
 
-    x = embed_patches(params["embedding"], np.asarray(images, np.float64))  # [b n d]
-    cls = np.repeat(params["cls"], len(x), axis=0)  # [b 1 d]
-    x = np.concatenate([cls, x], axis=1)  # [b 1+n d]
+    x = np.asarray(images, np.float64)
+    if "conv_root" in params:
+        x = stem(params, x)
+    x = embed_patches(params["embedding"], x)  # [b n d]
+    if "cls" in params:
+        cls = np.repeat(params["cls"], len(x), axis=0)  # [b 1 d]
+        x = np.concatenate([cls, x], axis=1)  # [b 1+n d]
     x = x + encoder["posembed_input"]["pos_embedding"]
 
     num_layers = sum(name.startswith("encoderblock_") for name in encoder)
     for i in range(num_layers):
         block = encoder[f"encoderblock_{i}"]
-        x = x + attend(block["MultiHeadDotProductAttention_1"], layer_norm(block["LayerNorm_0"], x))
+        y = layer_norm(block["LayerNorm_0"], x)
+        x = x + attend(block["MultiHeadDotProductAttention_1"], y, y)
         x = x + mlp(block["MlpBlock_3"], layer_norm(block["LayerNorm_2"], x))
 
-    y = layer_norm(encoder["encoder_norm"], x)[:, 0]  # [b d]
+    y = pool(params, layer_norm(encoder["encoder_norm"], x))  # [b d]
     if "pre_logits" in params:
         y = np.tanh(dense(params["pre_logits"], y))
     return dense(params["head"], y)
+
+
+def pool(params, x):
+    """Tokens [b n d] -> features [b d]: the class token's, what a probe attends to (Zhai et al. 2022), or the mean."""
+    if "cls" in params:
+        return x[:, 0]
+    if "MAPHead_0" not in params:
+        return x.mean(axis=1)
+    head = params["MAPHead_0"]
+    y = attend(head["MultiHeadDotProductAttention_0"], np.repeat(head["probe"], len(x), axis=0), x)
+    return (y + mlp(head["MlpBlock_0"], layer_norm(head["LayerNorm_0"], y)))[:, 0]
+
+
+def stem(params, x):
+    """A hybrid's ResNet: convolution, norm, ReLU; after two convolutions the sum with the shortcut, then the ReLU."""
+    x = max_pool(relu(group_norm(params["gn_root"], std_conv(params["conv_root"], x, stride=2))))
+    blocks = sorted(name for name in params if name.startswith("block"))
+    for name in blocks:
+        for number in range(1, len(params[name]) + 1):
+            unit = params[name][f"unit{number}"]
+            stride = 2 if number == 1 and name != "block1" else 1
+            shortcut = x
+            if "conv_proj" in unit:
+                shortcut = group_norm(unit["gn_proj"], std_conv(unit["conv_proj"], x, stride))
+            y = relu(group_norm(unit["gn1"], std_conv(unit["conv1"], x)))
+            y = relu(group_norm(unit["gn2"], std_conv(unit["conv2"], y, stride)))
+            x = relu(shortcut + group_norm(unit["gn3"], std_conv(unit["conv3"], y)))
+    return x
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def std_conv(layer, x, stride=1):
+    """The kernel less its mean, over its deviation and 1e-5, for each output channel; the odd zero stands behind."""
+    kernel = layer["kernel"] - layer["kernel"].mean(axis=(0, 1, 2))
+    kernel = kernel / (np.sqrt((kernel**2).mean(axis=(0, 1, 2))) + 1e-5)
+    side = len(kernel)
+    windows = [window(x, side, stride, row, column, 0.0) for row in range(side) for column in range(side)]
+    return sum(part @ kernel[i // side, i % side] for i, part in enumerate(windows))
+
+
+def max_pool(x):
+    """3 × 3, stride 2; what lies outside never is the largest."""
+    return np.max([window(x, 3, 2, row, column, -np.inf) for row in range(3) for column in range(3)], axis=0)
+
+
+def window(x, side, stride, row, column, outside):
+    """What one place of a kernel sees: ceil(length / stride) steps along each axis, centred, rather too far behind."""
+    starts = []
+    for length, place in zip(x.shape[1:3], (row, column), strict=True):
+        steps = -(-length // stride)
+        margin = max(0, (steps - 1) * stride + side - length) // 2
+        starts.append(np.arange(steps) * stride + place - margin)
+    inside = [(start >= 0) & (start < length) for start, length in zip(starts, x.shape[1:3], strict=True)]
+    rows, columns = (np.where(there, start, 0) for there, start in zip(inside, starts, strict=True))
+    seen = x[:, rows[:, None], columns[None]]
+    return np.where((inside[0][:, None] & inside[1][None])[..., None], seen, outside)
+
+
+def group_norm(norm, x):
+    """32 groups of channels."""
+    groups = x.reshape(*x.shape[:3], 32, -1)
+    mean = groups.mean(axis=(1, 2, 4), keepdims=True)
+    variance = ((groups - mean) ** 2).mean(axis=(1, 2, 4), keepdims=True)
+    return ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape) * norm["scale"] + norm["bias"]
 
 
 def to_float64(tree):
@@ -82,11 +201,11 @@ def layer_norm(norm, x):
     return centred / np.sqrt(variance + 1e-6) * norm["scale"] + norm["bias"]
 
 
-def attend(attention, x):
+def attend(attention, asking, asked):
     """Scaled dot-product attention of every head (appendix A of the paper)."""
     query, key, value = (
         np.einsum("bnd,dke->bkne", x, attention[name]["kernel"]) + attention[name]["bias"][:, None]
-        for name in ("query", "key", "value")
+        for name, x in (("query", asking), ("key", asked), ("value", asked))
     )  # [b k n d/k]
     scores = query @ key.swapaxes(-1, -2) / np.sqrt(query.shape[-1])  # [b k n n]
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))

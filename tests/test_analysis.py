@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -60,6 +61,40 @@ def test_rollout_multiplies_the_later_layer_from_the_left():
     np.testing.assert_allclose(analysis.attention_rollout(weights), [[[0.25, 0.25], [0, 0]]])
 
 
+def test_rollout_without_a_class_token_is_of_what_the_head_reads():
+    """Every patch attends to the first of four; half of each stays what it is."""
+    weights = np.zeros((1, 1, 1, 4, 4))
+    weights[..., 0] = 1
+    mean = np.full((1, 4), 0.25)
+    np.testing.assert_allclose(analysis.attention_rollout(weights, mean), [[[0.625, 0.125], [0.125, 0.125]]])
+    last = np.array([[0.0, 0, 0, 1]])
+    np.testing.assert_allclose(analysis.attention_rollout(weights, last), [[[0.5, 0], [0, 0.5]]])
+
+
+def test_maps_are_of_the_class_token_or_of_the_patches_on_average():
+    weights = np.arange(25.0).reshape(1, 1, 1, 5, 5)
+    np.testing.assert_array_equal(analysis.attention_maps(weights)[0, 0, 0], [[1, 2], [3, 4]])
+    weights = np.arange(16.0).reshape(1, 1, 1, 4, 4)
+    np.testing.assert_array_equal(analysis.attention_maps(weights, class_token=False)[0, 0, 0], [[6, 7], [8, 9]])
+
+
+@pytest.mark.parametrize("pool", ["mean", "map"])
+def test_pooling_weights_are_shares_of_patches(pool):
+    """The mean's are equal; a probe's are what its attention gives, and equal where its queries are zero."""
+    model = VisionTransformer(3, patch_size=4, hidden_size=8, num_layers=1, num_heads=2, mlp_dim=8, pool=pool)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
+    params = model.init(jax.random.PRNGKey(0), images)["params"]
+    shares = analysis.pooling_weights(model, params, images)
+    assert shares.shape == (2, 4)
+    np.testing.assert_allclose(shares.sum(axis=-1), 1, rtol=1e-5)
+    assert (np.ptp(shares, axis=-1) > 0.01).all() == (pool == "map")
+    if pool == "map":
+        query = params["MAPHead_0"]["MultiHeadDotProductAttention_0"]["query"]
+        query["kernel"] = jnp.zeros_like(query["kernel"])
+        np.testing.assert_allclose(analysis.pooling_weights(model, params, images), 0.25, rtol=1e-5)
+    assert analysis.pooling_weights(model.clone(pool="cls"), params, images) is None
+
+
 def test_patches_that_are_no_square_are_refused():
     with pytest.raises(ValueError, match="6 patches are no square grid"):
         analysis.to_grid(np.zeros((2, 6)))
@@ -70,6 +105,12 @@ def test_position_similarity_is_a_cosine_without_the_class_token():
     half = np.sqrt(0.5)
     expected = [[1, 0, -1, half], [0, 1, 0, half], [-1, 0, 1, -half], [half, half, -half, 1]]
     np.testing.assert_allclose(analysis.position_similarity(embeddings), expected, atol=1e-6)
+
+
+def test_position_similarity_without_a_class_token_is_of_every_row():
+    embeddings = np.array([[[2.0, 0], [0, 1], [1, 1]]])
+    similarity = analysis.position_similarity(embeddings, class_token=False)
+    np.testing.assert_allclose(similarity[0], [1, 0, 0.5**0.5], atol=1e-6)
 
 
 def test_filter_components_are_the_directions_in_which_filters_differ():

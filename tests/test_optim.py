@@ -119,6 +119,8 @@ def test_layer_decay_slows_the_deeper_layers():
     paths = {
         "cls": 0.125,
         "embedding/kernel": 0.125,
+        "conv_root/kernel": 0.125,
+        "block2/unit1/gn1/scale": 0.125,
         "Transformer/posembed_input/pos_embedding": 0.125,
         "Transformer/encoderblock_0/LayerNorm_0/scale": 0.25,
         "Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel": 0.5,

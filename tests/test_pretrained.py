@@ -1,3 +1,4 @@
+import contextlib
 import importlib.resources
 import os
 import pathlib
@@ -11,6 +12,7 @@ import pytest
 import reference
 import scipy.ndimage
 from flax.traverse_util import flatten_dict, unflatten_dict
+from test_download import serve
 
 from vit_jax import download, pretrained
 from vit_jax.errors import UsageError, UserError
@@ -269,9 +271,10 @@ def test_infer_architecture_wants_the_right_number_of_axes(key, shape):
 
 
 FOREIGN = {
-    "hybrid of ResNet and ViT": {**flat_params(), "conv_root/kernel": np.zeros(1), "gn_root/scale": np.zeros(1)},
-    "big_vision file": {f"params/{key}": leaf for key, leaf in flat_params().items()},
-    "an optimizer's state": {f"opt/target/{key}": leaf for key, leaf in flat_params().items()},
+    "its parameters lie below params/; pretrained.read_model, or to_original, takes them out": {
+        f"params/{key}": leaf for key, leaf in flat_params().items()
+    },
+    "its parameters lie below opt/": {f"opt/target/{key}": leaf for key, leaf in flat_params().items()},
     "ResNet (BiT)": {"resnet/root_block/standardized_conv2d/kernel": np.zeros(1)},
     "not a ViT file, for it holds layer1/weight; give a ViT": {"layer1/weight": np.zeros(1)},
     "not a ViT file, for it holds nothing": {},
@@ -560,7 +563,7 @@ def test_resolve_quotes_the_address(fetched, name):
     pretrained.resolve(name)
     assert "+" not in fetched["url"]
     address = urllib.parse.unquote(fetched["url"]).removeprefix("https://storage.googleapis.com/")
-    assert address == f"{'' if name.startswith('bit_models/') else 'vit_models/'}{name}.npz"
+    assert address == f"{'' if name.startswith(('bit_models/', 'big_vision/')) else 'vit_models/'}{name}.npz"
 
 
 def thin_params(**sizes):
@@ -587,6 +590,79 @@ def test_resolve_refuses_another_variant_than_the_name(fetched, sizes, cause):
     fetched["params"] = thin_params(**sizes)
     with pytest.raises(UserError, match=f"the file is not imagenet21k/ViT-B_16: {cause}"):
         pretrained.resolve("imagenet21k/ViT-B_16")
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("imagenet21k+imagenet2012/ViT-L_16-224", {"hidden_size": 1024, "num_layers": 24}),
+        ("imagenet21k/ViT-H_14", {"hidden_size": 1280, "num_layers": 32, "patch_size": 14}),
+        ("sam/ViT-S_32", {"hidden_size": 384, "patch_size": 32}),
+        ("imagenet21k/R50+ViT-B_16", {"patch_size": 1, "stem_units": (3, 4, 9), "stem_width": 32}),
+        ("imagenet21k/R26+ViT-B_32", {"patch_size": 1, "stem_units": (2, 2, 2, 2), "stem_width": 32}),
+        ("augreg/B_8-i21k-300ep", {"patch_size": 8}),
+        ("augreg/R_Ti_16-i21k-300ep", {"hidden_size": 192, "patch_size": 8, "stem_units": (), "stem_width": 32}),
+        ("augreg/of-another-form", {"num_layers": 1}),
+    ],
+)
+def test_resolve_knows_the_sizes_of_every_kind_of_name(fetched, name, sizes):
+    fetched["params"] = thin_params(**sizes)
+    assert pretrained.resolve(name)
+
+
+def test_resolve_refuses_another_hybrid_than_the_name(fetched):
+    fetched["params"] = thin_params(patch_size=1, stem_units=(3, 4, 6, 3), stem_width=32)
+    with pytest.raises(
+        UserError, match=r"is not imagenet21k/R50\+ViT-B_16: stem_units \(3, 4, 6, 3\) instead of \(3, 4, 9"
+    ):
+        pretrained.resolve("imagenet21k/R50+ViT-B_16")
+
+
+INDEX = """name,ds,lr,aug,wd,do,sd,best_val,final_val,final_test,adapt_ds,adapt_final_val,params,filename,adapt_filename
+B/16,i21k,0.001,none,0.1,0.0,0.0,0.49,0.44,0.43,cifar100,0.9,86,B_16-i21k-a,B_16-i21k-a--cifar100
+B/16,i21k,0.001,light1,0.1,0.0,0.0,0.48,0.4650,0.45,cifar100,0.9,86,B_16-i21k-b,B_16-i21k-b--cifar100
+B/16,i21k,0.001,light1,0.1,0.0,0.0,0.48,0.4650,0.45,pets,0.99,86,B_16-i21k-b,B_16-i21k-b--pets
+B/16,i1k,0.001,none,0.1,0.0,0.0,0.8,0.79,0.78,pets,0.9,86,B_16-i1k-c,B_16-i1k-c--pets
+R26+S/32,i21k,0.001,none,0.1,0.0,0.0,0.6,0.55,0.5,pets,0.9,36,R26_S_32-i21k-d,R26_S_32-i21k-d--pets
+"""
+
+
+@pytest.fixture
+def mirror(monkeypatch, tmp_path):
+    """`with mirror(content, …) as server`: what the server answers, one after the other."""
+
+    @contextlib.contextmanager
+    def answer(*contents):
+        monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
+        with serve(*({"content": content} for content in contents)) as server:
+            monkeypatch.setenv("VIT_JAX_MIRROR", server.url.removesuffix("/file.bin"))
+            yield server
+
+    return answer
+
+
+def test_resolve_takes_the_best_augreg_file_of_a_variant(mirror, tmp_path, capsys):
+    """By final accuracy in validation, of those that saw ImageNet-21k; the index is fetched once."""
+    pretrained.save_npz(tmp_path / "thin.npz", nest(thin_params()))
+    content = (tmp_path / "thin.npz").read_bytes()
+    with mirror(INDEX.encode(), content) as server:
+        assert pretrained.resolve("augreg/B_16") == tmp_path / "cache/augreg/B_16-i21k-b.npz"
+        assert pretrained.resolve("augreg/B_16-i21k-b").read_bytes() == content
+        assert pretrained.resolve("augreg/B_16").exists()
+    bucket = "/storage.googleapis.com/vit_models/augreg"
+    assert server.asked_paths == [f"{bucket}/index.csv", f"{bucket}/B_16-i21k-b.npz"]
+    assert capsys.readouterr().err.splitlines()[-1] == "augreg/B_16 is augreg/B_16-i21k-b"
+
+
+def test_resolve_lists_the_variants_that_augreg_has(mirror):
+    with mirror(INDEX.encode()), pytest.raises(UsageError, match="no variant augreg/B_7; .* one of B_16, R26_S_32"):
+        pretrained.resolve("augreg/B_7")
+
+
+def test_resolve_refuses_an_index_of_other_columns(mirror, tmp_path):
+    with mirror(b"name,file\nB/16,a\n"), pytest.raises(UserError, match="expected the columns filename, ds, final_val"):
+        pretrained.resolve("augreg/B_16")
+    assert not (tmp_path / "cache/augreg/index.csv").exists()
 
 
 def test_resolve_refuses_a_fetched_file_that_is_no_vit(fetched):

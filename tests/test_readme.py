@@ -122,7 +122,9 @@ def test_the_default_recipe_reaches_what_the_readme_says(run_command, tmp_path):
         workdir = tmp_path / recipe.rpartition("/")[2]
         result = run_command("train.py", "--config", recipe, "--workdir", workdir, timeout=600)
         assert result.returncode == 0, result.stderr
-        evaluation = [word.replace("runs/digits", str(workdir)) for word in command_with("vit_jax.evaluate")]
+        evaluation = [
+            word.replace("runs/digits", str(workdir)) for word in command_with("vit_jax.evaluate", "runs/digits")
+        ]
         result = run_command(*evaluation, "--json")
         assert result.returncode == 0, result.stderr
         accuracies[recipe] = json.loads(result.stdout.splitlines()[-1])["test/accuracy"]
@@ -163,6 +165,39 @@ def use_the_model(run_command, workdir, folder):
         )
         result = run_command("-c", script)
         assert result.returncode == 0, result.stderr
+
+
+def test_a_released_file_with_a_head_answers_without_training(run_command, tmp_path):
+    """Its commands, with a micro-width file of random numbers in the cache under the name that they give."""
+    shapes = reference.released_shapes(
+        patch_size=8,
+        hidden_size=24,
+        num_layers=1,
+        num_heads=3,
+        mlp_dim=40,
+        representation_size=None,
+        num_classes=1000,
+        num_tokens=1 + 4,
+    )
+    rng = np.random.default_rng(0)
+    flat = {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+    (tmp_path / "imagenet21k+imagenet2012").mkdir()
+    pretrained.save_npz(tmp_path / "imagenet21k+imagenet2012/ViT-B_16.npz", unflatten_dict(flat, sep="/"))
+    for split in ("train", "test"):
+        for name in ("tench", "n01443537"):
+            (tmp_path / "DIR" / split / name).mkdir(parents=True)
+            Image.fromarray(rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)).save(
+                tmp_path / "DIR" / split / name / "0.png"
+            )
+    here = {"PICTURE": str(tmp_path / "DIR/test/tench/0.png"), "folder:DIR": f"folder:{tmp_path}/DIR"}
+    outputs = []
+    for verb in ("vit_jax.predict", "vit_jax.evaluate"):
+        command = [here.get(word, word) for word in command_with(verb, "imagenet21k+imagenet2012")]
+        result = run_command(*command, env={"VIT_JAX_CACHE": str(tmp_path)})
+        assert result.returncode == 0, result.stderr
+        outputs.append(result.stdout)
+    assert outputs[0].count("%") == 5
+    assert "pictures              2" in outputs[1] and "test/accuracy" in outputs[1]
 
 
 def test_the_shipped_file_was_made_as_the_readme_says():

@@ -16,7 +16,7 @@ from vit_jax import build, data, dry_run, features, preprocess, pretrained, trai
 from vit_jax.errors import UsageError
 from vit_jax.models import ResNet
 
-PARAMS = pretrained.squeeze_head(released_params())
+PARAMS = pretrained.to_original(released_params())
 
 
 def random_images(*shape):
@@ -45,7 +45,7 @@ def test_float64_reaches_the_reference_to_rounding(shape):
     for kernel in (leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 4):
         kernel[..., ::4] *= 1e-5  # channels that are nearly constant, where the kernels' epsilon matters
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), pretrained.squeeze_head(params))
+        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), pretrained.to_original(params))
         logits = jax.jit(ResNet(7, UNITS, WIDTH, dtype=jnp.float64).apply)({"params": wide}, jnp.float64(images))
         assert logits.dtype == jnp.float64
         np.testing.assert_allclose(logits, reference.forward(params, images), rtol=1e-10, atol=1e-10)

@@ -27,8 +27,8 @@ def count_parameters(model, image_size):
     return sum(leaf.size for leaf in init_shapes(model, image_size).values())
 
 
-def create_variant(name, num_classes=1000):
-    return VisionTransformer(num_classes, **variants.get_config(name).to_dict())
+def create_variant(name, num_classes=1000, **options):
+    return VisionTransformer(num_classes, **variants.get_config(name).to_dict(), **options)
 
 
 def random_params(*, grid, num_classes=5, representation_size=None, seed=0):
@@ -88,14 +88,26 @@ def test_parameter_tree_without_pre_logits_has_200_arrays():
     [
         ("Ti_16", 5_717_416),
         ("S_16", 22_050_664),
+        ("S_32", 22_878_952),
+        ("B_8", 86_576_872),
         ("B_16", 86_567_656),
         ("B_32", 88_224_232),
         ("L_16", 304_326_632),
+        ("L_32", 306_535_400),
         ("H_14", 632_045_800),
+        ("R_Ti_16", 6_337_704),
+        ("R26_S_32", 36_431_912),
+        ("R26_B_32", 101_383_976),
+        ("R50_B_16", 98_659_112),
+        ("R50_L_32", 328_994_856),
     ],
 )
 def test_parameter_counts_are_the_published_ones(variant, count):
     assert count_parameters(create_variant(variant), 224) == count
+
+
+def test_a_model_that_pools_by_the_mean_has_the_published_count():
+    assert count_parameters(create_variant("B_16", pool="mean"), 224) == 86_566_120
 
 
 def test_variants_differ_only_in_the_patch():
@@ -110,9 +122,11 @@ def test_variants_differ_only_in_the_patch():
 @pytest.mark.parametrize("variant", variants.VARIANTS)
 def test_sizes_are_read_back_off_the_shapes(variant):
     arguments = variants.get_config(variant).to_dict()
-    image_size = 7 * arguments["patch_size"]
-    tree = unflatten_dict(init_shapes(create_variant(variant, num_classes=10), image_size), sep="/")
+    model = create_variant(variant, num_classes=10)
+    tree = unflatten_dict(init_shapes(model, 7 * model.pixels_per_patch), sep="/")
     del arguments["dropout_rate"]
+    if variant in variants.STEM_UNITS:
+        arguments["stem_width"] = 64
     assert pretrained.infer_architecture(tree) == {**arguments, "representation_size": None, "num_classes": 10}
 
 

@@ -21,7 +21,7 @@ def attention_weights(model: Any, params: Params, images: jax.Array) -> np.ndarr
         images: [b h w 3], made ready as for the model.
 
     Returns:
-        float32 [l b k n n]; each row, one token's weights on all, sums to 1. Token 0 is the class token.
+        float32 [l b k n n]; each row, one token's weights on all, sums to 1. Token 0 is the class token, if any.
     """
 
     def weights(params: Params, images: jax.Array) -> list[jax.Array]:
@@ -33,14 +33,51 @@ def attention_weights(model: Any, params: Params, images: jax.Array) -> np.ndarr
     return np.stack([np.asarray(layer, np.float32) for layer in jax.jit(weights)(params, images)])
 
 
-def attention_rollout(weights: np.ndarray) -> np.ndarray:
-    """How much of each patch reaches the class token through all layers.
+def pooling_weights(model: Any, params: Params, images: jax.Array) -> np.ndarray | None:
+    """The share of each patch in what a model without a class token hands to its head; arguments as above.
+
+    Returns:
+        float32 [b n]: the mean's, or the mean over heads of what the learned probe attends to. None with a class token.
+    """
+    if model.pool == "cls":
+        return None
+    if model.pool == "mean":
+        num_patches = (images.shape[1] // model.pixels_per_patch) * (images.shape[2] // model.pixels_per_patch)
+        return np.full((len(images), num_patches), 1 / num_patches, np.float32)
+
+    def weights(params: Params, images: jax.Array) -> jax.Array:
+        _, state = model.apply({"params": params}, images, mutable=["intermediates"])
+        head = state["intermediates"]["MAPHead_0"]["MultiHeadDotProductAttention_0"]
+        return head["attention_weights"][0].mean(axis=1)[:, 0]  # [b k 1 n] -> [b n]
+
+    return np.asarray(jax.jit(weights)(params, images), np.float32)
+
+
+def attention_maps(weights: np.ndarray, *, class_token: bool = True) -> np.ndarray:
+    """Each head's attention as a map of patches: the class token's, or the mean over all patches where there is none.
+
+    Args:
+        weights: [l b k n n], of `attention_weights`.
+        class_token: whether token 0 is one.
+
+    Returns:
+        float32 [l b k g g].
+
+    Raises:
+        ValueError: the patches are no square.
+    """
+    return to_grid(weights[..., 0, 1:] if class_token else weights.mean(axis=-2))
+
+
+def attention_rollout(weights: np.ndarray, pooling: np.ndarray | None = None) -> np.ndarray:
+    """How much of each patch reaches the class token through all layers, or the head where there is no such token.
 
     A layer passes on half of what a token is and half of what it attends to: 0.5 · A + 0.5 · I, with A the mean over
     heads, rows made to sum to 1; the product of the layers' matrices has the class token's row.
 
     Args:
         weights: [l b k n n], of `attention_weights`.
+        pooling: [b n], of `pooling_weights`; None takes token 0 as the class token.
 
     Returns:
         float32 [b g g]; what is missing to a sum of 1 is the class token's own share.
@@ -56,7 +93,8 @@ def attention_rollout(weights: np.ndarray) -> np.ndarray:
     rollout = layers[0]
     for layer in layers[1:]:
         rollout = layer @ rollout
-    return to_grid(rollout[:, 0, 1:]).astype(np.float32)
+    reaching = rollout[:, 0, 1:] if pooling is None else np.einsum("bn,bnm->bm", pooling, rollout)
+    return to_grid(reaching).astype(np.float32)
 
 
 def to_grid(patches: np.ndarray) -> np.ndarray:
@@ -67,11 +105,12 @@ def to_grid(patches: np.ndarray) -> np.ndarray:
     return patches.reshape(*patches.shape[:-1], side, side)
 
 
-def position_similarity(embeddings: np.ndarray) -> np.ndarray:
+def position_similarity(embeddings: np.ndarray, *, class_token: bool = True) -> np.ndarray:
     """Cosine similarity of the position embeddings of all patches.
 
     Args:
-        embeddings: [1 1+n d], the class token's first.
+        embeddings: [1 1+n d], the class token's first; [1 n d] where there is none.
+        class_token: whether there is one.
 
     Returns:
         float32 [n n], from -1 to 1.
@@ -79,13 +118,13 @@ def position_similarity(embeddings: np.ndarray) -> np.ndarray:
     Source:
         Dosovitskiy et al. 2021, figure 7 (centre).
     """
-    vectors = np.asarray(embeddings[0, 1:], np.float64)
+    vectors = np.array(embeddings[0, int(class_token) :], np.float64)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
     return (vectors @ vectors.T).astype(np.float32)
 
 
 def filter_components(kernel: np.ndarray, *, count: int = 28) -> tuple[np.ndarray, np.ndarray]:
-    """Principal components of the patch embedding's filters.
+    """Principal components of the filters that look at the pixels: the patch embedding's, or a hybrid's root's.
 
     Args:
         kernel: [p p 3 d], the d filters.

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import vit_jax
 from vit_jax import preprocess, pretrained
 from vit_jax.errors import UsageError, UserError, one_line
-from vit_jax.models import ARCHITECTURES, HEAD_INITS
+from vit_jax.models import ARCHITECTURES, HEAD_INITS, POOLS
 from vit_jax.types import Params
 
 INFER = {"vit": pretrained.infer_architecture, "resnet50": pretrained.infer_resnet}
@@ -141,16 +141,18 @@ def _expected(key: str, kind: Any, value: Any) -> str:
     def is_size(number: Any) -> bool:
         return isinstance(number, int) and not isinstance(number, bool) and number >= 1
 
+    def are_sizes(numbers: Any) -> bool:
+        return isinstance(numbers, tuple) and all(map(is_size, numbers))
+
     checks = {
         "head_init": (value in HEAD_INITS, f"one of {', '.join(HEAD_INITS)}"),
+        "pool": (value in POOLS, f"one of {', '.join(POOLS)}"),
         bool: (isinstance(value, bool), "True or False"),
         float: (isinstance(value, int | float) and 0 <= value < 1, "a number of at least 0 and below 1"),
         int: (is_size(value), "a whole number of at least 1"),
         int | None: (value is None or is_size(value), "a whole number of at least 1"),
-        tuple[int, ...]: (
-            isinstance(value, tuple) and bool(value) and all(map(is_size, value)),
-            "a tuple of whole numbers of at least 1",
-        ),
+        tuple[int, ...]: (are_sizes(value) and bool(value), "a tuple of whole numbers of at least 1"),
+        tuple[int, ...] | None: (value is None or are_sizes(value), "None, or a tuple of whole numbers of at least 1"),
     }
     holds, expected = checks.get(key) or checks[kind]
     return "" if holds else expected
@@ -185,18 +187,32 @@ def rebuild_model(about: dict[str, Any], *, dtype: str = "float32") -> Any:
 
 
 def describe_file(params: Params) -> dict[str, Any]:
-    """What can be told of a released file's model by its parameters: `describe`, with numbers as class names."""
+    """What can be told of a released file's model by its parameters: `describe`.
+
+    The classes of a head of 1,000 are ImageNet's; others are numbers.
+
+    Raises:
+        UserError: it is of no known model, or of patches that are no square.
+    """
     architecture = "resnet50" if "resnet" in params else "vit"
     sizes = INFER[architecture](params)
-    image_size = 224
-    if architecture == "vit":
-        positions = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - 1
-        image_size = math.isqrt(positions) * sizes["patch_size"]
+    num_classes = sizes["num_classes"] or 0
+    names = [name for _, name in pretrained.imagenet_classes()]
     return {
         "architecture": architecture,
         "model": sizes,
-        "image_size": image_size,
+        "image_size": 224 if architecture == "resnet50" else _image_size(params, sizes),
         "pixel_mean": list(preprocess.HALF),
         "pixel_deviation": list(preprocess.HALF),
-        "class_names": [str(i) for i in range(sizes["num_classes"])],
+        "class_names": names if num_classes == len(names) else [str(i) for i in range(num_classes)],
     }
+
+
+def _image_size(params: Params, sizes: dict[str, Any]) -> int:
+    """Pixels of the pictures that a ViT's position embeddings are for."""
+    model = ARCHITECTURES["vit"](**sizes)
+    positions = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - (model.pool == "cls")
+    side = math.isqrt(positions)
+    if side * side != positions:
+        raise UserError(f"the position embeddings are of {positions} patches, which is not a square")
+    return side * model.pixels_per_patch

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import build, preprocess, pretrained, sharding
+from vit_jax.errors import UserError
 from vit_jax.types import Params
 
 
@@ -106,11 +107,19 @@ def load_exported(name_or_path: str) -> Classifier:
         name_or_path: as for `config.pretrained`.
 
     Raises:
-        UserError: it cannot be read or is no known model.
+        UserError: it cannot be read, is no known model, or has no head.
     """
     params, about = pretrained.read_model(name_or_path)
     about = about or build.describe_file(params)
+    if "head" not in params:
+        raise UserError(f"{name_or_path} has no head and knows no classes; start a run from it (config.pretrained)")
     return Classifier(**fields(build.rebuild_model(about), params, about))
+
+
+def check_head(classifier: Classifier, name: str) -> None:
+    """Raises UserError where a head is of zeros, as in the files of ImageNet-21k: `name` is whose it is."""
+    if not np.any(np.asarray(classifier.params["head"]["kernel"])):
+        raise UserError(f"{name} has a head of zeros, which says nothing; fine-tune the model first")
 
 
 def fields(model: Any, params: Params, about: dict[str, Any]) -> dict[str, Any]:

@@ -170,7 +170,8 @@ def create_optimizer(
 def scale_by_layer(layer_decay: float, *, num_layers: int) -> optax.GradientTransformation:
     """Multiplies updates by `layer_decay ** (num_layers + 1 - layer)`: the deeper, the slower.
 
-    The embeddings are layer 0, `encoderblock_i` is layer i + 1, and whatever comes after the blocks is not slowed.
+    The embeddings, with a hybrid's ResNet, are layer 0, `encoderblock_i` is layer i + 1, and whatever comes after the
+    blocks is not slowed.
 
     Args:
         layer_decay: at most 1.
@@ -184,7 +185,8 @@ def scale_by_layer(layer_decay: float, *, num_layers: int) -> optax.GradientTran
         block = re.search(r"encoderblock_(\d+)/", path)
         if block:
             return int(block[1]) + 1
-        return 0 if re.search(r"(^|/)(cls|embedding|pos_embedding)(/|$)", path) else num_layers + 1
+        first = re.search(r"(^|/)(cls|embedding|pos_embedding|conv_root|gn_root|block\d+)(/|$)", path)
+        return 0 if first else num_layers + 1
 
     def scale(updates: Params) -> Params:
         flat = flatten_dict(updates, sep="/")

@@ -21,7 +21,7 @@ _BATCH_SIZE = 128
 def main(argv: list[str] | None = None) -> int:
     """Prints a line for each picture; 1 where some could not be read."""
     parser = argparse.ArgumentParser(prog="python -m vit_jax.predict", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="folder of a run; or an .npz file with its head")
+    parser.add_argument("--workdir", required=True, help="folder of a run; or a file with its head, or its name")
     parser.add_argument(
         "pictures", nargs="+", metavar="PICTURE", help="file, folder, pattern, or - for a list on stdin"
     )
@@ -33,10 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     paths = list_pictures(arguments.pictures)
 
     import vit_jax
+    from vit_jax.classifier import check_head
 
     classifier = vit_jax.load(arguments.workdir)
-    if not np.any(np.asarray(classifier.params["head"]["kernel"])):
-        raise UserError(f"{arguments.workdir} has a head of zeros, which says nothing; fine-tune the model first")
+    check_head(classifier, arguments.workdir)
     num_failed = 0
     for path, answer in predict_files(classifier, paths):
         if isinstance(answer, UserError):

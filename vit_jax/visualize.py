@@ -105,10 +105,11 @@ def draw_all(
 
     if has_attention(run.model):
         embeddings = np.asarray(run.params["Transformer"]["posembed_input"]["pos_embedding"])
-        similarity = analysis.position_similarity(embeddings)
+        similarity = analysis.position_similarity(embeddings, class_token=run.model.pool == "cls")
         yield "position_similarity", plotting.plot_position_similarity(similarity)
         yield "position_matrix", plotting.plot_position_matrix(similarity)
-        yield "patch_filters", plotting.plot_filters(*analysis.filter_components(run.params["embedding"]["kernel"]))
+        filters = run.params["embedding" if run.model.stem_units is None else "conv_root"]["kernel"]
+        yield "patch_filters", plotting.plot_filters(*analysis.filter_components(filters))
 
     test, names = trainer.load_test_dataset(run).test, run.class_names
     probabilities = trainer.predict(run, test.images)
@@ -140,18 +141,20 @@ def draw_all(
     forward = steps.from_pictures(run.model, **{**test_options(run.config), "test_augment": "none"})
     inputs = forward.prepare(jnp.zeros((len(images), 2), jnp.uint32), jnp.asarray(images))  # keys that draw nothing
     weights = analysis.attention_weights(run.model, run.params, inputs)  # [l b k n n]
-    from_class = analysis.to_grid(weights[..., 0, 1:])  # [l b k g g]
+    class_token = run.model.pool == "cls"
+    head_maps = analysis.attention_maps(weights, class_token=class_token)  # [l b k g g]
+    who = "the class token" if class_token else "the patches, on average"
     if layer is None:
-        rollout = analysis.attention_rollout(weights)
+        rollout = analysis.attention_rollout(weights, analysis.pooling_weights(run.model, run.params, inputs))
         title = "Attention through all layers (rollout)"
         yield "attention_rollout", plotting.plot_attention(images, rollout, titles, title=title)
-        heads = plotting.plot_heads(images[0], from_class[:, 0], title="What the class token attends to")
+        heads = plotting.plot_heads(images[0], head_maps[:, 0], title=f"Attention of {who}")
         yield "attention_heads", heads
     else:
-        maps = from_class[layer].mean(axis=1) if head is None else from_class[layer][:, head]
+        maps = head_maps[layer].mean(axis=1) if head is None else head_maps[layer][:, head]
         which = f"layer {layer}, " + ("mean of its heads" if head is None else f"head {head}")
         name = f"attention_layer_{layer}" + ("" if head is None else f"_head_{head}")
-        yield name, plotting.plot_attention(images, maps, titles, title=f"Attention of the class token: {which}")
+        yield name, plotting.plot_attention(images, maps, titles, title=f"Attention of {who}: {which}")
 
 
 def save(figure: "Figure", path: Path) -> Path:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from vit_jax.models.common import REMAT_POLICIES, create_head, over_batch
 
-_NUM_GROUPS = 32
+NUM_GROUPS = 32
 
 
 class StdConv(nn.Module):
@@ -23,12 +23,18 @@ class StdConv(nn.Module):
         kernel_size: of both sides.
         stride: of both axes.
         dtype: of the convolution; the kernel's mean and variance are in the kernel's.
+        padding: "CENTRED", as many zeros on both sides, or "SAME", where the odd one stands behind.
+        variance_epsilon: added to the kernel's variance.
+        deviation_epsilon: added to the root of that.
     """
 
     features: int
     kernel_size: int
     stride: int
     dtype: Any
+    padding: str = "CENTRED"
+    variance_epsilon: float = 1e-10
+    deviation_epsilon: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -37,13 +43,13 @@ class StdConv(nn.Module):
         kernel = self.param("kernel", nn.initializers.he_normal(), shape)
         mean = jnp.mean(kernel, axis=(0, 1, 2))
         variance = jnp.mean(jnp.square(kernel - mean), axis=(0, 1, 2))
-        kernel = (kernel - mean) / jnp.sqrt(variance + 1e-10)
-        padding = [((self.kernel_size - 1) // 2,) * 2] * 2
+        kernel = (kernel - mean) / (jnp.sqrt(variance + self.variance_epsilon) + self.deviation_epsilon)
+        centred = [((self.kernel_size - 1) // 2,) * 2] * 2
         return jax.lax.conv_general_dilated(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
             (self.stride,) * 2,
-            padding,
+            centred if self.padding == "CENTRED" else self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 
@@ -58,7 +64,7 @@ class GroupNorm(nn.Module):
         """[b h w c] -> [b h w c]."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
         normalize = nn.GroupNorm(
-            _NUM_GROUPS, epsilon=1e-5, use_bias=False, use_scale=False, use_fast_variance=False, dtype=wide
+            NUM_GROUPS, epsilon=1e-5, use_bias=False, use_scale=False, use_fast_variance=False, dtype=wide
         )
         gamma = self.param("gamma", nn.initializers.ones, x.shape[-1:])
         beta = self.param("beta", nn.initializers.zeros, x.shape[-1:])
@@ -228,4 +234,4 @@ class ResNet(nn.Module):
     @nn.nowrap
     def complaint(self, image_size: int) -> str:
         """What is wrong with the sizes together; empty where they fit."""
-        return "" if self.width % _NUM_GROUPS == 0 else f"config.model.width {self.width} is not a multiple of 32"
+        return "" if self.width % NUM_GROUPS == 0 else f"config.model.width {self.width} is not a multiple of 32"

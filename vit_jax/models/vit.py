@@ -12,11 +12,30 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.models.common import REMAT_POLICIES, create_head, over_batch
+from vit_jax.models.hybrid import apply_stem, stem_reduction
+from vit_jax.models.resnet import NUM_GROUPS
+
+POOLS = ("cls", "mean", "map")
+"""How tokens become features: the class token's alone, the mean over all, or what a learned probe attends to."""
 
 
 def _weigh(subscripts: str, weights: jax.Array, value: jax.Array) -> jax.Array:
     """The attention's second product, in the dtype of the values: float32 weights would double its time and memory."""
     return jnp.einsum(subscripts, weights.astype(value.dtype), value)
+
+
+def create_attention(num_heads: int, dtype: Any, **options: Any) -> nn.MultiHeadDotProductAttention:
+    """Attention whose softmax is at least float32."""
+    return nn.MultiHeadDotProductAttention(
+        num_heads=num_heads,
+        dtype=dtype,
+        broadcast_dropout=False,
+        kernel_init=nn.initializers.xavier_uniform(),
+        force_fp32_for_softmax=jnp.finfo(dtype).bits < 32,
+        qk_attn_weights_einsum_cls=lambda: jnp.einsum,
+        attn_weights_value_einsum_cls=lambda: _weigh,
+        **options,
+    )
 
 
 class MlpBlock(nn.Module):
@@ -80,17 +99,14 @@ class EncoderBlock(nn.Module):
         """[b n d] -> [b n d]."""
         skip = functools.partial(nn.Dropout, self.stochastic_depth_rate, broadcast_dims=(1, 2))
         y = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="LayerNorm_0")(x)
-        y = nn.MultiHeadDotProductAttention(
-            num_heads=self.num_heads,
-            dtype=self.dtype,
+        attention = create_attention(
+            self.num_heads,
+            self.dtype,
             dropout_rate=self.attention_dropout_rate,
-            broadcast_dropout=False,
-            kernel_init=nn.initializers.xavier_uniform(),
-            force_fp32_for_softmax=jnp.finfo(self.dtype).bits < 32,
-            qk_attn_weights_einsum_cls=lambda: jnp.einsum,
-            attn_weights_value_einsum_cls=lambda: _weigh,
             name="MultiHeadDotProductAttention_1",
-        )(y, y, deterministic=deterministic, sow_weights=True)  # nothing, unless "intermediates" is mutable
+        )
+        # Nothing is sown unless "intermediates" is mutable.
+        y = attention(y, y, deterministic=deterministic, sow_weights=True)
         y = nn.Dropout(self.dropout_rate)(y, deterministic=deterministic)
         x = over_batch(x + skip()(y, deterministic=deterministic))
 
@@ -149,12 +165,34 @@ class Encoder(nn.Module):
         return nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="encoder_norm")(x)
 
 
+class MAPHead(nn.Module):
+    """Pools tokens by the attention of a learned probe, and an MLP (Zhai et al. 2022, section 3.2)."""
+
+    num_heads: int
+    mlp_dim: int
+    gelu_approximate: bool
+    layer_norm_epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b n d] -> [b d]."""
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1])).astype(self.dtype)
+        probe = jnp.tile(probe, (x.shape[0], 1, 1))  # [b 1 d]
+        attention = create_attention(self.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")
+        x = attention(probe, x, deterministic=True, sow_weights=True)
+        y = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="LayerNorm_0")(x)
+        y = MlpBlock(self.mlp_dim, 0.0, self.gelu_approximate, self.dtype, name="MlpBlock_0")(y, deterministic=True)
+        return (x + y)[:, 0]
+
+
 class VisionTransformer(nn.Module):
     """Pictures to class logits.
 
     Attributes:
         num_classes: width of the head; None has no head and gives the features before it.
-        patch_size: pixels; divides the pictures' height and width.
+        patch_size: pixels, or places of what the stem gives; times its reduction, it divides the pictures' height and
+            width.
         hidden_size: width of the tokens.
         num_layers: encoder blocks.
         num_heads: of each attention; divides `hidden_size`.
@@ -168,6 +206,9 @@ class VisionTransformer(nn.Module):
         gelu_approximate: whether the GELU is its tanh form, as in the released files, or the exact one.
         head_init: a key of `HEAD_INITS`: how the head's kernel starts; its bias is zero.
         layer_norm_epsilon: below the root of the norms; 1e-6 in the released files.
+        stem_units: of a hybrid's ResNet, see `hybrid.apply_stem`; None has none, patches are of pixels.
+        stem_width: channels of that ResNet's root, a multiple of 32.
+        pool: one of `POOLS`; only with "cls" is there a class token.
 
     Source:
         Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section 3.1.
@@ -190,6 +231,9 @@ class VisionTransformer(nn.Module):
     gelu_approximate: bool = True
     head_init: str = "zeros"
     layer_norm_epsilon: float = 1e-6
+    stem_units: tuple[int, ...] | None = None
+    stem_width: int = 64
+    pool: str = "cls"
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -203,20 +247,23 @@ class VisionTransformer(nn.Module):
             [b num_classes], float32 (float64 where `dtype` is); features [b d] in `dtype` where there is no head.
 
         Raises:
-            ValueError: height or width is not a multiple of `patch_size`.
+            ValueError: height or width is not a multiple of a patch's side.
         """
         batch, height, width, _ = images.shape
-        patch = self.patch_size
-        if height % patch or width % patch:
-            raise ValueError(f"pictures of {height} × {width} pixels do not divide into patches of {patch} × {patch}")
+        pixels = self.pixels_per_patch
+        if height % pixels or width % pixels:
+            raise ValueError(f"pictures of {height} × {width} pixels do not divide into patches of {pixels} × {pixels}")
 
-        embedding = nn.Conv(
-            self.hidden_size, (patch, patch), (patch, patch), padding="VALID", dtype=self.dtype, name="embedding"
-        )
-        x = embedding(images)
+        x = images
+        if self.stem_units is not None:
+            x = apply_stem(x, units=self.stem_units, width=self.stem_width, remat=self.remat, dtype=self.dtype)
+        patch = (self.patch_size, self.patch_size)
+        x = nn.Conv(self.hidden_size, patch, patch, padding="VALID", dtype=self.dtype, name="embedding")(x)
         x = x.reshape(batch, -1, self.hidden_size)  # [b n d]
-        cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size)).astype(self.dtype)
-        x = over_batch(jnp.concatenate([jnp.tile(cls, (batch, 1, 1)), x], axis=1))  # [b 1+n d]
+        if self.pool == "cls":
+            cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size)).astype(self.dtype)
+            x = jnp.concatenate([jnp.tile(cls, (batch, 1, 1)), x], axis=1)  # [b 1+n d]
+        x = over_batch(x)
 
         x = Encoder(
             self.num_layers,
@@ -231,11 +278,32 @@ class VisionTransformer(nn.Module):
             self.dtype,
             name="Transformer",
         )(x, deterministic=not train)
-        x = over_batch(x[:, 0])  # [b d]
+        x = over_batch(self._pool(x))
 
         if self.representation_size is not None:
             x = jnp.tanh(nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x))
         return x if self.num_classes is None else self.create_head(self.num_classes, name="head")(x)
+
+    def _pool(self, x: jax.Array) -> jax.Array:
+        """[b n d] -> [b d]."""
+        if self.pool == "cls":
+            return x[:, 0]
+        if self.pool == "mean":
+            return jnp.mean(x, axis=1, dtype=jnp.promote_types(self.dtype, jnp.float32)).astype(self.dtype)
+        head = MAPHead(
+            self.num_heads,
+            self.mlp_dim,
+            self.gelu_approximate,
+            self.layer_norm_epsilon,
+            self.dtype,
+            name="MAPHead_0",
+        )
+        return head(x)
+
+    @property
+    def pixels_per_patch(self) -> int:
+        """Side of the square of pixels that becomes one token."""
+        return self.patch_size * stem_reduction(self.stem_units)
 
     @nn.nowrap
     def create_head(self, num_classes: int, name: str | None = None) -> nn.Dense:
@@ -247,6 +315,8 @@ class VisionTransformer(nn.Module):
         """What is wrong with the sizes together; empty where they fit."""
         if self.hidden_size % self.num_heads:
             return f"config.model: hidden_size {self.hidden_size} does not divide into {self.num_heads} heads"
-        if image_size % self.patch_size:
-            return f"config.image_size {image_size} is not a multiple of the patch, {self.patch_size} pixels"
+        if self.stem_units is not None and self.stem_width % NUM_GROUPS:
+            return f"config.model.stem_width {self.stem_width} is not a multiple of {NUM_GROUPS}"
+        if image_size % self.pixels_per_patch:
+            return f"config.image_size {image_size} is not a multiple of the patch, {self.pixels_per_patch} pixels"
         return ""

@@ -2,10 +2,12 @@
 
 from vit_jax.pretrained.adapt import Grid, Report, adapt_params, resample_position_embeddings
 from vit_jax.pretrained.architecture import POSITION_KEY, infer_architecture
-from vit_jax.pretrained.bit import infer_resnet, squeeze_head
+from vit_jax.pretrained.bit import infer_resnet
 from vit_jax.pretrained.folder import read_model, save_folder
+from vit_jax.pretrained.imagenet import canonical_name, imagenet_classes
+from vit_jax.pretrained.layouts import to_original
 from vit_jax.pretrained.npz import load_npz, read_about, save_npz
-from vit_jax.pretrained.released import RELEASED, resolve
+from vit_jax.pretrained.released import RELEASED, is_name, resolve
 
 __all__ = [
     "POSITION_KEY",
@@ -13,8 +15,11 @@ __all__ = [
     "Grid",
     "Report",
     "adapt_params",
+    "canonical_name",
+    "imagenet_classes",
     "infer_architecture",
     "infer_resnet",
+    "is_name",
     "load_npz",
     "read_about",
     "read_model",
@@ -22,5 +27,5 @@ __all__ = [
     "resolve",
     "save_folder",
     "save_npz",
-    "squeeze_head",
+    "to_original",
 ]

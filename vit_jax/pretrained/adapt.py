@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from vit_jax.types import Params
 Grid = tuple[int, int]
 """Rows and columns of patches."""
 
+_RESNET_BLOCK = re.compile(r"(resnet/)?block\d+/")
 _LEAVES = ("/kernel", "/bias", "/scale", "/gamma", "/beta")
 
 
@@ -60,8 +62,8 @@ class Report:
         return "\n".join(lines)
 
     def _group(self, key: str) -> str:
-        if key.startswith("resnet/block"):
-            return "/".join(key.split("/")[:2]) + "/…"
+        if match := _RESNET_BLOCK.match(key):
+            return f"{match[0]}…"
         if BLOCK.match(key):
             blocks = block_numbers(self.loaded)
             return f"Transformer/encoderblock_{{{blocks[0]}..{blocks[-1]}}}/…"
@@ -112,28 +114,32 @@ def adapt_params(
         {key: tuple(leaf.shape) for key, leaf in wanted.items() if key not in new},
     )
     old_grid = new_grid = (0, 0)
+    class_token = "cls" in wanted
     if POSITION_KEY in wanted:
-        old_grid = _check_grid(pretrained_grid, source[POSITION_KEY].shape[1] - 1, "pretrained_grid")
-        new_grid = _check_grid(grid, wanted[POSITION_KEY].shape[1] - 1, "grid")
+        old_grid = _check_grid(pretrained_grid, source[POSITION_KEY].shape[1] - class_token, "pretrained_grid")
+        new_grid = _check_grid(grid, wanted[POSITION_KEY].shape[1] - class_token, "grid")
     resampled = () if old_grid == new_grid else (POSITION_KEY,)
     loaded = tuple(key for key in wanted if key not in new and key not in resampled)
 
     flat = {key: _own_float32((wanted if key in new else source)[key]) for key in wanted}
     for key in resampled:
-        flat[key] = resample_position_embeddings(flat[key], old_grid, new_grid)
+        flat[key] = resample_position_embeddings(flat[key], old_grid, new_grid, class_token=class_token)
     sizes = {("dropped", key): math.prod(source[key].shape) for key in dropped}
     for what, keys in (("loaded", loaded), ("resampled", resampled), ("new", new)):
         sizes |= {(what, key): flat[key].size for key in keys}
     return unflatten_dict(flat, sep="/"), Report(loaded, resampled, new, dropped, old_grid, new_grid, sizes)
 
 
-def resample_position_embeddings(pos_embedding: np.ndarray, grid: Grid, new_grid: Grid) -> np.ndarray:
+def resample_position_embeddings(
+    pos_embedding: np.ndarray, grid: Grid, new_grid: Grid, *, class_token: bool = True
+) -> np.ndarray:
     """Interpolates position embeddings linearly from one grid of patches to another, corners on corners.
 
     Args:
         pos_embedding: [1 1+h*w d], float32: the class token's row, then the grid's rows one after another.
         grid: its h and w.
         new_grid: the wanted h' and w'.
+        class_token: whether there is one; without it the shapes are [1 h*w d] and [1 h'*w' d].
 
     Returns:
         [1 1+h'*w' d], float32; the class token's row is unchanged.
@@ -144,15 +150,16 @@ def resample_position_embeddings(pos_embedding: np.ndarray, grid: Grid, new_grid
     Source:
         Dosovitskiy et al. 2021, section 3.2; as `scipy.ndimage.zoom(order=1)` does it.
     """
-    grid = _check_grid(grid, pos_embedding.shape[1] - 1, "grid")
+    class_row, patches = np.split(pos_embedding, [int(class_token)], axis=1)
+    grid = _check_grid(grid, patches.shape[1], "grid")
     width = pos_embedding.shape[2]
-    old = pos_embedding[0, 1:].reshape(*grid, width)  # [h w d]
+    old = patches.reshape(*grid, width)  # [h w d]
     zoom = [after / before for before, after in zip(grid, new_grid, strict=True)]
     # "nearest": where rounding puts the last sample just outside the grid, the default takes zero.
     new = scipy.ndimage.zoom(old, (*zoom, 1), order=1, mode="nearest")  # [h' w' d]
     if new.shape != (*new_grid, width):
         raise AssertionError(f"zoomed {grid} to {new.shape[:2]} instead of {new_grid}")
-    return np.concatenate([pos_embedding[:, :1], new.reshape(1, -1, width)], axis=1)  # [1 1+h'*w' d]
+    return np.concatenate([class_row, new.reshape(1, -1, width)], axis=1)  # [1 1+h'*w' d]
 
 
 def _check_grid(grid: Grid | None, num_patches: int, name: str) -> Grid:

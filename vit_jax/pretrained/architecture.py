@@ -1,7 +1,8 @@
 """The released layout: which keys and shapes make a whole Vision Transformer, and what other files look like."""
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flax.traverse_util import flatten_dict
@@ -11,6 +12,9 @@ from vit_jax.types import Params
 
 POSITION_KEY = "Transformer/posembed_input/pos_embedding"
 BLOCK = re.compile(r"Transformer/encoderblock_(\d+)/")
+BIG_VISION_ATTENTION = re.compile(BLOCK.pattern + "MultiHeadDotProductAttention_0/")
+_AROUND = ("opt/", "optimizer/", "params/", "img/")  # what `layouts.to_original` would have taken away
+_STEM_UNIT = re.compile(r"block(\d+)/unit(\d+)/")
 
 
 def infer_architecture(params: Params) -> dict[str, Any]:
@@ -21,7 +25,8 @@ def infer_architecture(params: Params) -> dict[str, Any]:
 
     Returns:
         Arguments of `VisionTransformer`: patch_size, hidden_size, num_layers, num_heads, mlp_dim, representation_size
-        (None without `pre_logits`) and num_classes.
+        (None without `pre_logits`) and num_classes (None without a head); of a hybrid also stem_units and stem_width;
+        pool where there is no class token.
 
     Raises:
         UserError: this is not a whole Vision Transformer of the original layout; names keys and the likely cause.
@@ -37,21 +42,35 @@ def infer_architecture(params: Params) -> dict[str, Any]:
             raise UserError(f"this is not a whole ViT: {key} {got}; expected an array of {num_axes} axes")
         return shapes[key][axis]
 
+    def some_start_with(prefix: str) -> bool:
+        return any(key.startswith(prefix) for key in shapes)
+
     block = "Transformer/encoderblock_0"
-    has_pre_logits = any(key.startswith("pre_logits/") for key in shapes)
+    num_tokens = size(POSITION_KEY, axis=1, num_axes=3)
     architecture: dict[str, Any] = {
         "patch_size": size("embedding/kernel", axis=0, num_axes=4),
         "hidden_size": size("embedding/kernel", axis=3, num_axes=4),
         "num_layers": len(block_numbers(shapes)),
         "num_heads": size(f"{block}/MultiHeadDotProductAttention_1/query/kernel", axis=1, num_axes=3),
         "mlp_dim": size(f"{block}/MlpBlock_3/Dense_0/kernel", axis=1, num_axes=2),
-        "representation_size": size("pre_logits/kernel", axis=1, num_axes=2) if has_pre_logits else None,
-        "num_classes": size("head/kernel", axis=1, num_axes=2),
+        "representation_size": None,
+        "num_classes": None,
     }
+    if some_start_with("pre_logits/"):
+        architecture["representation_size"] = size("pre_logits/kernel", axis=1, num_axes=2)
+    if some_start_with("head/"):
+        architecture["num_classes"] = size("head/kernel", axis=1, num_axes=2)
+    if some_start_with("conv_root/"):
+        stem_width = size("conv_root/kernel", axis=3, num_axes=4)
+        architecture |= {"stem_units": _count_units(shapes), "stem_width": stem_width}
+    if some_start_with("MAPHead_0/"):
+        architecture["pool"] = "map"
+    elif "cls" not in shapes and not is_square(num_tokens - 1):  # else a square and one more: the class token is lost
+        architecture["pool"] = "mean"
     hidden_size, num_heads = architecture["hidden_size"], architecture["num_heads"]
     if not num_heads or hidden_size % num_heads:
         raise UserError(f"this is not a whole ViT: its width, {hidden_size}, does not divide into {num_heads} heads")
-    expected = expected_shapes(**architecture, num_tokens=size(POSITION_KEY, axis=1, num_axes=3))
+    expected = expected_shapes(**architecture, num_tokens=num_tokens)
     if shapes != expected:
         raise UserError(f"this is not a whole ViT: {differences(shapes, expected)}")
     return architecture
@@ -65,32 +84,85 @@ def expected_shapes(
     num_heads: int,
     mlp_dim: int,
     representation_size: int | None,
-    num_classes: int,
+    num_classes: int | None,
     num_tokens: int,
+    stem_units: Sequence[int] | None = None,
+    stem_width: int = 64,
+    pool: str = "cls",
 ) -> dict[str, tuple[int, ...]]:
     """Every key of a released file, with its shape."""
-
-    def dense(name: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        return {f"{name}/kernel": inputs + outputs, f"{name}/bias": outputs}
-
-    def norm(name: str) -> dict[str, tuple[int, ...]]:
-        return {f"{name}/scale": width, f"{name}/bias": width}
-
-    width, heads = (hidden_size,), (num_heads, hidden_size // num_heads)
-    shapes: dict[str, tuple[int, ...]] = {"cls": (1, 1, hidden_size), POSITION_KEY: (1, num_tokens, hidden_size)}
-    shapes |= dense("embedding", (patch_size, patch_size, 3), width)
+    width = (hidden_size,)
+    shapes: dict[str, tuple[int, ...]] = {"cls": (1, 1, hidden_size)} if pool == "cls" else {}
+    shapes[POSITION_KEY] = (1, num_tokens, hidden_size)
+    channels = 3
+    if stem_units is not None:
+        stem, channels = _stem_shapes(stem_units, stem_width)
+        shapes |= stem
+    shapes |= _dense("embedding", (patch_size, patch_size, channels), width)
     for i in range(num_layers):
         block = f"Transformer/encoderblock_{i}"
-        shapes |= norm(f"{block}/LayerNorm_0") | norm(f"{block}/LayerNorm_2")
-        for name in ("query", "key", "value"):
-            shapes |= dense(f"{block}/MultiHeadDotProductAttention_1/{name}", width, heads)
-        shapes |= dense(f"{block}/MultiHeadDotProductAttention_1/out", heads, width)
-        shapes |= dense(f"{block}/MlpBlock_3/Dense_0", width, (mlp_dim,))
-        shapes |= dense(f"{block}/MlpBlock_3/Dense_1", (mlp_dim,), width)
-    shapes |= norm("Transformer/encoder_norm")
+        shapes |= _norm(f"{block}/LayerNorm_0", width) | _norm(f"{block}/LayerNorm_2", width)
+        shapes |= _attention(f"{block}/MultiHeadDotProductAttention_1", hidden_size, num_heads)
+        shapes |= _mlp(f"{block}/MlpBlock_3", hidden_size, mlp_dim)
+    shapes |= _norm("Transformer/encoder_norm", width)
+    if pool == "map":
+        shapes["MAPHead_0/probe"] = (1, 1, hidden_size)
+        shapes |= _attention("MAPHead_0/MultiHeadDotProductAttention_0", hidden_size, num_heads)
+        shapes |= _norm("MAPHead_0/LayerNorm_0", width) | _mlp("MAPHead_0/MlpBlock_0", hidden_size, mlp_dim)
     if representation_size is not None:
-        shapes |= dense("pre_logits", width, (representation_size,))
-    return shapes | dense("head", (representation_size or hidden_size,), (num_classes,))
+        shapes |= _dense("pre_logits", width, (representation_size,))
+    if num_classes is not None:
+        shapes |= _dense("head", (representation_size or hidden_size,), (num_classes,))
+    return shapes
+
+
+def _stem_shapes(units: Sequence[int], width: int) -> tuple[dict[str, tuple[int, ...]], int]:
+    """(Every key of a hybrid's ResNet with its shape, channels of what it gives)."""
+    shapes = {"conv_root/kernel": (7, 7, 3, width)} | _norm("gn_root", (width,))
+    channels = width
+    for i, num_units in enumerate(units):
+        middle = width * 2**i
+        for j in range(num_units):
+            unit = f"block{i + 1}/unit{j + 1}"
+            sides = {"1": (1, channels, middle), "2": (3, middle, middle), "3": (1, middle, 4 * middle)}
+            if j == 0:
+                sides["_proj"] = (1, channels, 4 * middle)
+            for name, (side, inputs, outputs) in sides.items():
+                shapes[f"{unit}/conv{name}/kernel"] = (side, side, inputs, outputs)
+                shapes |= _norm(f"{unit}/gn{name}", (outputs,))
+            channels = 4 * middle
+    return shapes, channels
+
+
+def _dense(name: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    return {f"{name}/kernel": inputs + outputs, f"{name}/bias": outputs}
+
+
+def _norm(name: str, width: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    return {f"{name}/scale": width, f"{name}/bias": width}
+
+
+def _attention(name: str, hidden_size: int, num_heads: int) -> dict[str, tuple[int, ...]]:
+    width, heads = (hidden_size,), (num_heads, hidden_size // num_heads)
+    shapes = _dense(f"{name}/query", width, heads) | _dense(f"{name}/key", width, heads)
+    return shapes | _dense(f"{name}/value", width, heads) | _dense(f"{name}/out", heads, width)
+
+
+def _mlp(name: str, hidden_size: int, mlp_dim: int) -> dict[str, tuple[int, ...]]:
+    return _dense(f"{name}/Dense_0", (hidden_size,), (mlp_dim,)) | _dense(f"{name}/Dense_1", (mlp_dim,), (hidden_size,))
+
+
+def _count_units(keys: Iterable[str]) -> tuple[int, ...]:
+    """Units of each block of a hybrid's ResNet."""
+    blocks: dict[int, set[str]] = {}
+    for match in filter(None, map(_STEM_UNIT.match, keys)):
+        blocks.setdefault(int(match[1]), set()).add(match[2])
+    return tuple(len(blocks[block]) for block in sorted(blocks))
+
+
+def is_square(number: int) -> bool:
+    """Whether so many patches can be a square."""
+    return number > 0 and math.isqrt(number) ** 2 == number
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
@@ -115,12 +187,8 @@ def foreign_layout(keys: Iterable[str], *, wanted: str = "ViT") -> str:
     def some_start_with(*prefixes: str) -> bool:
         return any(key.startswith(prefixes) for key in keys)
 
-    if some_start_with("opt/", "optimizer/"):
-        return "it carries an optimizer's state (opt/…, parameters under opt/target/); give the parameters alone"
-    if some_start_with("params/", "pos_embedding", "Transformer/encoderblock/"):
-        return "it looks like a big_vision file (params/…), whose names differ; give a file of the original release"
-    if some_start_with("conv_root/", "gn_root/"):
-        return f"it looks like a hybrid of ResNet and ViT (conv_root/…), such as R50+ViT-B_16; give a plain {wanted}"
+    if below := next((name for name in _AROUND if some_start_with(name)), ""):
+        return f"its parameters lie below {below}; pretrained.read_model, or to_original, takes them out"
     if wanted == "ViT" and some_start_with("resnet/"):
         return "it looks like a ResNet (BiT) file (resnet/…); give a ViT, or set architecture to 'resnet50'"
     if wanted != "ViT" and is_wanted["ViT"]:

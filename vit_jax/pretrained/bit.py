@@ -4,35 +4,21 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError
 from vit_jax.pretrained.architecture import differences, foreign_layout
-from vit_jax.pretrained.npz import decode_bfloat16
 from vit_jax.types import Params
 
 _HEAD = "resnet/head/conv2d/"
 _ROOT = "resnet/root_block/standardized_conv2d/kernel"
 
 
-def squeeze_head(params: Params) -> Params:
-    """Gives a BiT file's head, a 1 × 1 convolution [1 1 d classes], the name and shape that every head has here.
-
-    Other files are returned as they are.
-    """
-    flat = flatten_dict(params, sep="/")
-    kernel = flat.get(f"{_HEAD}kernel")
-    if kernel is None or kernel.shape[:2] != (1, 1):
-        return params
-    flat[f"{_HEAD}kernel"] = decode_bfloat16(kernel)[0, 0]
-    return unflatten_dict({key.replace(_HEAD, "head/"): leaf for key, leaf in flat.items()}, sep="/")
-
-
 def infer_resnet(params: Params) -> dict[str, Any]:
     """Reads a ResNet's sizes off the shapes of its parameters.
 
     Args:
-        params: nested dictionary of arrays, or of anything with a shape; the head as `squeeze_head` leaves it.
+        params: nested dictionary of arrays, or of anything with a shape; the head as `to_original` leaves it.
 
     Returns:
         Arguments of `ResNet`: units, width, num_classes.
@@ -62,7 +48,7 @@ def infer_resnet(params: Params) -> dict[str, Any]:
 
 
 def _expected_shapes(units: Sequence[int], *, width: int, num_classes: int) -> dict[str, tuple[int, ...]]:
-    """Every key of a file, the head as `squeeze_head` leaves it, with its shape."""
+    """Every key of a file, the head as `to_original` leaves it, with its shape."""
     shapes: dict[str, tuple[int, ...]] = {_ROOT: (7, 7, 3, width)}
     channels = width
     for i, num_units in enumerate(units):

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from vit_jax.errors import UserError, one_line
-from vit_jax.pretrained.bit import squeeze_head
 from vit_jax.pretrained.huggingface import load_huggingface
 from vit_jax.pretrained.layouts import to_original
 from vit_jax.pretrained.npz import load_npz, read_about
@@ -30,7 +29,7 @@ def read_model(name_or_path: str) -> tuple[Params, dict[str, Any] | None]:
     """
     path = resolve(name_or_path)
     if not path.is_dir():
-        return squeeze_head(to_original(load_npz(path))), read_about(path)
+        return to_original(load_npz(path)), read_about(path)
     if (path / "model.safetensors").exists():
         return load_huggingface(path)
     if (path / "params").is_dir():

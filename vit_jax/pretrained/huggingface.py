@@ -36,10 +36,14 @@ def to_huggingface(params: Params) -> dict[str, np.ndarray]:
     """Parameters of a `VisionTransformer` without `pre_logits` as the tensors of a `ViTForImageClassification`.
 
     Raises:
-        UserError: there is a layer `pre_logits`, for which that model has no place.
+        UserError: there is a layer `pre_logits`, a ResNet before the patches, or no class token: that model has no
+            place for them.
     """
     if "pre_logits" in params:
         raise UserError("a ViTForImageClassification has no place for the layer pre_logits; fine-tune without it first")
+    odd = "a ResNet before the patches" if "conv_root" in params else "" if "cls" in params else "no class token"
+    if odd:
+        raise UserError(f"this model has {odd}, which a ViTForImageClassification cannot have; take another --format")
     tensors = {}
     for key, leaf in flatten_dict(params, sep="/").items():
         array = np.asarray(leaf)

@@ -1,0 +1,29 @@
+"""The classes of ImageNet's challenge of 2012, in the order of the released heads."""
+
+import functools
+import importlib.resources
+
+
+@functools.cache
+def imagenet_classes() -> tuple[tuple[str, str], ...]:
+    """(WordNet's number, such as "n01440764", and a name, such as "tench") of each of the 1,000 classes.
+
+    Names differ: where two synsets share their first lemma, a further lemma or that of the synset above is added.
+
+    Source:
+        Russakovsky et al. 2015, "ImageNet Large Scale Visual Recognition Challenge"; names from WordNet 3.0, Copyright
+        2006 by Princeton University, under its own licence (assets/WORDNET_LICENSE.txt).
+    """
+    text = (importlib.resources.files("vit_jax") / "assets" / "imagenet2012_classes.txt").read_text()
+    number_and_names = [line.split(" ", maxsplit=1) for line in text.splitlines()]
+    return tuple((number, name) for number, name in number_and_names)
+
+
+def canonical_name(name: str) -> str:
+    """WordNet's number of an ImageNet class, whether `name` is that or the name; any other name as it is."""
+    return _numbers().get(name.replace("_", " "), name)
+
+
+@functools.cache
+def _numbers() -> dict[str, str]:
+    return {name: number for number, name in imagenet_classes()}
