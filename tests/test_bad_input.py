@@ -78,6 +78,7 @@ def folder(tmp_path):
         (["--config.pretrained=imagenet21k/ViT-B_17"], "imagenet21k/ViT-B_16"),
         (["--workdri=x"], "workdri"),
         (["again"], "unexpected again"),
+        (["--flagfile=nowhere"], "Unable to open flagfile"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
