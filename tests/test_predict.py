@@ -100,6 +100,8 @@ def test_a_bad_file_is_reported_and_the_rest_goes_on(workdir, pictures, run_comm
         ([], 2, "the following arguments are required: PICTURE"),
         (["benchmarks"], 1, "benchmarks names no picture"),
         (["nowhere/*.png"], 1, "nowhere/*.png names no picture"),
+        (["a.png"], 1, "picture a.png: no such file"),
+        (["configs/base.py"], 1, "picture configs/base.py cannot be decoded (not a picture)"),
         (["a.png", "--workdir", "configs"], 1, "configs is a folder without parameters"),
         (["a.png", "--workdir", "imagenet22k"], 2, "no pretrained file 'imagenet22k'"),
     ],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from vit_jax.data.splits import SplitSlice
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, one_line
 from vit_jax.types import Dataset, Split
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def decode_picture(source: str | Path | BinaryIO, *, size: tuple[int, int] | Non
     from PIL import Image, ImageOps
 
     try:
+        _check_regular(source)
         with Image.open(source) as image:
             if size:
                 # A JPEG decoder can leave out the detail that resizing would average away, which is faster.
@@ -127,7 +128,9 @@ def _read_sizes(pictures: Encoded) -> set[tuple[int, int]]:
     sizes: set[tuple[int, int]] = set()
 
     def read_size(i: int) -> None:
-        with Image.open(pictures.open_picture(i)) as image:
+        source = pictures.open_picture(i)
+        _check_regular(source)
+        with Image.open(source) as image:
             # Asking for EXIF where the header has none would decode a whole PNG.
             orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
             sizes.add(image.size[::-1] if orientation in (5, 6, 7, 8) else image.size)
@@ -175,11 +178,17 @@ def _for_each_picture(pictures: Encoded, work: Callable[[int], None], title: str
         raise UserError(message + (f"; {len(failed) - 1} more pictures fail" if len(failed) > 1 else "")) from error
 
 
+def _check_regular(source: str | Path | BinaryIO) -> None:
+    """Refuses a pipe, from which a picture could be waited for forever, a device and a folder."""
+    if isinstance(source, str | Path) and os.path.exists(source) and not os.path.isfile(source):
+        raise OSError("no regular file")
+
+
 def _picture_error(source: str | Path | BinaryIO, error: Exception) -> UserError:
     if isinstance(error, FileNotFoundError):
         return UserError(f"picture {source}: no such file")
     name = source if isinstance(source, str | Path) else getattr(source, "name", "(no name)")
-    reason = "not a picture" if "cannot identify" in str(error) else str(error) or type(error).__name__
+    reason = "not a picture" if "cannot identify" in str(error) else one_line(error)
     return UserError(f"picture {name} cannot be decoded ({reason}); replace or remove it")
 
 
