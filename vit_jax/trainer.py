@@ -60,13 +60,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         return summarize(config, workdir)
     check_writable(workdir)
     job, create_state = create_job(config)
+    # Before a folder is made: the pretrained file may not fit.
+    state = create_state() if restored_step is None else job.program.abstract_state
+    del create_state
     with checkpoint.open_manager(workdir) as checkpoints:
-        if restored_step is None:
-            state = create_state()
-        else:
+        if restored_step is not None:
             print(f"going on from step {restored_step}")
-            state = checkpoint.restore(checkpoints, job.program.abstract_state, restored_step)
-        del create_state
+            state = checkpoint.restore(checkpoints, state, restored_step)
         if distributed.is_first():
             settings.save_config(config, workdir)
         train_steps = job.compile_train_steps()
