@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import build, preprocess, pretrained, sharding
+from vit_jax.errors import UserError
 from vit_jax.types import Params
 
 
@@ -109,8 +110,11 @@ def load_exported(name_or_path: str) -> Classifier:
         UserError: it cannot be read or is no known model.
     """
     params, about = pretrained.read_model(name_or_path)
-    about = about or build.describe_file(params)
-    return Classifier(**fields(build.rebuild_model(about), params, about))
+    try:
+        about = about or build.describe_file(params)
+        return Classifier(**fields(build.rebuild_model(about, params), params, about))
+    except UserError as error:
+        raise UserError(f"{name_or_path}: {error}") from error
 
 
 def fields(model: Any, params: Params, about: dict[str, Any]) -> dict[str, Any]:
