@@ -22,7 +22,6 @@ from vit_jax import (
     features,
     lora,
     metrics,
-    plotting,
     settings,
     sharding,
     steps,
@@ -286,6 +285,8 @@ def summarize(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """Draws a finished run's curves, prints its results and what to type next; returns the results."""
     if not distributed.is_first():
         return {}
+    from vit_jax import plotting  # matplotlib takes long to import, and who only loads a run needs none
+
     records = read_records(workdir / "metrics.jsonl", last_step=config.num_steps)
     plotting.plot_curves(records, title=workdir.name).savefig(workdir / "curves.png", dpi=120)
     results = next(record for record in reversed(records) if "test/accuracy" in record)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import scipy.ndimage
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.errors import UserError
@@ -144,6 +143,8 @@ def resample_position_embeddings(pos_embedding: np.ndarray, grid: Grid, new_grid
     Source:
         Dosovitskiy et al. 2021, section 3.2; as `scipy.ndimage.zoom(order=1)` does it.
     """
+    import scipy.ndimage  # takes long to import, and most files fit as they are
+
     grid = _check_grid(grid, pos_embedding.shape[1] - 1, "grid")
     width = pos_embedding.shape[2]
     old = pos_embedding[0, 1:].reshape(*grid, width)  # [h w d]
