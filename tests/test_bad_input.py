@@ -69,6 +69,10 @@ def folder(tmp_path):
         (["--config.features=cached"], "config.features is 'cached', but trainable 'full' trains more than the head"),
         (["--config.accumulation_steps=3"], "config.batch_size 64 does not divide into 3 accumulation_steps"),
         (["--config.mesh.fsdp=4"], "config.mesh: data 0 × fsdp 4 does not fit 1 devices"),
+        (
+            ["--config.model.num_layers=100000"],
+            "100000; expected a whole number of at least 1, at most",
+        ),
         (["--config.remat=all"], "config.remat is 'all'; expected one of none, dots, full"),
         (["--config.ema_decay=1"], "config.ema_decay is 1"),
         (["--process_id=1"], "--coordinator, --num_processes and --process_id belong together"),
@@ -78,6 +82,7 @@ def folder(tmp_path):
         (["--config.pretrained=imagenet21k/ViT-B_17"], "imagenet21k/ViT-B_16"),
         (["--workdri=x"], "workdri"),
         (["again"], "unexpected again"),
+        (["--flagfile=nowhere"], "Unable to open flagfile"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -110,6 +115,16 @@ def test_an_npz_of_another_variant(train, npz):
     line = train(f"--config.pretrained={npz}", code=2)
     assert f"config.model does not fit {npz}" in line
     assert "hidden_size 96 (file: 24), num_layers 4 (file: 1)" in line
+
+
+def test_an_npz_for_pictures_that_are_no_squares(train, npz):
+    params = pretrained.load_npz(npz)
+    params["Transformer"]["posembed_input"]["pos_embedding"] = np.ones((1, 19, 24), np.float32)
+    pretrained.save_npz(npz, params)
+    assert "of 18 patches, which is not a square" in train(
+        f"--config.pretrained={npz}", "--config.model.hidden_size=24", "--config.model.num_layers=1",
+        "--config.model.num_heads=3", "--config.model.mlp_dim=40", code=1,
+    )  # fmt: skip
 
 
 def test_a_truncated_npz(train, npz):

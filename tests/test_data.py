@@ -456,6 +456,12 @@ def test_folder_names_a_picture_that_is_none(folder):
         load_folder(folder)
 
 
+def test_folder_does_not_wait_for_a_pipe(folder):
+    os.mkfifo(folder / "train" / "cat" / "9.png")
+    with pytest.raises(UserError, match=r"cat/9.png cannot be decoded \(no regular file\)"):
+        load_folder(folder)
+
+
 def test_folder_names_a_truncated_picture_and_counts_the_others(folder):
     for name in ("cat", "dog"):
         path = write_picture(folder / "train" / name / "1.png", size=(4, 4))

@@ -12,8 +12,8 @@ import time
 import pytest
 from conftest import ROOT
 
-from vit_jax import download
-from vit_jax.errors import UserError
+from vit_jax import download, pretrained
+from vit_jax.errors import UsageError, UserError
 
 CONTENT = bytes(range(256)) * 4  # 1,024 bytes
 PLAIN = {"status": 200, "type": "application/octet-stream"}
@@ -44,7 +44,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         content = answer.get("content", CONTENT)
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and answer.get("ranges", True) else 0
         if answer["status"] != 200:
-            self.send_error(answer["status"])
+            self.send_response(answer["status"])
+            self.send_header("Retry-After", answer.get("retry_after", ""))
+            self.end_headers()
             return
         if start and start >= len(content):
             self.send_response(416)
@@ -54,12 +56,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.send_response(206 if start else 200)
         self.send_header("Content-Type", answer["type"])
-        self.send_header("Content-Length", str(len(content) - start))
+        if answer.get("says_length", True):
+            self.send_header("Content-Length", str(answer.get("length", len(content)) - start))
         if start:
             first = start + answer.get("shift", 0)
             self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
         self.end_headers()
         self.wfile.write(content[start : answer.get("break_at", len(content))])
+        self.wfile.flush()
+        self.server.stopping.wait(answer.get("stall", 0))
 
     def log_message(self, *args):
         pass
@@ -242,6 +247,88 @@ def test_fetch_tries_again_when_the_server_is_busy(path, part, status):
     with serve({"status": status}, {"status": status}, {}) as server:
         fetch(server.url, path)
     assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "seconds"),
+    [("3", 3), ("7", 7), ("99999999", 120), ("Fri, 31 Dec 2100 23:59:59 GMT", 0.01), ("-5", 0.01), ("", 0.01)],
+)
+def test_fetch_waits_as_long_as_a_busy_server_asks_within_reason(path, part, monkeypatch, capsys, retry_after, seconds):
+    slept = []
+    monkeypatch.setattr(download.time, "sleep", slept.append)
+    with serve({"status": 429, "retry_after": retry_after}, {}) as server:
+        fetch(server.url, path)
+    assert slept == [seconds]
+    assert (f"the server asks to wait {seconds} seconds" in capsys.readouterr().err) == (seconds > 5)
+    assert path.read_bytes() == CONTENT
+
+
+def test_fetch_goes_on_where_a_connection_stalls(path, part):
+    with serve({"break_at": 300, "stall": 30}, {}) as server:
+        fetch(server.url, path, timeout_seconds=0.3)
+    assert server.asked_ranges == [None, "bytes=300-"]
+    assert path.read_bytes() == CONTENT
+
+
+def test_fetch_goes_on_where_a_server_that_says_no_length_breaks_off(path, part):
+    with serve({"break_at": 300, "says_length": False}, {}) as server:
+        fetch(server.url, path, num_bytes=1024)
+    assert server.asked_ranges == [None, "bytes=300-"]
+    assert path.read_bytes() == CONTENT
+
+
+def test_fetch_refuses_a_file_of_which_the_server_says_too_small_a_length(path, part):
+    with serve({"length": 500}) as server, pytest.raises(UserError, match="the server has 500 bytes, expected 1,024"):
+        fetch(server.url, path, num_bytes=1024)
+    with serve({"length": 500}) as server, pytest.raises(UserError, match="got sha256"):
+        fetch(server.url, path, sha256=hashlib.sha256(CONTENT).hexdigest())
+    assert not part.exists() and not path.exists()
+
+
+def test_fetch_gives_up_where_the_server_says_too_large_a_length(path, part):
+    with (
+        serve({"length": 5000, "ranges": False}) as server,
+        pytest.raises(UserError, match="broke off after 1,024 of 5,000 bytes"),
+    ):
+        fetch(server.url, path, num_attempts=2)
+    assert not path.exists()
+
+
+def test_fetch_refuses_an_html_page_that_calls_itself_a_file(path, part):
+    with serve({"content": b"<!DOCTYPE html><html>sign in</html>"}) as server:
+        with pytest.raises(UserError, match="is not an .npz file but an HTML page"):
+            fetch(server.url, path, check=pretrained.load_npz)
+    assert not part.exists() and not path.exists()
+
+
+def test_fetch_reports_a_full_disk(path, part):
+    part.symlink_to("/dev/full")
+    with serve() as server, pytest.raises(UserError) as caught:
+        fetch(server.url, path)
+    assert str(caught.value) == (
+        f"cannot write {path}: No space left on device; make room there, or name another folder in $VIT_JAX_CACHE"
+    )
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("cache", ["/proc/nowhere", "/dev/null"])
+def test_fetch_reports_a_folder_that_cannot_be_written(cache):
+    with pytest.raises(UserError, match=rf"^cannot write {cache}/sub/file.bin: .*; make room there, or name another"):
+        fetch("http://127.0.0.1:1/file.bin", f"{cache}/sub/file.bin")
+
+
+def test_fetch_reports_a_lock_that_cannot_be_made(path, part):
+    path.with_name("file.bin.lock").mkdir()
+    with pytest.raises(UserError, match="cannot write .*file.bin: "):
+        fetch("http://127.0.0.1:1/file.bin", path)
+
+
+@pytest.mark.parametrize("mirror", ["mirror.example", "ftp://mirror.example", "/srv/mirror"])
+def test_a_mirror_that_is_no_address_is_refused(path, monkeypatch, mirror):
+    monkeypatch.setenv("VIT_JAX_MIRROR", mirror)
+    with pytest.raises(UsageError, match=rf"\$VIT_JAX_MIRROR is '{mirror}'; expected an address"):
+        fetch("https://storage.googleapis.com/x.npz", path)
+    assert not path.exists()
 
 
 def test_fetch_gives_up_on_a_busy_server(path, part):

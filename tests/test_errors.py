@@ -1,4 +1,5 @@
 import argparse
+import io
 
 import jax.numpy as jnp
 import pytest
@@ -18,6 +19,7 @@ def raising(error):
     [
         (UsageError("--x is 3;\n  expected 4"), 2, "error: --x is 3; expected 4\n"),
         (UserError("the file is damaged"), 1, "error: the file is damaged\n"),
+        (MemoryError("Unable to allocate 4 PiB"), 1, "error: out of memory: Unable to allocate 4 PiB\n"),
         (PermissionError(13, "Permission denied", "a"), 1, "error: [Errno 13] Permission denied: 'a'\n"),
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on from the last checkpoint\n"),
     ],
@@ -25,6 +27,14 @@ def raising(error):
 def test_run_command_makes_one_line_and_an_exit_code(capsys, error, code, line):
     assert run_command(raising(error)) == code
     assert capsys.readouterr().err == line
+
+
+def test_run_command_prints_names_that_are_no_text(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert run_command(lambda: print("\udcff.png") or 0) == 0
+    stdout.flush()
+    assert stdout.buffer.getvalue() == b"\\udcff.png\n"
 
 
 def test_run_command_passes_the_code_of_a_command_that_ends_well():

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
 import vit_jax
 from configs import digits
-from vit_jax import export, pretrained, trainer
+from vit_jax import build, export, pretrained, trainer
 from vit_jax.errors import UserError
 
 FORMATS = ("npz", "orbax", "safetensors", "stablehlo")
@@ -44,6 +45,30 @@ def images(workdir):
 
 def logits_of(source, images):
     return vit_jax.load(source).logits(images)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("image_size", 20, r"image_size 20 \(parameters: 16\)"),
+        ("image_size", "16", "image_size is '16'; expected a whole number"),
+        ("pixel_mean", [127, 127, 127], r"pixel_mean is \[127, 127, 127\]; expected three numbers from 0 to 1"),
+        ("class_names", ["0"] * 9, r"number of class_names 9 \(parameters: 10\)"),
+        ("class_names", None, "class_names is None; expected a list of texts"),
+        ("architecture", "vgg", "architecture is 'vgg'; expected one of vit"),
+        ("model", None, "it names no model"),
+        ("num_heads", 3, r"num_heads 3 \(parameters: 4\)"),
+    ],
+)
+def test_a_description_of_another_model_is_refused(exported, tmp_path, key, value, message):
+    about = pretrained.read_about(exported / "npz")
+    (about["model"] if key in about["model"] else about)[key] = value
+    path = tmp_path / "x.npz"
+    pretrained.save_npz(path, pretrained.load_npz(exported / "npz"), about)
+    with pytest.raises(UserError, match=f"x.npz: what the file says of its model is damaged .*{message}"):
+        vit_jax.load(path)
+    with pytest.raises(UserError, match=f"x.npz: what the file says of its model is damaged .*{message}"):
+        build.load_source(ConfigDict({"pretrained": str(path)}))
 
 
 @pytest.mark.parametrize("name", ["npz", "orbax", "safetensors"])

@@ -14,7 +14,7 @@ from conftest import set_keys
 from flax.traverse_util import flatten_dict
 
 from configs import digits
-from vit_jax import optim, trainer
+from vit_jax import optim, plotting, trainer
 from vit_jax.models import VisionTransformer
 
 MODEL = {"patch_size": 4, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 256}
@@ -82,7 +82,7 @@ def patches():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "create_job", create_once)
         curves = types.SimpleNamespace(savefig=lambda path, dpi: None)
-        patch.setattr(trainer.plotting, "plot_curves", lambda records, title: curves)
+        patch.setattr(plotting, "plot_curves", lambda records, title: curves)
         yield jobs
 
 

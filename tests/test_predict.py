@@ -93,6 +93,23 @@ def test_a_bad_file_is_reported_and_the_rest_goes_on(workdir, pictures, run_comm
     assert last == "error: 3 of 5 pictures could not be read, see above; the others were answered"
 
 
+@pytest.mark.parametrize("exported", [True, False])
+def test_the_first_answer_comes_soon_and_needs_no_large_package(workdir, pictures, run_command, exported):
+    source, large = workdir, {"matplotlib", "sklearn", "tensorflow", "tensorflow_datasets", "tensorboardX"}
+    if exported:  # only a run's folder is read by Orbax
+        source, large = "micro", large | {"orbax"}
+    words = ["--workdir", str(source), str(pictures[0] / "a_rgb.png")]
+    code = (
+        f"import sys, time; from vit_jax import predict; predict.main({words}); "
+        "print(time.process_time(), *sys.modules, sep='\\n')"
+    )
+    result = run_command("-c", code)
+    assert result.returncode == 0, result.stderr
+    _, seconds, *modules = result.stdout.splitlines()
+    assert float(seconds) < 6  # of both cores together, so that it does not matter what else runs
+    assert "jax" in modules and not large & set(modules)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -100,6 +117,8 @@ def test_a_bad_file_is_reported_and_the_rest_goes_on(workdir, pictures, run_comm
         ([], 2, "the following arguments are required: PICTURE"),
         (["benchmarks"], 1, "benchmarks names no picture"),
         (["nowhere/*.png"], 1, "nowhere/*.png names no picture"),
+        (["a.png"], 1, "picture a.png: no such file"),
+        (["configs/base.py"], 1, "picture configs/base.py cannot be decoded (not a picture)"),
         (["a.png", "--workdir", "configs"], 1, "configs is a folder without parameters"),
         (["a.png", "--workdir", "imagenet22k"], 2, "no pretrained file 'imagenet22k'"),
     ],

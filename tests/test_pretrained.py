@@ -1,7 +1,9 @@
 import contextlib
 import importlib.resources
+import io
 import os
 import pathlib
+import tracemalloc
 import urllib.parse
 import zipfile
 
@@ -207,6 +209,66 @@ def test_load_npz_never_unpickles(path):
     np.savez(path, cls=np.array([Trap()], object))
     assert "cls.npy holds Python objects, and nothing is unpickled here" in refusal(path)
     assert not ran
+
+
+@pytest.mark.parametrize("shape", [(10**15,), (10**9, 3), (-24,), (-4, -6), (2**32, 2**32, 4)])
+def test_load_npz_takes_no_memory_for_what_a_header_only_promises(path, shape):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("cls.npy", header.getvalue() + bytes(96))
+    tracemalloc.start()
+    assert "is damaged at cls.npy: an array" in refusal(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**21
+
+
+def test_load_npz_unpacks_no_bomb(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("cls.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": (300 << 20,)})
+        for _ in range(300):
+            member.write(bytes(1 << 20))
+    assert "would unpack to 314,572,928: parameters do not compress so well" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "array", [np.array("1.0"), np.zeros(2, "M8[s]"), np.ones(2, complex), np.zeros(2, [("a", "f4")]), np.zeros(2, "V4")]
+)
+def test_load_npz_refuses_what_are_no_numbers(path, array):
+    np.savez(path, cls=array)
+    assert f"cls.npy holds {array.dtype}; expected real numbers" in refusal(path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_load_npz_refuses_a_key_that_is_there_twice(path):
+    np.savez(path, cls=np.zeros(2))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("cls.npy", b"")
+    assert "holds cls.npy more than once" in refusal(path)
+
+
+def test_load_npz_names_a_member_that_no_decompressor_can_read(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("cls.npy", bytes(2000))
+    content = bytearray(path.read_bytes())
+    content[45:60] = b"\xff" * 15
+    path.write_bytes(content)
+    assert "is damaged at cls.npy" in refusal(path)
+
+
+def test_load_npz_does_not_wait_for_a_pipe(path):
+    os.mkfifo(path)
+    assert "is no regular file" in refusal(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39])
+def test_read_model_refuses_numbers_that_float32_cannot_hold(path, value):
+    flat = flat_params()
+    flat["head/bias"] = np.full(5, value)
+    pretrained.save_npz(path, nest(flat))
+    with pytest.raises(UserError, match="params.npz: head/bias holds numbers that float32 cannot"):
+        pretrained.read_model(str(path))
 
 
 def test_load_npz_says_which_keys_are_at_odds(path):

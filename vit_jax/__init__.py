@@ -22,8 +22,11 @@ def load(source: str | os.PathLike[str]) -> Any:
     """
     from pathlib import Path
 
-    from vit_jax import classifier, trainer
-
     source = os.fspath(source)
-    is_run = (Path(source) / "checkpoints").is_dir()
-    return trainer.load_run(source) if is_run else classifier.load_exported(source)
+    if (Path(source) / "checkpoints").is_dir():
+        from vit_jax import trainer
+
+        return trainer.load_run(source)
+    from vit_jax import classifier
+
+    return classifier.load_exported(source)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import vit_jax
-from vit_jax import preprocess, pretrained
+from vit_jax import preprocess, pretrained, settings
 from vit_jax.errors import UsageError, UserError, one_line
 from vit_jax.models import ARCHITECTURES, HEAD_INITS, POOLS
 from vit_jax.types import Params
@@ -20,6 +20,9 @@ INFER = {"vit": pretrained.infer_architecture, "resnet50": pretrained.infer_resn
 
 _NOT_IN_SHAPES = ("gelu_approximate", "layer_norm_epsilon")
 """Arguments that are part of what parameters mean, and that their shapes do not tell."""
+
+_LARGEST_SIZE = 2**16
+"""Of a module's constructor arguments: larger models than there are, and no tracing without end."""
 
 
 class Source(NamedTuple):
@@ -31,7 +34,15 @@ class Source(NamedTuple):
 
 def load_source(config: ConfigDict) -> Source | None:
     """Reads the pretrained file; None where the run starts from scratch."""
-    return Source(*pretrained.read_model(config.pretrained)) if config.pretrained else None
+    if not config.pretrained:
+        return None
+    params, about = pretrained.read_model(config.pretrained)
+    try:
+        if about is not None:
+            check_about(about, params)
+    except UserError as error:
+        raise UserError(f"{config.pretrained}: {error}") from error
+    return Source(params, about)
 
 
 def create_model(config: ConfigDict, source: Source | None, *, num_classes: int) -> Any:
@@ -139,7 +150,9 @@ def _expected(key: str, kind: Any, value: Any) -> str:
     """What a constructor's argument should be, where it is not."""
 
     def is_size(number: Any) -> bool:
-        return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+        return isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= _LARGEST_SIZE
+
+    size = f"a whole number of at least 1, at most {_LARGEST_SIZE:,}"
 
     def are_sizes(numbers: Any) -> bool:
         return isinstance(numbers, tuple) and all(map(is_size, numbers))
@@ -149,10 +162,10 @@ def _expected(key: str, kind: Any, value: Any) -> str:
         "pool": (value in POOLS, f"one of {', '.join(POOLS)}"),
         bool: (isinstance(value, bool), "True or False"),
         float: (isinstance(value, int | float) and 0 <= value < 1, "a number of at least 0 and below 1"),
-        int: (is_size(value), "a whole number of at least 1"),
-        int | None: (value is None or is_size(value), "a whole number of at least 1"),
-        tuple[int, ...]: (are_sizes(value) and bool(value), "a tuple of whole numbers of at least 1"),
-        tuple[int, ...] | None: (value is None or are_sizes(value), "None, or a tuple of whole numbers of at least 1"),
+        int: (is_size(value), size),
+        int | None: (value is None or is_size(value), size),
+        tuple[int, ...]: (are_sizes(value) and bool(value), f"a tuple, each {size}"),
+        tuple[int, ...] | None: (value is None or are_sizes(value), f"None, or a tuple, each {size}"),
     }
     holds, expected = checks.get(key) or checks[kind]
     return "" if holds else expected
@@ -173,17 +186,47 @@ def describe(config: ConfigDict, model: Any, class_names: Sequence[str]) -> dict
     }
 
 
-def rebuild_model(about: dict[str, Any], *, dtype: str = "float32") -> Any:
+def rebuild_model(about: dict[str, Any], params: Params, *, dtype: str = "float32") -> Any:
     """The module that `describe` described.
 
     Raises:
-        UserError: the description is none.
+        UserError: the description is none, or not that of the parameters.
     """
+    check_about(about, params)
+    sizes = dict(about["model"])
     try:
-        sizes = dict(about["model"])
         return build_model(about["architecture"], sizes, num_classes=sizes.pop("num_classes"), dtype=dtype)
-    except (KeyError, TypeError, UsageError) as error:
-        raise UserError(f"what the file says of its model is damaged ({one_line(error)}); export it again") from error
+    except UsageError as error:
+        raise _damaged(one_line(error)) from error
+
+
+def check_about(about: dict[str, Any], params: Params) -> None:
+    """Compares a description with what `describe` writes, and with the parameters beside it.
+
+    Raises:
+        UserError: the description is none, or not that of the parameters.
+    """
+    for key in ("architecture", "image_size", "pixel_mean", "pixel_deviation"):
+        wrong = settings.complaint(key, about.get(key))
+        if wrong:
+            raise _damaged(wrong)
+    names = about.get("class_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise _damaged(f"class_names is {names!r}; expected a list of texts")
+    if not isinstance(about.get("model"), dict):
+        raise _damaged("it names no model")
+    architecture = about["architecture"]
+    said, sizes = _with_tuples(about["model"]), INFER[architecture](params)
+    said |= {"image_size": about["image_size"], "number of class_names": len(names)}
+    image_size = image_size_of(params, sizes) or about["image_size"]
+    sizes |= {"image_size": image_size, "number of class_names": sizes["num_classes"]}
+    others = [f"{key} {said.get(key)} (parameters: {sizes[key]})" for key in sizes if said.get(key) != sizes[key]]
+    if others:
+        raise _damaged(", ".join(others))
+
+
+def _damaged(why: str) -> UserError:
+    return UserError(f"what the file says of its model is damaged ({why}); export it again")
 
 
 def describe_file(params: Params) -> dict[str, Any]:
@@ -201,18 +244,27 @@ def describe_file(params: Params) -> dict[str, Any]:
     return {
         "architecture": architecture,
         "model": sizes,
-        "image_size": 224 if architecture == "resnet50" else _image_size(params, sizes),
+        "image_size": image_size_of(params, sizes) or 224,
         "pixel_mean": list(preprocess.HALF),
         "pixel_deviation": list(preprocess.HALF),
         "class_names": names if num_classes == len(names) else [str(i) for i in range(num_classes)],
     }
 
 
-def _image_size(params: Params, sizes: dict[str, Any]) -> int:
-    """Pixels of the pictures that a ViT's position embeddings are for."""
-    model = ARCHITECTURES["vit"](**sizes)
-    positions = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - (model.pool == "cls")
-    side = math.isqrt(positions)
-    if side * side != positions:
-        raise UserError(f"the position embeddings are of {positions} patches, which is not a square")
-    return side * model.pixels_per_patch
+def image_size_of(params: Params, sizes: dict[str, Any]) -> int | None:
+    """Pixels, square, that position embeddings are of; None for a model that has none.
+
+    Args:
+        params: of the model.
+        sizes: read off them.
+
+    Raises:
+        UserError: they are not of a square.
+    """
+    if "Transformer" not in params:
+        return None
+    num_patches = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - ("cls" in params)
+    side = math.isqrt(num_patches)
+    if not side or side * side != num_patches:
+        raise UserError(f"the position embeddings are of {num_patches} patches, which is not a square")
+    return side * ARCHITECTURES["vit"](**sizes).pixels_per_patch

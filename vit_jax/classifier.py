@@ -110,10 +110,13 @@ def load_exported(name_or_path: str) -> Classifier:
         UserError: it cannot be read, is no known model, or has no head.
     """
     params, about = pretrained.read_model(name_or_path)
-    about = about or build.describe_file(params)
-    if "head" not in params:
-        raise UserError(f"{name_or_path} has no head and knows no classes; start a run from it (config.pretrained)")
-    return Classifier(**fields(build.rebuild_model(about), params, about))
+    try:
+        about = about or build.describe_file(params)
+        if "head" not in params:
+            raise UserError("it has no head and knows no classes; start a run from it (config.pretrained)")
+        return Classifier(**fields(build.rebuild_model(about, params), params, about))
+    except UserError as error:
+        raise UserError(f"{name_or_path}: {error}") from error
 
 
 def check_head(classifier: Classifier, name: str) -> None:

@@ -16,9 +16,10 @@ from pathlib import Path
 import filelock
 from tqdm import tqdm
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UsageError, UserError, one_line
 
 _CHUNK_BYTES = 1 << 18
+_LONGEST_PAUSE_SECONDS = 120
 _BROKEN = (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException, ssl.SSLError)
 
 
@@ -60,30 +61,44 @@ def fetch(
         `path`.
 
     Raises:
-        UserError: the file cannot be had, or is not what was expected. A .part whose content is wrong is removed.
+        UserError: the file cannot be had or written, or is not what was expected. A .part whose content is wrong is
+            removed.
+        UsageError: `$VIT_JAX_MIRROR` holds no address.
     """
     path = Path(path)
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path):
-        if not path.exists():
-            _fetch(
-                mirrored(url),
-                path,
-                num_bytes=num_bytes,
-                sha256=sha256,
-                check=check,
-                timeout_seconds=timeout_seconds,
-                num_attempts=num_attempts,
-                pause_seconds=pause_seconds,
-            )
+    try:
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path):
+            if not path.exists():
+                _fetch(
+                    mirrored(url),
+                    path,
+                    num_bytes=num_bytes,
+                    sha256=sha256,
+                    check=check,
+                    timeout_seconds=timeout_seconds,
+                    num_attempts=num_attempts,
+                    pause_seconds=pause_seconds,
+                )
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or one_line(error)}; make room there, or name another folder in "
+            "$VIT_JAX_CACHE"
+        ) from error
     return path
 
 
 def mirrored(url: str) -> str:
-    """The address to ask: `$VIT_JAX_MIRROR/HOST/PATH` for `https://HOST/PATH` where that variable is set."""
+    """The address to ask: `$VIT_JAX_MIRROR/HOST/PATH` for `https://HOST/PATH` where that variable is set.
+
+    Raises:
+        UsageError: the variable holds no address.
+    """
     mirror = os.environ.get("VIT_JAX_MIRROR", "").rstrip("/")
+    if mirror and not mirror.startswith(("http://", "https://")):
+        raise UsageError(f"$VIT_JAX_MIRROR is {mirror!r}; expected an address such as https://mirror.example")
     return f"{mirror}/{url.split('://', maxsplit=1)[1]}" if mirror else url
 
 
@@ -141,6 +156,7 @@ def _download(
         try:
             return _download_once(url, part, num_bytes=num_bytes, timeout_seconds=timeout_seconds)
         except _BROKEN as error:
+            asked_seconds = _retry_after(error)
             code = getattr(error, "code", 500)
             if code == 416:  # the .part is longer than the file, or belongs to an older one
                 part.unlink(missing_ok=True)
@@ -151,7 +167,16 @@ def _download(
             most_bytes = max(most_bytes, have)
             if num_failures >= num_attempts:
                 raise
-        time.sleep(pause_seconds * 2 ** (num_failures - 1))
+        time.sleep(max(pause_seconds * 2 ** (num_failures - 1), asked_seconds))
+
+
+def _retry_after(error: Exception) -> float:
+    """The seconds for which a busy server asks to be left alone, within reason; a date there is passed over."""
+    value = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
+    seconds = min(int(value), _LONGEST_PAUSE_SECONDS) if value.isdecimal() else 0
+    if seconds > 5:
+        print(f"the server asks to wait {seconds} seconds …", file=sys.stderr)
+    return seconds
 
 
 def _download_once(url: str, part: Path, *, num_bytes: int | None, timeout_seconds: float) -> None:
@@ -176,9 +201,10 @@ def _download_once(url: str, part: Path, *, num_bytes: int | None, timeout_secon
             raise http.client.HTTPException(f"asked for byte {have}, got byte {start}")
         if num_bytes is not None and total is not None and total != num_bytes:
             raise _Refused(f"the server has {total:,} bytes, expected {num_bytes:,}")
+        total = num_bytes if total is None else total
         bar = tqdm(desc=part.stem, initial=start, total=total, unit="B", unit_scale=True, unit_divisor=1024)
         with part.open("ab" if start else "wb") as file, bar:
-            while chunk := response.read(_CHUNK_BYTES):
+            while chunk := response.read1(_CHUNK_BYTES):  # what has come; `read` would lose it where the rest stalls
                 file.write(chunk)
                 bar.update(len(chunk))
     if total is not None and _size(part) < total:

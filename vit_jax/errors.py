@@ -1,6 +1,7 @@
 """Errors that a user can cause: one line on stderr and an exit code, never a traceback."""
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -27,9 +28,11 @@ def run_command(main: Callable[[], int]) -> int:
 
     Returns:
         The exit code: that of `main`, 2 for a `UsageError`, 1 for another `UserError` or an
-        operating-system error that reached the top (a full disk, a missing permission) and for a device out of memory,
+        operating-system error that reached the top (a full disk, a missing permission) and where memory ran out,
         130 for Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file's name may hold what cannot be printed
     # Orbax warns at length about what it does as it was told, and logs with a traceback the errors that it also raises.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
@@ -43,6 +46,9 @@ def run_command(main: Callable[[], int]) -> int:
         return 1
     except OSError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    except MemoryError as error:
+        print(f"error: out of memory: {one_line(error)}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):  # JAX's word for a device that is out of memory

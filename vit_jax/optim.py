@@ -1,6 +1,7 @@
 """Which parameters train, the learning rate over the steps, and the chain of gradient transformations."""
 
 import re
+import warnings
 from collections.abc import Sequence
 
 import jax
@@ -47,8 +48,9 @@ def check_patterns(patterns: Sequence[str], *, key: str) -> None:
     """Raises UsageError for what is no regular expression; `key` of the config holds the patterns."""
     for pattern in patterns:
         try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
+            with warnings.catch_warnings(action="error", category=FutureWarning):  # "[[:alpha:]]" is not known here
+                re.compile(pattern)
+        except (re.error, TypeError, OverflowError, RecursionError, FutureWarning) as error:
             raise UsageError(f"config.{key}: {pattern!r} is not a regular expression: {error}") from error
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.errors import UsageError, UserError, parse_arguments, run_command
+from vit_jax.errors import UsageError, UserError, one_line, parse_arguments, run_command
 
 _BATCH_SIZE = 128
 
@@ -40,8 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     num_failed = 0
     for path, answer in predict_files(classifier, paths):
         if isinstance(answer, UserError):
+            if len(paths) == 1:
+                raise answer
             num_failed += 1
-            print(f"error: {answer}", file=sys.stderr)
+            print(f"error: {one_line(answer)}", file=sys.stderr)
             continue
         best = np.argsort(-answer, kind="stable")[: arguments.top]
         classes = [(classifier.class_names[i], float(answer[i])) for i in best]

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,11 @@ from vit_jax import models, optim, preprocess
 from vit_jax.errors import UsageError, UserError, one_line
 from vit_jax.writer import write_beside
 
+_LARGEST_WHOLE = 2**31 - 1
+"""Steps and the like are 32 bits wide on the device."""
+_LARGEST_NUMBER = 1e38
+"""Of float32, about."""
+
 
 class _Rule(NamedTuple):
     types: tuple[type, ...]
@@ -20,20 +24,21 @@ class _Rule(NamedTuple):
     holds: Callable[[Any], bool]
 
 
-def _whole(least: int) -> _Rule:
-    return _Rule((int,), f"a whole number of at least {least}", lambda value: value >= least)
+def _whole(least: int, most: int = _LARGEST_WHOLE) -> _Rule:
+    expected = f"a whole number of at least {least}, at most {most:,}"
+    return _Rule((int,), expected, lambda value: least <= value <= most)
 
 
 def _number(expected: str, holds: Callable[[float], bool]) -> _Rule:
-    return _Rule((int, float), expected, lambda value: math.isfinite(value) and holds(value))
+    return _Rule((int, float), expected, lambda value: abs(value) <= _LARGEST_NUMBER and holds(value))
 
 
 def _one_of(*names: str) -> _Rule:
     return _Rule((str,), "one of " + ", ".join(names), lambda value: value in names)
 
 
-def _are_numbers(values: Any) -> bool:
-    return len(values) == 3 and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+def _are_shares(values: Any) -> bool:
+    return len(values) == 3 and all(isinstance(value, int | float) and 0 <= value <= 1 for value in values)
 
 
 _TEXT = _Rule((str,), "a text", lambda value: True)
@@ -55,11 +60,11 @@ _RULES = {
         (tuple, list), "a tuple of class names", lambda value: all(isinstance(x, str) for x in value)
     ),
     "dataset.storage": _one_of("auto", "memory", "stream"),
-    "dataset.num_workers": _whole(0),
-    "image_size": _whole(1),
-    "pixel_mean": _Rule((tuple, list), "three numbers", lambda value: _are_numbers(value)),
+    "dataset.num_workers": _whole(0, 1024),
+    "image_size": _whole(1, 16_384),
+    "pixel_mean": _Rule((tuple, list), "three numbers from 0 to 1", _are_shares),
     "pixel_deviation": _Rule(
-        (tuple, list), "three numbers above 0", lambda value: _are_numbers(value) and min(value) > 0
+        (tuple, list), "three numbers above 0, at most 1", lambda value: _are_shares(value) and min(value) > 0
     ),
     "augment": _one_of(*preprocess.AUGMENTATIONS),
     "test_augment": _one_of(*preprocess.AUGMENTATIONS),
@@ -123,16 +128,12 @@ def check_config(config: ConfigDict) -> None:
         if key not in _RULES and not key.startswith("model."):
             near = difflib.get_close_matches(key, _RULES, n=1)
             raise UsageError(f"config.{key}: no such key" + (f"; did you mean config.{near[0]}?" if near else ""))
-    for key, rule in _RULES.items():
+    for key in _RULES:
         if key not in flat:
             raise UsageError(f"config.{key} is missing: start from configs/base.py, which holds every key")
-        value = flat[key]
-        if (
-            not isinstance(value, rule.types)
-            or isinstance(value, bool) != (bool in rule.types)
-            or not rule.holds(value)
-        ):
-            raise UsageError(f"config.{key} is {value!r}; expected {rule.expected}")
+        wrong = complaint(key, flat[key])
+        if wrong:
+            raise UsageError(f"config.{wrong}")
     optim.trainable_patterns(config.trainable)
     optim.check_patterns(config.lora.targets, key="lora.targets")
     if config.batch_size % config.accumulation_steps:
@@ -141,6 +142,14 @@ def check_config(config: ConfigDict) -> None:
         )
     if config.warmup_steps > config.num_steps:
         raise UsageError(f"config.warmup_steps {config.warmup_steps} is above num_steps {config.num_steps}")
+
+
+def complaint(key: str, value: Any) -> str:
+    """What is wrong with the type or range of one key's value; empty where it is right."""
+    rule = _RULES[key]
+    if isinstance(value, rule.types) and isinstance(value, bool) == (bool in rule.types) and rule.holds(value):
+        return ""
+    return f"{key} is {value!r}; expected {rule.expected}"
 
 
 def check_same(config: ConfigDict, workdir: Path) -> None:

@@ -22,7 +22,6 @@ from vit_jax import (
     features,
     lora,
     metrics,
-    plotting,
     settings,
     sharding,
     steps,
@@ -60,13 +59,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         return summarize(config, workdir)
     check_writable(workdir)
     job, create_state = create_job(config)
+    # Before a folder is made: the pretrained file may not fit.
+    state = create_state() if restored_step is None else job.program.abstract_state
+    del create_state
     with checkpoint.open_manager(workdir) as checkpoints:
-        if restored_step is None:
-            state = create_state()
-        else:
+        if restored_step is not None:
             print(f"going on from step {restored_step}")
-            state = checkpoint.restore(checkpoints, job.program.abstract_state, restored_step)
-        del create_state
+            state = checkpoint.restore(checkpoints, state, restored_step)
         if distributed.is_first():
             settings.save_config(config, workdir)
         train_steps = job.compile_train_steps()
@@ -171,7 +170,7 @@ def load_run(workdir: str | Path, *, step: int | None = None, averages: bool = T
             raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, there))}")
         params, about = checkpoint.restore_params(checkpoints, step, sharding.replicated(mesh), averages=averages)
         params = lora.merge_factors(params, alpha=config.lora.alpha)
-    model = build.rebuild_model(about, dtype=config.dtype)
+    model = build.rebuild_model(about, params, dtype=config.dtype)
     return Run(**classifier.fields(model, params, about), config=config, step=step, mesh=mesh, about=about)
 
 
@@ -286,6 +285,8 @@ def summarize(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """Draws a finished run's curves, prints its results and what to type next; returns the results."""
     if not distributed.is_first():
         return {}
+    from vit_jax import plotting  # matplotlib takes long to import, and who only loads a run needs none
+
     records = read_records(workdir / "metrics.jsonl", last_step=config.num_steps)
     plotting.plot_curves(records, title=workdir.name).savefig(workdir / "curves.png", dpi=120)
     results = next(record for record in reversed(records) if "test/accuracy" in record)

@@ -14,7 +14,7 @@ import numpy as np
 
 from vit_jax.crops import Box
 from vit_jax.data.splits import SplitSlice
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, one_line
 from vit_jax.types import Split
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def decode_picture(
     from PIL import Image, ImageOps
 
     try:
+        _check_regular(source)
         with Image.open(source) as image:
             width, height = upright_size(image)
             top, left, rows, columns = map(float, draw_box(height, width)) if draw_box else (0.0, 0.0, height, width)
@@ -222,7 +223,9 @@ def _read_sizes(images: Encoded) -> set[tuple[int, int]]:
     sizes: set[tuple[int, int]] = set()
 
     def read_size(i: int) -> None:
-        with Image.open(images.open_picture(images.numbers[i])) as image:
+        source = images.open_picture(images.numbers[i])
+        _check_regular(source)
+        with Image.open(source) as image:
             sizes.add(upright_size(image))
 
     _for_each_picture(images, read_size, "reading headers")
@@ -270,11 +273,17 @@ def _for_each_picture(images: Encoded, work: Callable[[int], None], title: str) 
         raise UserError(message + (f"; {len(failed) - 1} more pictures fail" if len(failed) > 1 else "")) from error
 
 
+def _check_regular(source: str | Path | BinaryIO) -> None:
+    """Refuses a pipe, from which a picture could be waited for forever, a device and a folder."""
+    if isinstance(source, str | Path) and os.path.exists(source) and not os.path.isfile(source):
+        raise OSError("no regular file")
+
+
 def _picture_error(source: str | Path | BinaryIO, error: Exception) -> UserError:
     if isinstance(error, FileNotFoundError):
         return UserError(f"picture {source}: no such file")
     name = source if isinstance(source, str | Path) else getattr(source, "name", "(no name)")
-    reason = "not a picture" if "cannot identify" in str(error) else str(error) or type(error).__name__
+    reason = "not a picture" if "cannot identify" in str(error) else one_line(error)
     return UserError(f"picture {name} cannot be decoded ({reason}); replace or remove it")
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import scipy.ndimage
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.errors import UserError
@@ -150,6 +149,8 @@ def resample_position_embeddings(
     Source:
         Dosovitskiy et al. 2021, section 3.2; as `scipy.ndimage.zoom(order=1)` does it.
     """
+    import scipy.ndimage  # takes long to import, and most files fit as they are
+
     class_row, patches = np.split(pos_embedding, [int(class_token)], axis=1)
     grid = _check_grid(grid, patches.shape[1], "grid")
     width = pos_embedding.shape[2]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError, one_line
 from vit_jax.pretrained.huggingface import load_huggingface
@@ -25,16 +26,28 @@ def read_model(name_or_path: str) -> tuple[Params, dict[str, Any] | None]:
         it; None where it does not say.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, or it is damaged or not finite.
     """
     path = resolve(name_or_path)
     if not path.is_dir():
-        return to_original(load_npz(path)), read_about(path)
-    if (path / "model.safetensors").exists():
-        return load_huggingface(path)
-    if (path / "params").is_dir():
-        return load_folder(path)
-    raise UserError(f"{path} is a folder without parameters; give an .npz file, or a folder that export wrote")
+        params, about = to_original(load_npz(path)), read_about(path)
+    elif (path / "model.safetensors").exists():
+        params, about = load_huggingface(path)
+    elif (path / "params").is_dir():
+        params, about = load_folder(path)
+    else:
+        raise UserError(f"{path} is a folder without parameters; give an .npz file, or a folder that export wrote")
+    _check_finite(path, params)
+    return params, about
+
+
+def _check_finite(path: Path, params: Params) -> None:
+    """Refuses what would make every answer of the model, and every update, no number."""
+    for key, leaf in flatten_dict(params, sep="/").items():
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(np.asarray(leaf).astype(np.float32, copy=False)).all()
+        if not finite:
+            raise UserError(f"{path}: {key} holds numbers that float32 cannot (NaN or infinity); give another file")
 
 
 def save_folder(folder: Path, params: Params, about: dict[str, Any]) -> None:

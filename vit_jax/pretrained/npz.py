@@ -2,17 +2,25 @@
 
 import contextlib
 import json
+import math
 import os
 import zipfile
-import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.errors import UserError, one_line
 from vit_jax.types import FlatParams, Params
+
+_MOST_COMPRESSED = 100
+_ALWAYS_UNPACKED_BYTES = 1 << 28
+"""An archive may unpack to so many times its size, or to so many bytes."""
+
+
+class _ObjectsError(Exception):
+    """An array of Python objects, which are pickled."""
 
 
 def load_npz(path: str | os.PathLike) -> Params:
@@ -26,14 +34,17 @@ def load_npz(path: str | os.PathLike) -> Params:
         bfloat16, which the format keeps as two raw bytes, becomes float32 of the same values.
 
     Raises:
-        UserError: it is missing, unreadable, empty, not an .npz, truncated or damaged, holds Python objects, or one of
-            its keys is the beginning of another.
+        UserError: it is missing, unreadable, empty, not an .npz, truncated or damaged, holds what are no numbers or
+            would take a hundred times its size in memory; or a key is there twice or is the beginning of another.
     """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is no regular file, nor a link to one; give the path of an .npz file")
     try:
         with path.open("rb") as file:
             _check_start(path, file.read(256))
             with zipfile.ZipFile(file) as archive:
+                _check_members(path, archive.infolist())
                 flat = {info.filename.removesuffix(".npy"): _read(path, archive, info) for info in archive.infolist()}
     except FileNotFoundError as error:
         raise UserError(
@@ -43,7 +54,7 @@ def load_npz(path: str | os.PathLike) -> Params:
         raise UserError(f"{path} is a folder; give the path of the .npz file itself") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or one_line(error)}; check it and its disk") from error
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} is truncated or damaged: the directory that ends an .npz file is not to be found in its "
             f"{path.stat().st_size:,} bytes; download or copy it again"
@@ -63,25 +74,57 @@ def _check_start(path: Path, start: bytes) -> None:
         raise UserError(f"{path} is not an .npz file; expected a ZIP archive of arrays, as numpy.savez writes it")
 
 
+def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
+    """What the directory of an archive tells before anything is unpacked."""
+    names = [info.filename for info in members]
+    for name in names:
+        if not name.endswith(".npy"):
+            raise UserError(f"{path} is not an .npz file: its member {name} is not an array; give another file")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path} holds {twice} more than once; download or copy it again")
+    unpacked, packed = sum(info.file_size for info in members), path.stat().st_size
+    if unpacked > max(_ALWAYS_UNPACKED_BYTES, _MOST_COMPRESSED * packed):
+        raise UserError(
+            f"{path} has {packed:,} bytes and would unpack to {unpacked:,}: parameters do not compress so well; "
+            "give another file"
+        )
+
+
 def _read(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     """Reads one member."""
-    if not info.filename.endswith(".npy"):
-        raise UserError(f"{path} is not an .npz file: its member {info.filename} is not an array; give another file")
     try:
         with archive.open(info) as member:
+            _check_header(member, info.file_size)
+        with archive.open(info) as member:  # from its start again: after a step back its CRC would not be compared
             array = np.lib.format.read_array(member, allow_pickle=False)
-            # The CRC is compared where the member ends; a damaged header may make the array end before.
-            if member.read():
-                raise zipfile.BadZipFile("bytes after the array")
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        if "pickle" in str(error) or "Object arrays" in str(error):
-            raise UserError(
-                f"{path}: {info.filename} holds Python objects, and nothing is unpickled here; save plain numbers"
-            ) from error
+            member.read()  # the CRC is compared where a member ends
+    except _ObjectsError as error:
+        raise UserError(
+            f"{path}: {info.filename} holds Python objects, and nothing is unpickled here; save plain numbers"
+        ) from error
+    except Exception as error:  # a damaged archive makes zipfile, its decompressors and NumPy raise nearly anything
         raise UserError(
             f"{path} is damaged at {info.filename}: {one_line(error)}; download or copy it again"
         ) from error
-    return decode_bfloat16(array)
+    array = decode_bfloat16(array)
+    if array.dtype.kind not in "biuf":
+        raise UserError(f"{path}: {info.filename} holds {array.dtype}; expected real numbers; give another file")
+    return array
+
+
+def _check_header(member: IO[bytes], num_bytes: int) -> None:
+    """Compares what an array's header promises with the bytes of its member, before any memory is taken for it."""
+    version = np.lib.format.read_magic(member)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"an array in format {version}; expected (1, 0) or (2, 0)")
+    shape, _, dtype = read(member)
+    if dtype.hasobject:
+        raise _ObjectsError
+    promised, there = math.prod(shape) * dtype.itemsize, num_bytes - member.tell()
+    if promised != there or min(shape, default=0) < 0:
+        raise ValueError(f"an array {list(shape)} of {dtype} takes {promised:,} bytes, there are {there:,}")
 
 
 def decode_bfloat16(array: np.ndarray) -> np.ndarray:
@@ -106,7 +149,7 @@ def read_about(path: str | os.PathLike) -> dict[str, Any] | None:
         comment = archive.comment
     try:
         about = json.loads(comment)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return about if isinstance(about, dict) else None
 

@@ -1,0 +1,125 @@
+"""How fast `predict` answers for picture files, beside `evaluate` on the same pictures in memory.
+
+    python benchmarks/predict.py                                  crops of scikit-learn's two photographs
+    VIT_JAX_CIFAR10=ARCHIVE python benchmarks/predict.py          test pictures of CIFAR-10 (cifar-10-binary.tar.gz)
+
+The micro ViT at 32 px; 1,000 files, PNG and JPEG by turns, of 32 × 32 pixels (`--size` for others), in one call. Both
+are run once to compile, then by turns; start-up is not counted. The program prints pictures per second of each turn,
+the medians, their ratio, and that of the CPU's seconds; it exits with 1 where the first ratio is below 0.8.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import vit_jax
+from vit_jax import data, predict, sharding, steps
+from vit_jax.classifier import Classifier
+from vit_jax.errors import UsageError, UserError, parse_arguments, run_command
+from vit_jax.job import create_evaluate
+
+LEAST_RATIO = 0.8
+
+
+def load_pictures(number: int, size: int) -> np.ndarray:
+    """Real pictures, uint8 [n h w 3]."""
+    from PIL import Image
+
+    archive = os.environ.get("VIT_JAX_CIFAR10")
+    if archive:
+        images = data.load_dataset("cifar10", data_dir=archive, image_size=32).test.images[:number]
+        return np.stack([np.asarray(Image.fromarray(image).resize((size, size))) for image in images])
+    from sklearn.datasets import load_sample_images
+
+    photographs = load_sample_images().images
+    rng = np.random.default_rng(0)
+    crops = []
+    for i in range(number):
+        photograph = photographs[i % len(photographs)]
+        top, left = (int(rng.integers(length - size + 1)) for length in photograph.shape[:2])
+        crops.append(photograph[top : top + size, left : left + size])
+    return np.stack(crops)
+
+
+def write_pictures(images: np.ndarray, folder: Path) -> list[str]:
+    """Files of the pictures, PNG and JPEG by turns."""
+    from PIL import Image
+
+    paths = [folder / f"{i:06}{('.png', '.jpg')[i % 2]}" for i in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image).save(path)
+    return [str(path) for path in paths]
+
+
+def make_evaluate(classifier: Classifier, images: np.ndarray) -> Callable[[], object]:
+    """What `evaluate` times: all pictures, which lie on the device, through the model, and the sums."""
+    mesh = sharding.create_mesh()
+    arrays = sharding.place((images, np.zeros(len(images), np.int32)), sharding.replicated(mesh))
+    params = sharding.place(classifier.params, sharding.replicated(mesh))
+    forward = steps.from_pictures(
+        classifier.model,
+        image_size=classifier.image_size,
+        mean=classifier.pixel_mean,
+        deviation=classifier.pixel_deviation,
+    )
+    evaluate = create_evaluate(forward, arrays, mesh, batch_size=256)
+    return lambda: jax.block_until_ready(evaluate(params))
+
+
+def measure(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds on the clock, and of all cores together: the latter do not count what else the machine does."""
+    started, started_working = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - started, time.process_time() - started_working
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints and checks."""
+    parser = argparse.ArgumentParser(description="Speed of predict beside that of evaluate.")
+    parser.add_argument("--pictures", type=int, default=1000, metavar="N")
+    parser.add_argument("--size", type=int, default=32, metavar="PIXELS", help="of the files (32)")
+    parser.add_argument("--turns", type=int, default=7, metavar="N")
+    arguments = parse_arguments(parser, argv)
+    if min(arguments.pictures, arguments.turns) < 1 or not 1 <= arguments.size <= 400:
+        raise UsageError("expected at least one picture and turn, and --size from 1 to 400")
+
+    classifier = vit_jax.load("micro")
+    images = load_pictures(arguments.pictures, arguments.size)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_pictures(images, Path(folder))
+        runs = {
+            "evaluate": make_evaluate(classifier, images),
+            "predict": lambda: list(predict.predict_files(classifier, paths)),
+        }
+        for run in runs.values():
+            run()
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+        for _ in range(arguments.turns):
+            for name, run in runs.items():
+                seconds[name].append(measure(run))
+    print(f"jax {jax.__version__}, {len(paths):,} files of {arguments.size} × {arguments.size} pixels, pictures/s")
+    medians, working = {}, {}
+    for name, pairs in seconds.items():
+        speeds = [len(paths) / clock for clock, _ in pairs]
+        medians[name], working[name] = statistics.median(speeds), statistics.median(work for _, work in pairs)
+        numbers = " ".join(f"{speed:6,.0f}" for speed in speeds)
+        print(f"{name:<10}{numbers}   median {medians[name]:,.0f}; {working[name]:.2f} s of CPU a turn")
+    ratio = medians["predict"] / medians["evaluate"]
+    print(f"ratio {ratio:.2f}; by CPU {working['evaluate'] / working['predict']:.2f}")
+    if ratio < LEAST_RATIO:
+        raise UserError(f"predict runs at {ratio:.2f} of evaluate's speed, expected at least {LEAST_RATIO}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
