@@ -55,8 +55,10 @@ def test_options_that_a_file_does_not_know_are_kept(file):
 
 
 def test_what_a_file_says_beyond_its_sizes_is_taken_unless_the_config_says_otherwise(file, tmp_path):
-    about = {"model": {"gelu_approximate": False, "layer_norm_epsilon": 1e-12}}
-    pretrained.save_npz(tmp_path / "other.npz", pretrained.load_npz(file), about)
+    params = pretrained.load_npz(file)
+    about = build.describe_file(params)
+    about["model"] |= {"gelu_approximate": False, "layer_norm_epsilon": 1e-12}
+    pretrained.save_npz(tmp_path / "other.npz", params, about)
     model = create_model(config_with(pretrained=str(tmp_path / "other.npz")))
     assert (model.gelu_approximate, model.layer_norm_epsilon) == (False, 1e-12)
     model = create_model(config_with(pretrained=str(tmp_path / "other.npz"), model={"gelu_approximate": True}))
@@ -81,7 +83,7 @@ def test_a_model_from_scratch_needs_sizes():
         ({"gelu_approximate": 1}, "config.model.gelu_approximate is 1; expected True or False"),
         ({"head_init": "ones"}, "config.model.head_init is 'ones'; expected one of zeros, xavier"),
         ({"pool": "max"}, "config.model.pool is 'max'; expected one of cls, mean, map"),
-        ({"stem_units": (2, 0)}, "config.model.stem_units is (2, 0); expected None, or a tuple of whole numbers"),
+        ({"stem_units": (2, 0)}, "config.model.stem_units is (2, 0); expected None, or a tuple, each a whole number"),
         ({"stem_units": (1,), "stem_width": 48}, "config.model.stem_width 48 is not a multiple of 32"),
         ({"num_heads": 5}, "hidden_size 24 does not divide into 5 heads"),
         ({"patch_size": 5}, "config.image_size 16 is not a multiple of the patch, 5 pixels"),

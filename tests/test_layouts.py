@@ -334,5 +334,5 @@ def test_a_file_without_a_head_starts_a_run_and_answers_nothing(tmp_path):
     source = build.load_source(config)
     model = build.create_model(config, source, num_classes=10)
     assert build.create_params(config, model, source)["head"]["kernel"].shape == (24, 10)
-    with pytest.raises(UserError, match="file.npz has no head and knows no classes; start a run from it"):
+    with pytest.raises(UserError, match="file.npz: it has no head and knows no classes; start a run from it"):
         classifier.load_exported(str(file))
