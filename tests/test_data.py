@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax import data, download
+from vit_jax import data, download, progress
 from vit_jax.data import pictures
 from vit_jax.errors import UsageError, UserError
 
@@ -527,13 +527,13 @@ def test_a_box_of_a_large_jpeg_or_a_turned_one_is_cut_where_it_lies(tmp_path):
     assert sizes == [(400, 800), (800, 400)]
 
 
-def test_folder_shows_progress_for_many_pictures_only(folder, monkeypatch, capfd):
+def test_folder_shows_progress_where_it_takes_long_only(folder, monkeypatch, capfd):
     load_folder(folder)
     assert capfd.readouterr().err == ""
-    monkeypatch.setattr(pictures, "_PROGRESS_MIN_PICTURES", 3)
+    monkeypatch.setattr(progress, "_DELAY_SECONDS", 0)
     load_folder(folder)
     out, err = capfd.readouterr()
-    assert "decoding" in err and "4/4" in err
+    assert "decoding" in err and "0/4" in err
     assert out == ""
 
 

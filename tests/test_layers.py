@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    ["types", "errors"],
+    ["types", "errors", "progress"],
     ["download", "distributed", "crops"],
     [
         "models",

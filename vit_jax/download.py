@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
-from tqdm import tqdm
 
 from vit_jax.errors import UsageError, UserError, one_line
+from vit_jax.progress import progress_bar
 
 _CHUNK_BYTES = 1 << 18
 _LONGEST_PAUSE_SECONDS = 120
@@ -202,7 +202,8 @@ def _download_once(url: str, part: Path, *, num_bytes: int | None, timeout_secon
         if num_bytes is not None and total is not None and total != num_bytes:
             raise _Refused(f"the server has {total:,} bytes, expected {num_bytes:,}")
         total = num_bytes if total is None else total
-        bar = tqdm(desc=part.stem, initial=start, total=total, unit="B", unit_scale=True, unit_divisor=1024)
+        sizes = {"initial": start, "total": total, "unit": "B", "unit_scale": True, "unit_divisor": 1024}
+        bar = progress_bar(desc=part.stem, delay=0, leave=True, **sizes)
         with part.open("ab" if start else "wb") as file, bar:
             while chunk := response.read1(_CHUNK_BYTES):  # what has come; `read` would lose it where the rest stalls
                 file.write(chunk)

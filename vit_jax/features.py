@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from vit_jax import preprocess, sharding
+from vit_jax.progress import progress_bar
 from vit_jax.steps import Forward, TrainState
 from vit_jax.types import Params
-from vit_jax.writer import bar_interval
 
 
 def extract_features(
@@ -91,7 +90,7 @@ def apply_to_all(
     make_buffer = lambda: jnp.zeros((num_batches * batch_size, *outputs.shape[1:]), outputs.dtype)  # noqa: E731
     buffer = jax.jit(make_buffer, out_shardings=everywhere)()
     fill = jax.jit(fill, donate_argnums=0, out_shardings=everywhere)
-    for i in tqdm(range(num_batches), desc="pictures", unit="batch", leave=False, delay=2, mininterval=bar_interval()):
+    for i in progress_bar(range(num_batches), desc="pictures", unit="batch"):
         rows = np.arange(i * batch_size, (i + 1) * batch_size) % len(images)
         previous, (buffer, start) = start, fill(buffer, start, key, params, sharding.place_rows(images, rows, mesh))
         jax.block_until_ready(previous)  # for the bar's sake; the device already has the next batch

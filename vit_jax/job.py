@@ -13,13 +13,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from vit_jax import build, data, distributed, features, optim, sharding, steps
 from vit_jax.data.streaming import training_batches
 from vit_jax.program import Program, create_program
+from vit_jax.progress import progress_bar
 from vit_jax.types import Dataset, Params, Split
-from vit_jax.writer import bar_interval
 
 Arrays = tuple[jax.Array, jax.Array]
 """Pictures, or features of them, and their labels."""
@@ -199,8 +198,7 @@ def create_evaluate(
 
     def evaluate(params: Params) -> dict[str, jax.Array]:
         totals = sharding.place(steps.start_totals(), sharding.replicated(mesh))
-        bar = tqdm(range(num_batches), desc="test", unit="batch", leave=False, delay=2, mininterval=bar_interval())
-        for number in bar:
+        for number in progress_bar(range(num_batches), desc="test", unit="batch"):
             previous, totals = totals, eval_step(params, *(whole or batch(number)), totals)
             jax.block_until_ready(previous)  # for the bar's sake; the device already has the next batch
         return totals

@@ -93,11 +93,9 @@ def predict_files(classifier: Any, paths: Sequence[str]) -> Iterator[tuple[str, 
     Yields:
         (path, float32 [classes] of probabilities), or (path, why it could not be read), in the order of `paths`.
     """
-    from tqdm import tqdm
-
     from vit_jax.classifier import softmax
     from vit_jax.data import decode_picture
-    from vit_jax.writer import bar_interval
+    from vit_jax.progress import progress_bar
 
     size = (classifier.image_size, classifier.image_size)
     batch_size = classifier.round_up(_BATCH_SIZE, len(paths))
@@ -113,7 +111,7 @@ def predict_files(classifier: Any, paths: Sequence[str]) -> Iterator[tuple[str, 
         return classifier.start(np.stack(images), batch_size) if images else np.zeros((0, 1))
 
     chunks = (paths[first : first + batch_size] for first in range(0, len(paths), batch_size))
-    bar = tqdm(total=len(paths), unit=" pictures", delay=2, mininterval=bar_interval(), leave=False)
+    bar = progress_bar(total=len(paths), unit=" pictures")
     with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         decoding = _behind(2, ((chunk, [pool.submit(decode, path) for path in chunk]) for chunk in chunks))
         decoded = ((chunk, [future.result() for future in futures]) for chunk, futures in decoding)

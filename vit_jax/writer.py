@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vit_jax.progress import progress_bar
+
 
 def read_records(path: Path, *, last_step: int | None = None) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a torn last line, left by a kill, is no line.
@@ -22,11 +24,6 @@ def read_records(path: Path, *, last_step: int | None = None) -> list[dict[str, 
     lines = path.read_text().split("\n")[:-1]  # what follows the last line break is empty or torn
     records = [json.loads(line) for line in lines]
     return [record for record in records if last_step is None or record["step"] <= last_step]
-
-
-def bar_interval() -> float:
-    """Seconds between two drawings of a bar: where nobody watches, a line every half minute and not ten a second."""
-    return 0.1 if sys.stderr.isatty() else 30.0
 
 
 def format_number(number: float) -> str:
@@ -61,12 +58,13 @@ class Writer:
             write_beside(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(os.devnull if silent else path, "a")  # noqa: SIM115
         self._events = None if silent else _create_events(workdir, step)
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=num_steps,
             initial=step,
             unit="step",
             desc="train",
-            mininterval=bar_interval(),
+            delay=0,
+            leave=True,
             dynamic_ncols=True,
             disable=silent,
         )

@@ -15,13 +15,13 @@ import numpy as np
 from vit_jax.crops import Box
 from vit_jax.data.splits import SplitSlice
 from vit_jax.errors import UserError, one_line
+from vit_jax.progress import progress_bar
 from vit_jax.types import Split
 
 if TYPE_CHECKING:
     from PIL import Image
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_PROGRESS_MIN_PICTURES = 2000  # fewer are read before a progress bar could be looked at
 _PICTURES_PER_TASK = 64  # one future a picture would cost as much as decoding a small one
 _EXIF_ORIENTATION = 0x0112
 
@@ -245,8 +245,6 @@ def decode_all(images: Encoded) -> np.ndarray:
 
 def _for_each_picture(images: Encoded, work: Callable[[int], None], title: str) -> None:
     """Calls `work(i)` for every picture in a pool of threads, and names the first of those that fail."""
-    from tqdm import tqdm
-
     num_pictures = len(images)
     failed: dict[int, Exception] = {}
 
@@ -260,8 +258,7 @@ def _for_each_picture(images: Encoded, work: Callable[[int], None], title: str) 
 
     starts = range(0, num_pictures, _PICTURES_PER_TASK)
     chunks = [range(start, min(start + _PICTURES_PER_TASK, num_pictures)) for start in starts]
-    silent = num_pictures < _PROGRESS_MIN_PICTURES
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=num_pictures, desc=title, disable=silent) as bar:
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(total=num_pictures, desc=title) as bar:
         for num_done in pool.map(work_on, chunks):
             bar.update(num_done)
     if failed:
