@@ -27,6 +27,7 @@ from vit_jax import data, predict, sharding, steps
 from vit_jax.classifier import Classifier
 from vit_jax.errors import UsageError, UserError, parse_arguments, run_command
 from vit_jax.job import create_evaluate
+from vit_jax.types import Split
 
 LEAST_RATIO = 0.8
 
@@ -64,7 +65,7 @@ def write_pictures(images: np.ndarray, folder: Path) -> list[str]:
 def make_evaluate(classifier: Classifier, images: np.ndarray) -> Callable[[], object]:
     """What `evaluate` times: all pictures, which lie on the device, through the model, and the sums."""
     mesh = sharding.create_mesh()
-    arrays = sharding.place((images, np.zeros(len(images), np.int32)), sharding.replicated(mesh))
+    split = Split(images=images, labels=np.zeros(len(images), np.int32))
     params = sharding.place(classifier.params, sharding.replicated(mesh))
     forward = steps.from_pictures(
         classifier.model,
@@ -72,7 +73,7 @@ def make_evaluate(classifier: Classifier, images: np.ndarray) -> Callable[[], ob
         mean=classifier.pixel_mean,
         deviation=classifier.pixel_deviation,
     )
-    evaluate = create_evaluate(forward, arrays, mesh, batch_size=256)
+    evaluate = create_evaluate(forward, split, mesh, batch_size=256)
     return lambda: jax.block_until_ready(evaluate(params))
 
 

@@ -1,0 +1,135 @@
+"""How fast a streamed run trains beside one whose pictures lie on the device, and how fast its pictures are decoded.
+
+    python benchmarks/streaming.py               decoding alone: JPEG files of 500 × 375 pixels, cropped to 224
+    python benchmarks/streaming.py FOLDER        the micro ViT at 32 px on a folder as for `folder:DIR`, both ways
+
+Crops are "inception"'s. The two ways take turns; start-up and compilation are not counted. Speeds are pictures per
+second, with those of each turn, and their ratio.
+"""
+
+import argparse
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs import digits
+from vit_jax import data, job
+from vit_jax.data.streaming import training_batches
+from vit_jax.errors import UsageError, parse_arguments, run_command
+from vit_jax.types import Split
+
+_READY_BATCHES = 8  # at least as many as lie ready: the first ones are not timed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description="Speed of streamed training.")
+    parser.add_argument("folder", nargs="?")
+    parser.add_argument("--batch_size", type=int, default=128, metavar="N")
+    parser.add_argument("--num_steps", type=int, default=50, metavar="N", help="of each turn")
+    parser.add_argument("--num_workers", type=int, default=1, metavar="N")
+    parser.add_argument("--turns", type=int, default=3, metavar="N")
+    arguments = parse_arguments(parser, argv)
+    if min(arguments.batch_size, arguments.num_steps, arguments.num_workers, arguments.turns) < 1:
+        raise UsageError("expected whole numbers of at least 1")
+    if arguments.folder is None:
+        with tempfile.TemporaryDirectory() as folder:
+            report("decoding", [time_decoding(write_photographs(Path(folder)), arguments)])
+        return 0
+
+    whole = data.load_dataset(f"folder:{arguments.folder}", image_size=32, storage="stream")
+    report("decoding", [time_decoding(whole.train, arguments)])
+    speeds: dict[str, list[float]] = {"memory": [], "stream": []}
+    with contextlib.ExitStack() as stack:
+        steppers = {storage: stack.enter_context(open_run(storage, arguments)) for storage in speeds}
+        for _ in range(arguments.turns):
+            for storage, step in steppers.items():
+                speeds[storage].append(time_calls(step, arguments))
+    medians = {storage: report(storage, values) for storage, values in speeds.items()}
+    print(f"ratio {medians['stream'] / medians['memory']:.2f}")
+    return 0
+
+
+def report(name: str, speeds: Sequence[float]) -> float:
+    """Prints pictures per second of each turn, and returns their median."""
+    median = statistics.median(speeds)
+    print(f"{name:<10}{' '.join(f'{speed:6,.0f}' for speed in speeds)}   median {median:,.0f}")
+    return median
+
+
+def write_photographs(folder: Path) -> Split:
+    """JPEG files of 500 × 375 pixels, cut out of scikit-learn's photographs."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(0)
+    for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
+        for split, count in (("train", 256), ("test", 1)):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                top, left = rng.integers(427 - 375), rng.integers(640 - 500)
+                part = photograph[top : top + 375, left : left + 500]
+                Image.fromarray(part).save(folder / split / name / f"{i:03}.jpg", quality=90)
+    return data.load_dataset(f"folder:{folder}", image_size=224, storage="stream").train
+
+
+def time_decoding(split: Split, arguments: argparse.Namespace) -> float:
+    """Pictures per second that the worker processes hand over where nothing else is done."""
+    batches = training_batches(
+        split,
+        augment="inception",
+        outside=(127, 127, 127),
+        batch_size=arguments.batch_size,
+        seed=0,
+        first_step=0,
+        num_steps=_READY_BATCHES + arguments.num_steps,
+        num_workers=arguments.num_workers,
+    )
+    with contextlib.closing(batches):
+        for _ in range(_READY_BATCHES):
+            next(batches)
+        return time_calls(lambda: next(batches), arguments)
+
+
+@contextlib.contextmanager
+def open_run(storage: str, arguments: argparse.Namespace) -> Iterator[Callable[[], object]]:
+    """A function that takes one training step and waits for it."""
+    config = digits.get_config("scratch")
+    config.update(image_size=32, batch_size=arguments.batch_size, augment="inception", num_steps=10**6)
+    config.dataset.update(name=f"folder:{arguments.folder}", storage=storage, num_workers=arguments.num_workers)
+    made, create_state = job.create_job(config)
+    state = create_state()
+    train_steps = made.compile_train_steps()
+    arrays, _ = made.open_arrays(state, step=0)
+    permutation = made.program.permute(state)
+
+    def step() -> None:
+        nonlocal state
+        state, _ = train_steps(state, *next(arrays), permutation, count=1)
+        jax.block_until_ready(state.step)
+
+    with contextlib.closing(arrays):
+        for _ in range(_READY_BATCHES):
+            step()
+        yield step
+
+
+def time_calls(call: Callable[[], object], arguments: argparse.Namespace) -> float:
+    """Pictures per second of as many batches as a turn has."""
+    start = time.perf_counter()
+    for _ in range(arguments.num_steps):
+        call()
+    return arguments.num_steps * arguments.batch_size / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
