@@ -156,12 +156,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, whole, tmp_path, monkeyp
         if step == 3:
             raise InterruptedError
 
+    auto = {"dataset.storage": "auto"}
     monkeypatch.setattr(trainer.checkpoint, "save", stop)
-    with pytest.raises(InterruptedError):
-        trainer.train_and_evaluate(config_for(folder), tmp_path / "run")
+    with monkeypatch.context() as little_memory, pytest.raises(InterruptedError):
+        little_memory.setattr(data.pictures, "_available_bytes", lambda: 10_000)
+        trainer.train_and_evaluate(config_for(folder, **auto), tmp_path / "run")
     assert multiprocessing.active_children() == []
     monkeypatch.setattr(trainer.checkpoint, "save", save)
-    trainer.train_and_evaluate(config_for(folder, **{"dataset.num_workers": 2}), tmp_path / "run")
+    trainer.train_and_evaluate(config_for(folder, **auto, **{"dataset.num_workers": 2}), tmp_path / "run")
     assert records_of(tmp_path / "run") == records_of(whole)
     ours, theirs = (flatten_dict(trainer.load_run(workdir).params) for workdir in (tmp_path / "run", whole))
     for path, leaf in ours.items():

@@ -90,8 +90,12 @@ class Job:
         return arrays, lambda state: evaluate(steps.evaluated_params(state, lora_alpha=alpha))
 
 
-def create_job(config: ConfigDict) -> tuple[Job, Callable[[], steps.TrainState]]:
+def create_job(config: ConfigDict, *, storage: str = "") -> tuple[Job, Callable[[], steps.TrainState]]:
     """Builds data, model, optimizer and functions, all checked against each other; computes nothing yet.
+
+    Args:
+        config: laid out as in `configs/base.py`.
+        storage: "memory" or "stream", as the run began, whatever memory is free now; "" decides by the config.
 
     Returns:
         (job, create_state): the latter makes the state before the first update. It holds the pretrained file's
@@ -99,8 +103,10 @@ def create_job(config: ConfigDict) -> tuple[Job, Callable[[], steps.TrainState]]
     """
     mesh = sharding.create_mesh(**config.mesh)
     with distributed.first_one_first():
-        dataset = load_dataset(config)
+        dataset = load_dataset(config, storage=storage)
         source = build.load_source(config)
+    if distributed.largest(not dataset.train.in_memory) and dataset.train.in_memory:
+        dataset = load_dataset(config, storage="stream")  # another process has less memory
     model = build.create_model(config, source, num_classes=len(dataset.class_names))
     program = create_program(
         config,
@@ -117,12 +123,13 @@ def create_job(config: ConfigDict) -> tuple[Job, Callable[[], steps.TrainState]]
         return program.init_state(sharding.place(params, sharding.by_rule(params, mesh)))
 
     about = build.describe(config, model, dataset.class_names)
+    about["storage"] = "memory" if dataset.train.in_memory else "stream"
     about["command"] = shlex.join(["python", *sys.argv])
     about["num_trainable"] = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.trainable))
     return Job(config, program, dataset, about), create_state
 
 
-def load_dataset(config: ConfigDict, *, shapes_only: bool = False) -> Dataset:
+def load_dataset(config: ConfigDict, *, storage: str = "", shapes_only: bool = False) -> Dataset:
     """Reads the dataset that the config names, and says what it found; see `data.load_dataset`."""
     names = config.dataset
     dataset = data.load_dataset(
@@ -132,7 +139,7 @@ def load_dataset(config: ConfigDict, *, shapes_only: bool = False) -> Dataset:
         test_split=names.test_split,
         image_size=config.image_size,
         classes=names.classes,
-        storage=names.storage,
+        storage=storage or names.storage,
         device_bytes=sharding.memory_of(jax.local_devices()[0])[0],
         shapes_only=shapes_only,
     )

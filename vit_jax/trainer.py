@@ -58,7 +58,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     if restored_step == config.num_steps:
         return summarize(config, workdir)
     check_writable(workdir)
-    job, create_state = create_job(config)
+    storage = "" if restored_step is None else checkpoint.read_about(workdir).get("storage", "")
+    job, create_state = create_job(config, storage=storage)
     # Before a folder is made: the pretrained file may not fit.
     state = create_state() if restored_step is None else job.program.abstract_state
     del create_state
