@@ -68,13 +68,16 @@ def patches():
     """Curves are not drawn, and runs of one config share what they traced and compiled: their folder alone differs."""
     jobs, create_job = {}, trainer.create_job
 
-    def create_once(config):
+    def create_once(config, **options):
         key = json.dumps({**config.to_dict(), "checkpoint_every_steps": None})
         if key not in jobs:
-            job, create_state = create_job(config)
+            job, create_state = create_job(config, **options)
             compiled = job.compile_train_steps()
             shared = types.SimpleNamespace(
-                program=job.program, about=job.about, store=job.store, compile_train_steps=lambda: compiled
+                program=job.program,
+                about=job.about,
+                open_arrays=job.open_arrays,
+                compile_train_steps=lambda: compiled,
             )
             jobs[key] = shared, create_state
         return jobs[key]
