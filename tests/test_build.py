@@ -83,7 +83,10 @@ def test_a_model_from_scratch_needs_sizes():
         ({"gelu_approximate": 1}, "config.model.gelu_approximate is 1; expected True or False"),
         ({"head_init": "ones"}, "config.model.head_init is 'ones'; expected one of zeros, xavier"),
         ({"pool": "max"}, "config.model.pool is 'max'; expected one of cls, mean, map"),
-        ({"stem_units": (2, 0)}, "config.model.stem_units is (2, 0); expected None, or a tuple, each a whole number"),
+        (
+            {"stem_units": (2, 0)},
+            "config.model.stem_units is (2, 0); expected None, or a tuple of whole numbers of at least 1",
+        ),
         ({"stem_units": (1,), "stem_width": 48}, "config.model.stem_width 48 is not a multiple of 32"),
         ({"num_heads": 5}, "hidden_size 24 does not divide into 5 heads"),
         ({"patch_size": 5}, "config.image_size 16 is not a multiple of the patch, 5 pixels"),

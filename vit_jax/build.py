@@ -152,7 +152,8 @@ def _expected(key: str, kind: Any, value: Any) -> str:
     def is_size(number: Any) -> bool:
         return isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= _LARGEST_SIZE
 
-    size = f"a whole number of at least 1, at most {_LARGEST_SIZE:,}"
+    bounds = f"of at least 1, at most {_LARGEST_SIZE:,}"
+    size, sizes = f"a whole number {bounds}", f"a tuple of whole numbers {bounds}"
 
     def are_sizes(numbers: Any) -> bool:
         return isinstance(numbers, tuple) and all(map(is_size, numbers))
@@ -164,8 +165,8 @@ def _expected(key: str, kind: Any, value: Any) -> str:
         float: (isinstance(value, int | float) and 0 <= value < 1, "a number of at least 0 and below 1"),
         int: (is_size(value), size),
         int | None: (value is None or is_size(value), size),
-        tuple[int, ...]: (are_sizes(value) and bool(value), f"a tuple, each {size}"),
-        tuple[int, ...] | None: (value is None or are_sizes(value), f"None, or a tuple, each {size}"),
+        tuple[int, ...]: (are_sizes(value) and bool(value), sizes),
+        tuple[int, ...] | None: (value is None or are_sizes(value), f"None, or {sizes}"),
     }
     holds, expected = checks.get(key) or checks[kind]
     return "" if holds else expected

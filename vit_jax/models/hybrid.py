@@ -13,8 +13,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from vit_jax.models.common import REMAT_POLICIES, over_batch
-from vit_jax.models.resnet import NUM_GROUPS, StdConv
+from vit_jax.models.common import over_batch
+from vit_jax.models.resnet import NUM_GROUPS, Block, StdConv
 
 
 def stem_reduction(units: Sequence[int] | None) -> int:
@@ -39,27 +39,9 @@ def apply_stem(images: jax.Array, *, units: Sequence[int], width: int, remat: st
     x = nn.relu(_norm(dtype, name="gn_root")(_conv(width, 7, 2, dtype, name="conv_root")(images)))
     x = over_batch(nn.max_pool(x, (3, 3), (2, 2), padding="SAME"))
     for i, num_units in enumerate(units):
-        x = Block(num_units, width * 2**i, 1 if i == 0 else 2, remat, dtype, name=f"block{i + 1}")(x)
+        stride, name = 1 if i == 0 else 2, f"block{i + 1}"
+        x = Block(num_units, width * 2**i, stride, remat, dtype, unit=Unit, unit_name="unit{}", name=name)(x)
     return x
-
-
-class Block(nn.Module):
-    """Units of one width, the first of which may halve the picture."""
-
-    num_units: int
-    width: int
-    stride: int
-    remat: str
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b h w c] -> [b h/stride w/stride 4·width]."""
-        unit = Unit if self.remat == "none" else nn.remat(Unit, policy=REMAT_POLICIES[self.remat])
-        for i in range(self.num_units):
-            first = i == 0
-            x = unit(self.width, self.stride if first else 1, first, self.dtype, name=f"unit{i + 1}")(x)
-        return x
 
 
 class Unit(nn.Module):

@@ -136,21 +136,33 @@ class Unit(nn.Module):
 
 
 class Block(nn.Module):
-    """Units of one width, the first of which may halve the picture."""
+    """Units of one width, the first of which may halve the picture.
+
+    Attributes:
+        num_units: how many.
+        width: of each, see the unit.
+        stride: of the first.
+        remat: "none", or a key of `REMAT_POLICIES`.
+        dtype: of the computation.
+        unit: their module.
+        unit_name: of a unit, in which its number is put.
+    """
 
     num_units: int
     width: int
     stride: int
     remat: str
     dtype: Any
+    unit: type[nn.Module] = Unit
+    unit_name: str = "unit{:02}"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b h w c] -> [b h/stride w/stride 4·width]."""
-        unit = Unit if self.remat == "none" else nn.remat(Unit, policy=REMAT_POLICIES[self.remat])
+        unit: Any = self.unit if self.remat == "none" else nn.remat(self.unit, policy=REMAT_POLICIES[self.remat])
         for i in range(self.num_units):
             first = i == 0
-            x = unit(self.width, self.stride if first else 1, first, self.dtype, name=f"unit{i + 1:02}")(x)
+            x = unit(self.width, self.stride if first else 1, first, self.dtype, name=self.unit_name.format(i + 1))(x)
         return x
 
 
