@@ -108,7 +108,9 @@ def test_own_pictures_train(run_command, released_file, tmp_path):
         folder.mkdir(parents=True)
         for i in range(2):
             Image.fromarray(rng.integers(0, 256, (size, size + i, 3)).astype(np.uint8)).save(folder / f"{i}.jpg")
-    command = [word.replace("folder:DIR", f"folder:{tmp_path}/pictures") for word in command_with("cifar100.py", "folder:DIR")]
+    command = [
+        word.replace("folder:DIR", f"folder:{tmp_path}/pictures") for word in command_with("cifar100.py", "folder:DIR")
+    ]
     command[command.index("--workdir") + 1] = str(tmp_path / "run")
     result = run_command(*command, f"--config.pretrained={released_file}", *FEW_STEPS, timeout=600)
     assert result.returncode == 0, result.stderr

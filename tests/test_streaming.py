@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import textwrap
 import time
 from pathlib import Path
 
@@ -120,6 +121,29 @@ def test_a_worker_that_is_killed_is_one_line_and_none_outlives_its_run(folder):
         for _ in stream:
             pass
     assert multiprocessing.active_children() == []
+
+
+def test_nothing_is_left_in_shared_memory(folder, tmp_path):
+    """Where batches are left over, and where none are, a process ends without a complaint."""
+    script = """
+    import sys
+
+    from vit_jax import data
+    from vit_jax.data.streaming import training_batches
+
+    if __name__ == "__main__":
+        train = data.load_dataset(f"folder:{sys.argv[1]}", image_size=16, storage="stream").train
+        for taken in (3, 6):
+            options = {"augment": "none", "outside": (0, 0, 0), "batch_size": 16, "seed": 0, "num_workers": 1}
+            batches = training_batches(train, first_step=0, num_steps=6, **options)
+            for _ in range(taken):
+                next(batches)
+            batches.close()
+    """
+    (tmp_path / "main.py").write_text(textwrap.dedent(script))
+    env = command_env({"PYTHONPATH": str(ROOT)})
+    result = subprocess.run(command_line(tmp_path / "main.py", folder), env=env, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 # ---- whole runs

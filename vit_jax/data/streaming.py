@@ -5,7 +5,7 @@ batch is found by its number alone (Grain's MapDataset).
 """
 
 import dataclasses
-import itertools
+import gc
 import os
 import signal
 import threading
@@ -68,19 +68,29 @@ def training_batches(
             options, worker_init_fn=_end_with_the_run
         )
     )
+    copies = map(_copy, stream)
     try:
         # The processes inherit this: a signal that stops the run must not end them before it has saved.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         try:
-            first = next(stream, None)
+            first = next(copies, None)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for images, labels in itertools.chain(filter(None, [first]), stream):
-            yield np.array(images), np.array(labels)  # copies: theirs is memory that is shared with a process
+        if first is not None:
+            yield first
+        yield from copies
     except RuntimeError as error:
         raise UserError(f"a process that decodes pictures was ended ({error}); was there enough memory?") from error
     finally:
         stream.close()
+        del stream, copies
+        gc.collect()  # Grain keeps its last batch in a cycle; Python would complain of that memory at its end
+
+
+def _copy(batch: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays of their own: Grain's are memory that is shared with a process, and lost if they are kept too long."""
+    images, labels = batch
+    return np.array(images), np.array(labels)
 
 
 @dataclasses.dataclass(frozen=True)
