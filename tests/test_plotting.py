@@ -31,3 +31,13 @@ def test_plot_accuracies_draws_a_line_for_each_run_and_names_its_last_value():
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == [f"ours: {tested[-1][1]:.1%}", "not evaluated"]
     assert axes.lines[0].get_color() != axes.lines[1].get_color()
+
+
+def test_titles_above_a_single_picture_are_whole():
+    image, weights = np.zeros((1, 32, 32, 3), np.uint8), np.ones((1, 8, 8))
+    title = "Attention of the patches, on average: layer 11, mean of its heads"
+    figure = plotting.plot_attention(image, weights, ["a_long_name_of_a_file.jpg\nsays something"], title=title)
+    figure.draw_without_rendering()
+    texts = [figure._suptitle, *(axes.title for axes in figure.axes)]
+    for box in (text.get_window_extent() for text in texts):
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height

@@ -78,7 +78,8 @@ def plot_attention(images: np.ndarray, maps: np.ndarray, titles: Sequence[str], 
     """
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.7 * columns + 0.3, 3.9 * rows + 0.5), layout="constrained")
+    width = max(6.5, 1.7 * columns + 0.3)  # room for the title
+    figure = Figure(figsize=(width, 3.9 * rows + 0.5), layout="constrained")
     panels = figure.subplots(2 * rows, columns, squeeze=False)
     for axes in panels.flat:
         axes.set_axis_off()
