@@ -127,6 +127,7 @@ def test_nothing_is_left_in_shared_memory(folder, tmp_path):
     """Where batches are left over, and where none are, a process ends without a complaint."""
     script = """
     import sys
+    import time
 
     from vit_jax import data
     from vit_jax.data.streaming import training_batches
@@ -139,6 +140,7 @@ def test_nothing_is_left_in_shared_memory(folder, tmp_path):
             for _ in range(taken):
                 next(batches)
             batches.close()
+        time.sleep(3)  # Grain frees it in a thread of its own, while a run draws its curves
     """
     (tmp_path / "main.py").write_text(textwrap.dedent(script))
     env = command_env({"PYTHONPATH": str(ROOT)})
