@@ -1,4 +1,5 @@
 import importlib
+import json
 import re
 
 import pytest
@@ -105,6 +106,22 @@ def test_check_same_lets_through_what_does_not_matter(tmp_path):
 
 def test_load_config_says_that_a_folder_holds_no_run(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
+        settings.load_config(tmp_path)
+
+
+def test_a_run_that_is_older_than_a_key_goes_on(tmp_path):
+    config = digits.get_config()
+    tree = json.loads(json.dumps(config.to_dict()))
+    del tree["dataset"]["storage"], tree["dataset"]["num_workers"]
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert settings.load_config(tmp_path).dataset.storage == "auto"
+    settings.check_same(config, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", '"a text"', '{"seed": 0}', '{"dataset": 3}'])
+def test_load_config_says_that_keys_are_missing(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config.json lacks .*: it is damaged, or no run's; give the --workdir"):
         settings.load_config(tmp_path)
 
 

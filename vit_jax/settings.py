@@ -103,6 +103,9 @@ _RULES = {
     "checkpoint_every_steps": _whole(1),
 }
 
+_ADDED_LATER = {"dataset.storage": "auto", "dataset.num_workers": 0}
+"""Keys that runs may be older than, with the value that changes nothing."""
+
 # A run may go on with these changed: they do not touch what it computes.
 _FREE = (
     "dataset.data_dir",
@@ -176,18 +179,29 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
 
 
 def load_config(workdir: Path) -> ConfigDict:
-    """Reads `workdir/config.json`.
+    """Reads `workdir/config.json`; keys that are younger than the run get the value that changes nothing.
 
     Raises:
-        UserError: it is missing or not JSON.
+        UserError: it is missing, no JSON, or lacks keys.
     """
     path = workdir / "config.json"
     try:
-        return ConfigDict(json.loads(path.read_text()))
+        tree = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{workdir} holds no run: there is no {path}; give the --workdir of a run") from error
     except (ValueError, OSError) as error:
         raise UserError(f"{path} could not be read: {one_line(error)}; give the --workdir of a run") from error
+    flat = _ADDED_LATER | (_flatten(tree) if isinstance(tree, dict) else {})
+    missing = [key for key in _RULES if key not in flat]
+    if missing:
+        raise UserError(
+            f"{path} lacks {', '.join(missing[:3])}: it is damaged, or no run's; give the --workdir of a run"
+        )
+    config = ConfigDict(tree)
+    for key in _ADDED_LATER:
+        parent, _, name = key.rpartition(".")
+        (config[parent] if parent else config)[name] = flat[key]
+    return config
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
