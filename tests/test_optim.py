@@ -157,5 +157,12 @@ def test_bias_mode_trains_biases_norms_and_head():
 
 
 def test_a_rate_may_change_once_in_a_while():
-    schedule = optim.make_schedule("linear", learning_rate=1.0, warmup_steps=0, num_steps=100, every=10)
+    schedule = optim.make_schedule("linear", learning_rate=1.0, warmup_steps=0, num_steps=100, hold_steps=10)
     assert [float(schedule(count)) for count in (0, 9, 10, 19, 95)] == pytest.approx([1.0, 1.0, 0.9, 0.9, 0.1])
+
+
+def test_make_schedule_holds_the_decay_but_not_the_warmup():
+    schedule = optim.make_schedule("linear", learning_rate=1.0, warmup_steps=4, num_steps=24, hold_steps=10)
+    rates = [float(schedule(count)) for count in range(24)]
+    # The decay is a function of 0, 10 and 20 updates: 1, 1 - 6/20 and 1 - 16/20.
+    assert rates == pytest.approx([0.0, 0.25, 0.5, 0.75, *[1.0] * 6, *[0.7] * 10, *[0.2] * 4])

@@ -78,6 +78,19 @@ def test_check_config_refuses(key, value, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_steps": 1, "warmup_steps": 1}, "num_steps and warmup_steps are both 1"),
+        ({"warmup_steps": 50, "schedule_steps": 49}, "schedule_steps 49 is not above warmup_steps 50"),
+        ({"warmup_steps": 50, "schedule_steps": 50}, "schedule_steps 50 is not above warmup_steps 50"),
+    ],
+)
+def test_check_config_rejects_a_schedule_that_trains_nothing(changes, message):
+    with pytest.raises(UsageError, match=message):
+        settings.check_config(config_with(**changes))
+
+
 def test_check_config_names_a_missing_key():
     config = config_with()
     with config.unlocked():

@@ -102,25 +102,25 @@ def describe_trainable(params: Params, patterns: Sequence[str]) -> str:
 
 
 def make_schedule(
-    name: str, *, learning_rate: float, warmup_steps: int, num_steps: int, every: int = 1
+    name: str, *, learning_rate: float, warmup_steps: int, num_steps: int, hold_steps: int = 1
 ) -> optax.Schedule:
-    """The learning rate of update i, counted from 0.
+    """Returns the learning rate of update i, counted from 0.
 
-    `learning_rate · min(1, i / warmup_steps) · decay(p)` with p = (i - warmup_steps) / (num_steps - warmup_steps) cut
-    to [0, 1]; decay is (1 + cos(pi p)) / 2, 1 - p, or 1. The first update of a warmed-up run has rate 0.
+    `learning_rate * min(1, i / warmup_steps) * decay(p)` with p = (i - warmup_steps) / (num_steps - warmup_steps)
+    clipped to [0, 1]; decay is (1 + cos(pi * p)) / 2, 1 - p, or 1. The first update of a warmed-up run has rate 0.
 
     Args:
         name: "cosine", "linear" or "constant".
-        learning_rate: the peak.
+        learning_rate: peak.
         warmup_steps: updates until the peak; 0 starts there.
-        num_steps: updates until the decay is at its end.
-        every: updates for which the rate stays as it is.
+        num_steps: updates until the end of the decay.
+        hold_steps: updates between two changes of the decay; the warm-up changes at every update.
     """
 
     def schedule(count: jax.Array) -> jax.Array:
-        count = count // every * every
         warmup = jnp.minimum(1.0, count / warmup_steps) if warmup_steps else 1.0
-        progress = jnp.clip((count - warmup_steps) / max(1, num_steps - warmup_steps), 0.0, 1.0)
+        held = count // hold_steps * hold_steps
+        progress = jnp.clip((held - warmup_steps) / max(1, num_steps - warmup_steps), 0.0, 1.0)
         cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
         decay = {"cosine": cosine, "linear": 1.0 - progress, "constant": jnp.ones(())}[name]
         return jnp.asarray(learning_rate * warmup * decay, jnp.result_type(float))

@@ -99,7 +99,7 @@ def create_program(
         learning_rate=config.learning_rate,
         warmup_steps=config.warmup_steps,
         num_steps=config.schedule_steps or config.num_steps,
-        every=config.schedule_every_steps,
+        hold_steps=config.schedule_every_steps,
     )
     num_layers = getattr(model, "num_layers", 0)
     if config.optimizer.layer_decay != 1 and not num_layers:

@@ -145,6 +145,16 @@ def check_config(config: ConfigDict) -> None:
         )
     if config.warmup_steps > config.num_steps:
         raise UsageError(f"config.warmup_steps {config.warmup_steps} is above num_steps {config.num_steps}")
+    if config.num_steps == config.warmup_steps == 1:
+        raise UsageError(
+            "config.num_steps and warmup_steps are both 1, so that the only update has learning rate 0; "
+            "set warmup_steps to 0"
+        )
+    if 0 < config.schedule_steps <= config.warmup_steps:
+        raise UsageError(
+            f"config.schedule_steps {config.schedule_steps} is not above warmup_steps {config.warmup_steps}, so that "
+            "the learning rate is 0 after its peak; raise schedule_steps, or set it to 0 to decay until num_steps"
+        )
 
 
 def complaint(key: str, value: Any) -> str:
