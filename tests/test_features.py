@@ -42,6 +42,24 @@ def test_stored_features_give_the_run_without_them(tmp_path):
     assert cached[-1]["test/accuracy"] > 0.5  # it learned
 
 
+def test_train_and_evaluate_caches_the_same_features_for_any_eval_batch_size(tmp_path):
+    """A resumed run may change `eval_batch_size`."""
+    config = head_config(dtype="bfloat16", num_steps=22, eval_every_steps=22, eval_batch_size=360)
+    _, params = run(config, tmp_path / "360")
+    _, others = run(head_config(**{**config, "eval_batch_size": 17}), tmp_path / "17")
+    np.testing.assert_array_equal(params["head/kernel"], others["head/kernel"])
+
+
+@pytest.mark.parametrize("features", ["cached", "fresh"])
+def test_evaluate_run_crops_test_images_as_training_did(tmp_path, features):
+    """Test-time crops have keys of their own, whatever the seed."""
+    config = head_config(
+        features=features, seed=3, test_augment="square_crop", num_steps=22, eval_every_steps=22, warmup_steps=0
+    )
+    results = trainer.train_and_evaluate(config, tmp_path)
+    assert trainer.evaluate_run(trainer.load_run(tmp_path)) == pytest.approx(results, abs=1e-5)
+
+
 def micro():
     config = digits.get_config()
     source = build.load_source(config)

@@ -7,7 +7,7 @@ import optax
 import pytest
 import reference_training
 from conftest import ROOT
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax import data, metrics, optim, preprocess, sharding, steps
 from vit_jax.models import VisionTransformer
@@ -153,6 +153,23 @@ def test_accumulation_gives_the_update_of_the_large_batch(digits, params):
     assert_close(parts.params(), whole.params(), 1e-6)
     assert float(ours["train/loss"]) == pytest.approx(float(theirs["train/loss"]), abs=1e-6)
     assert float(ours["train/accuracy"]) == pytest.approx(float(theirs["train/accuracy"]), abs=1e-6)
+
+
+NOISY = MODEL.clone(dropout_rate=0.3, attention_dropout_rate=0.2, stochastic_depth_rate=0.5)
+
+
+@pytest.mark.parametrize("options", [{"accumulation_steps": 4}, {"num_devices": 8}, {"num_devices": 8, "fsdp": 4}])
+def test_train_step_samples_dropout_per_image(digits, params, options):
+    """Accumulation and devices split the batch; neither changes the masks."""
+    options = {"num_devices": 2, **options}
+    params = unflatten_dict({p: leaf + (p[-1] == "scale") for p, leaf in flatten_dict(params).items()})
+    whole = Setup(params, digits, num_devices=1, batch_size=32, model=NOISY)
+    parts = Setup(params, digits, batch_size=32, model=NOISY, **options)
+    ours, theirs = parts.run(3), whole.run(3)
+    assert_close(parts.params(), whole.params(), 1e-6)
+    assert float(ours["train/loss"]) == pytest.approx(float(theirs["train/loss"]), abs=1e-6)
+    plain = Setup(params, digits, num_devices=1, batch_size=32)
+    assert abs(float(plain.run(3)["train/loss"]) - float(theirs["train/loss"])) > 1e-2
 
 
 def test_eight_devices_give_the_update_of_one(digits, params):
@@ -317,13 +334,13 @@ def test_sharded_state_is_split_over_the_devices(digits, wide_params):
     assert bias.is_fully_replicated
 
 
-def test_ema_follows_what_trains(digits, params):
-    setup = Setup(params, first(digits, 16), mode="head", ema_decay=0.75)
+def test_train_step_updates_ema_of_trainable_parameters(digits, params):
+    setup = Setup(params, first(digits, 16), mode="head", ema_decay=0.2)
     average = np.asarray(setup.state.trainable["head"]["kernel"])
     assert set(setup.state.ema) == {"head"}
-    for _ in range(3):
+    for decay in (1 / 10, 2 / 11, 0.2):  # (1 + t) / (10 + t), then the bound
         setup.run(1)
-        average = 0.75 * average + 0.25 * np.asarray(setup.state.trainable["head"]["kernel"])
+        average = decay * average + (1 - decay) * np.asarray(setup.state.trainable["head"]["kernel"])
     np.testing.assert_allclose(setup.state.ema["head"]["kernel"], average, atol=1e-6)
     np.testing.assert_array_equal(
         steps.evaluated_params(setup.state)["head"]["kernel"], setup.state.ema["head"]["kernel"]

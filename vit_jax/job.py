@@ -66,16 +66,16 @@ class Job:
         params = optim.merge_params(state.trainable, state.frozen)
         batch_size, alpha = config.eval_batch_size, config.lora.alpha
         if program.cached:
+            # Not in batches of eval_batch_size, which a resumed run may change: the last bits depend on the shape.
             compute = functools.partial(
                 features.apply_to_all,
                 features.backbone(program.model),
                 params,
                 mesh=program.mesh,
-                batch_size=batch_size,
-                seed=config.seed,
+                batch_size=config.batch_size // config.accumulation_steps,
             )
             whole, views = program.pictures_forward, config.feature_views
-            train_images = compute(dataset.train.images, prepare=whole.augment, num_views=views)
+            train_images = compute(dataset.train.images, prepare=whole.augment, num_views=views, seed=config.seed)
             test_images = compute(dataset.test.images, prepare=whole.prepare)
             arrays = repeat(train_images, np.tile(dataset.train.labels, views), program.mesh)
             test = Split(images=test_images, labels=dataset.test.labels)

@@ -45,7 +45,7 @@ class Forward:
     Attributes:
         augment: (keys [b], stored [b …]) -> inputs [b …] of a training batch.
         prepare: the same of an evaluation batch.
-        logits: (params, inputs [b …], dropout key or None) -> [b classes].
+        logits: (params, inputs [b …], dropout keys [b] or None) -> [b classes].
     """
 
     augment: Callable[[jax.Array, jax.Array], jax.Array]
@@ -66,9 +66,16 @@ def from_pictures(
         **options: of `preprocess.prepare`: `image_size` in pixels; `mean`, `deviation`.
     """
 
-    def logits(params: Params, images: jax.Array, key: jax.Array | None) -> jax.Array:
-        rngs = None if key is None else {"dropout": key}
-        return model.apply({"params": params}, images, train=dropout and key is not None, rngs=rngs)
+    def logits(params: Params, images: jax.Array, keys: jax.Array | None) -> jax.Array:
+        if not dropout or keys is None:
+            return model.apply({"params": params}, images)
+
+        def apply(image: jax.Array, key: jax.Array) -> jax.Array:
+            return model.apply({"params": params}, image[None], train=True, rngs={"dropout": key})[0]
+
+        # One key per image, so that dropout does not depend on how the batch is split.
+        axis_names = jax.sharding.get_abstract_mesh().axis_names
+        return jax.vmap(apply, spmd_axis_name=axis_names or None)(images, keys)
 
     return Forward(
         augment=functools.partial(preprocess.prepare, augment=augment, **options),
@@ -96,6 +103,25 @@ def create_train_state(
 def evaluated_params(state: TrainState, *, lora_alpha: float = 1.0) -> Params:
     """The model's tree that is evaluated: averages where they are kept, low-rank products added."""
     return lora.merge_factors(optim.merge_params(state.ema or state.trainable, state.frozen), alpha=lora_alpha)
+
+
+def update_ema(ema: Params, params: Params, *, decay: float, num_updates: jax.Array) -> Params:
+    """Moves the EMA parameters towards the parameters, faster at first.
+
+    The decay is min(decay, (1 + t) / (10 + t)) after t earlier updates, so that the initial parameters are forgotten
+    within a short run.
+
+    Args:
+        ema: same tree as `params`.
+        params: after the update.
+        decay: upper bound of the decay, in [0, 1).
+        num_updates: int32, updates before this one.
+
+    Source:
+        TensorFlow's `tf.train.ExponentialMovingAverage(num_updates=…)`.
+    """
+    decay = jnp.minimum(decay, (1.0 + num_updates) / (10.0 + num_updates))
+    return optax.incremental_update(params, ema, 1.0 - decay)
 
 
 def make_permutation(num_images: int, batch_size: int, *, num_views: int = 1) -> Callable[[TrainState], jax.Array]:
@@ -148,16 +174,20 @@ def make_train_step(
         label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016, section 7).
         mixup_alpha: see `preprocess.mix`; 0 for none.
         cutmix_alpha: see `preprocess.mix`; 0 for none.
-        ema_decay: of the moving average of the trainable parameters; 0 keeps none.
+        ema_decay: see `update_ema`; 0 keeps no EMA parameters.
         lora_alpha: scale of low-rank products.
     """
     mixes = mixup_alpha > 0 or cutmix_alpha > 0
 
     def loss_fn(
-        trainable: Params, frozen: Params, inputs: jax.Array, targets: list[tuple[jax.Array, jax.Array]], key: jax.Array
+        trainable: Params,
+        frozen: Params,
+        inputs: jax.Array,
+        targets: list[tuple[jax.Array, jax.Array]],
+        keys: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         params = lora.merge_factors(optim.merge_params(trainable, frozen), alpha=lora_alpha)
-        logits = forward.logits(params, inputs, key)
+        logits = forward.logits(params, inputs, keys)
         loss = accuracy = jnp.zeros(())
         for labels, weight in targets:
             loss += jnp.sum(weight * metrics.cross_entropy(logits, labels, label_smoothing=label_smoothing))
@@ -176,6 +206,7 @@ def make_train_step(
             mix_key = jax.random.fold_in(jax.random.fold_in(state.key, 2), state.step)
             batch["partners"] = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), batch)
             batch["mix_keys"] = jax.random.split(mix_key, batch_size)
+        batch["dropout_keys"] = jax.random.split(dropout_key, batch_size)
 
         def pick(batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
             batch_images, batch_labels = (
@@ -185,7 +216,7 @@ def make_train_step(
             )
             return forward.augment(batch["keys"], batch_images), batch_labels
 
-        def gradient(batch: dict[str, Any], dropout_key: jax.Array):
+        def gradient(batch: dict[str, Any]):
             batch = jax.lax.with_sharding_constraint(batch, sharding.over_batch(mesh))
             inputs, batch_labels = pick(batch)
             targets = [(batch_labels, jnp.ones(()))]
@@ -197,17 +228,16 @@ def make_train_step(
                 targets = [(batch_labels, share), (partner_labels, 1.0 - share)]
             value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                return value_and_grad(state.trainable, state.frozen, inputs, targets, dropout_key)
+                return value_and_grad(state.trainable, state.frozen, inputs, targets, batch["dropout_keys"])
 
         if accumulation_steps == 1:
-            (loss, accuracy), grads = gradient(batch, dropout_key)
+            (loss, accuracy), grads = gradient(batch)
         else:
             parts = jax.tree.map(lambda leaf: leaf.reshape(accumulation_steps, -1, *leaf.shape[1:]), batch)  # [a b/a …]
-            keys = jax.random.split(dropout_key, accumulation_steps)
-            shapes = jax.eval_shape(gradient, jax.tree.map(lambda leaf: leaf[0], parts), keys[0])
+            shapes = jax.eval_shape(gradient, jax.tree.map(lambda leaf: leaf[0], parts))
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             ((loss, accuracy), grads), _ = jax.lax.scan(
-                lambda total, part: (jax.tree.map(jnp.add, total, gradient(*part)), None), zeros, (parts, keys)
+                lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zeros, parts
             )
 
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
@@ -220,7 +250,7 @@ def make_train_step(
             trainable=trainable,
             frozen=state.frozen,
             opt_state=opt_state,
-            ema=optax.incremental_update(trainable, state.ema, 1.0 - ema_decay) if ema_decay else {},
+            ema=update_ema(state.ema, trainable, decay=ema_decay, num_updates=state.step) if ema_decay else {},
             key=state.key,
             first_nonfinite_step=jnp.where(healthy, state.first_nonfinite_step, step),
         )

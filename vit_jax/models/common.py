@@ -17,12 +17,15 @@ REMAT_POLICIES = {
 
 
 def over_batch(x: jax.Array) -> jax.Array:
-    """Splits the first axis of an activation over every axis of the mesh; does nothing where there is none.
+    """Shards the batch axis of an activation over every axis of the mesh; does nothing without a mesh.
 
-    Without it the compiler is free to move activations to the parts of a sharded parameter instead of the reverse.
+    Otherwise the compiler may move activations to the shards of a parameter instead of the reverse. An axis of one is
+    left alone: under `jax.vmap` with `spmd_axis_name`, the mapped axis is sharded instead.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names if x.shape[0] > 1 else None))
 
 
 def create_head(num_classes: int, *, dtype: Any, head_init: str, name: str | None) -> nn.Dense:
