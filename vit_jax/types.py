@@ -19,10 +19,13 @@ class Split:
     Attributes:
         images: uint8 [n h w 3], RGB, in host memory; or what reads like it and decodes files (`data.Encoded`).
         labels: int32 [n], indices into the dataset's class names.
+        ids: uint64 [n], the same in memory and streamed: hashes of the file names relative to the split's directory, or
+            the record numbers of TFDS; None for a dataset that is always read whole.
     """
 
     images: Any
     labels: np.ndarray
+    ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         """The number of pictures."""

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from vit_jax.data.cifar import CIFARS, cifar_shapes, load_cifar
+from vit_jax.data.fingerprint import fingerprint
 from vit_jax.data.pictures import PICTURE_SUFFIXES, Encoded, decode_picture, decode_splits, list_folder
 from vit_jax.data.splits import nearest_first, parse_split, slice_split
 from vit_jax.data.tfds_sets import open_tfds
 from vit_jax.errors import UsageError, UserError
 from vit_jax.types import Dataset, Split
 
-__all__ = ["KNOWN_DATASETS", "PICTURE_SUFFIXES", "Encoded", "decode_picture", "load_dataset"]
+__all__ = ["KNOWN_DATASETS", "PICTURE_SUFFIXES", "Encoded", "decode_picture", "fingerprint", "load_dataset"]
 
 KNOWN_DATASETS = ("digits", "cifar10", "cifar100", "folder:DIR", "tfds:NAME")
 
@@ -96,7 +97,8 @@ def keep_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
         if not np.any(labels >= 0):
             raise UserError(f"no pictures of the classes {', '.join(classes)}; give larger splits")
         kept = np.flatnonzero(labels >= 0)
-        return Split(images=split.images.take(kept, axis=0), labels=labels[kept])
+        ids = None if split.ids is None else split.ids[kept]
+        return Split(images=split.images.take(kept, axis=0), labels=labels[kept], ids=ids)
 
     return Dataset(train=keep(dataset.train), test=keep(dataset.test), class_names=tuple(classes))
 

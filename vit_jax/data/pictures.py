@@ -1,6 +1,7 @@
 """Encoded pictures -> uint8 arrays, at once or when they are asked for: decoding, folders of pictures, memory."""
 
 import dataclasses
+import hashlib
 import math
 import os
 import re
@@ -133,11 +134,7 @@ class Encoded:
         return dataclasses.replace(self, numbers=self.numbers.take(rows, axis))
 
 
-EncodedSplit = tuple[Encoded, np.ndarray]
-"""Pictures and their labels, int32 [n]."""
-
-
-def list_folder(root: Path, splits: dict[str, SplitSlice]) -> tuple[EncodedSplit, EncodedSplit, tuple[str, ...]]:
+def list_folder(root: Path, splits: dict[str, SplitSlice]) -> tuple[Split, Split, tuple[str, ...]]:
     """Lists DIR/SPLIT/CLASS/*.jpg and the like: what to train on, what to test on, class names."""
     if not root.is_dir():
         raise UserError(f"dataset folder:{root}: no such directory")
@@ -170,7 +167,7 @@ def _list_classes(split_dir: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def _select_files(classes: dict[str, list[Path]], class_names: Sequence[str], split: SplitSlice) -> EncodedSplit:
+def _select_files(classes: dict[str, list[Path]], class_names: Sequence[str], split: SplitSlice) -> Split:
     """The files of a split, in the order of classes and names.
 
     A slice is cut from a fixed shuffle: cut from the sorted files, "train[:90%]" would lose the last classes.
@@ -179,16 +176,23 @@ def _select_files(classes: dict[str, list[Path]], class_names: Sequence[str], sp
     labels = np.repeat(np.arange(len(class_names), dtype=np.int32), [len(classes[name]) for name in class_names])
     start, stop = split.bounds(len(paths))
     chosen = np.sort(np.random.RandomState(0).permutation(len(paths))[start:stop])
-    return Encoded(paths.__getitem__, chosen), labels[chosen]
+    ids = np.array([_hash_name(paths[i]) for i in chosen], np.uint64)
+    return Split(images=Encoded(paths.__getitem__, chosen), labels=labels[chosen], ids=ids)
+
+
+def _hash_name(path: str) -> int:
+    """64-bit hash of CLASS/FILE, the end of a path."""
+    name = "/".join(path.split(os.sep)[-2:])
+    return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little")
 
 
 def decode_splits(
-    encoded: Sequence[EncodedSplit], image_size: int, *, storage: str = "auto", device_bytes: int | None = None
+    encoded: Sequence[Split], image_size: int, *, storage: str = "auto", device_bytes: int | None = None
 ) -> list[Split]:
     """Brings every picture to one common size: now, or, of what would fill the memory, when it is asked for.
 
     Args:
-        encoded: the splits.
+        encoded: splits of `Encoded` images.
         image_size: pixels, square, that the model sees.
         storage: "memory": now; "stream": later; "auto": by their size.
         device_bytes: what a device has for them; None sets no limit.
@@ -198,10 +202,10 @@ def decode_splits(
     """
     square = size = (image_size, image_size)
     if storage != "stream":
-        sizes = set().union(*(_read_sizes(images) for images, _ in encoded))
+        sizes = set().union(*(_read_sizes(split.images) for split in encoded))
         common = sizes.pop() if len(sizes) == 1 else square
         size = common if max(common) <= 2 * image_size else square
-        needed = sum(len(labels) for _, labels in encoded) * math.prod(size) * 3
+        needed = sum(len(split) for split in encoded) * math.prod(size) * 3
         available = min(_available_bytes(), device_bytes or sys.maxsize)
         if storage == "auto" and needed > available // 2:
             storage, size = "stream", square
@@ -210,10 +214,10 @@ def decode_splits(
                 f"the decoded pictures need {needed:,} bytes of memory, {available:,} are available; "
                 "set dataset.storage to 'stream', or take a slice such as 'train[:10%]'"
             )
-    splits = [Split(images=dataclasses.replace(images, size=size), labels=labels) for images, labels in encoded]
+    splits = [dataclasses.replace(split, images=dataclasses.replace(split.images, size=size)) for split in encoded]
     if storage == "stream":
         return splits
-    return [Split(images=decode_all(split.images), labels=split.labels) for split in splits]
+    return [dataclasses.replace(split, images=decode_all(split.images)) for split in splits]
 
 
 def _read_sizes(images: Encoded) -> set[tuple[int, int]]:

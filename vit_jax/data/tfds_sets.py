@@ -6,14 +6,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vit_jax.data.pictures import Encoded, EncodedSplit
+from vit_jax.data.pictures import Encoded
 from vit_jax.data.splits import SplitSlice, nearest_first
 from vit_jax.errors import UsageError, UserError
+from vit_jax.types import Split
 
 
-def open_tfds(
-    name: str, data_dir: str, splits: dict[str, SplitSlice]
-) -> tuple[EncodedSplit, EncodedSplit, tuple[str, ...]]:
+def open_tfds(name: str, data_dir: str, splits: dict[str, SplitSlice]) -> tuple[Split, Split, tuple[str, ...]]:
     """Opens a dataset that TFDS has prepared as array_record; reading needs no TensorFlow, preparing does.
 
     Returns:
@@ -64,7 +63,7 @@ def _tfds_command(name: str, data_dir: str) -> str:
     )
 
 
-def _open_tfds_split(builder: Any, split: SplitSlice) -> EncodedSplit:
+def _open_tfds_split(builder: Any, split: SplitSlice) -> Split:
     import tensorflow_datasets as tfds
 
     source = builder.as_data_source(split=split.name, decoders={"image": tfds.decode.SkipDecoding()})
@@ -77,4 +76,4 @@ def _open_tfds_split(builder: Any, split: SplitSlice) -> EncodedSplit:
 
     numbers = np.arange(start, stop)
     labels = np.fromiter((source[i]["label"] for i in range(start, stop)), np.int32, stop - start)
-    return Encoded(open_picture, numbers), labels
+    return Split(images=Encoded(open_picture, numbers), labels=labels, ids=numbers.astype(np.uint64))
