@@ -296,6 +296,24 @@ def test_stochastic_depth_leaves_out_whole_branches_picture_by_picture():
     assert not np.allclose(out, calm, atol=1e-2)
 
 
+def test_stochastic_depth_gives_a_single_block_the_full_rate():
+    """A block that is left out returns its input: the embedded tokens."""
+    model = VisionTransformer(None, **{**MICRO, "num_layers": 1}, stochastic_depth_rate=0.999999)
+    images = random_images(8, 8)
+    variables = model.init(jax.random.key(0), images)
+    states = [
+        model.apply(variables, images, train=train, rngs={"dropout": jax.random.key(0)}, capture_intermediates=True)[1]
+        for train in (True, False)
+    ]
+    encoders = [state["intermediates"]["Transformer"] for state in states]
+    tokens, trained, evaluated = (
+        encoders[0]["posembed_input"]["__call__"][0],
+        *(encoder["encoderblock_0"]["__call__"][0] for encoder in encoders),
+    )
+    np.testing.assert_array_equal(trained, tokens)
+    assert not np.allclose(evaluated, tokens, atol=1e-2)
+
+
 def test_stochastic_depth_scales_what_it_keeps():
     """Of a block with rate 1/2 a kept branch counts twice: with one branch, outputs are x or x + 2 · branch."""
     params = random_params(grid=(2, 2))["Transformer"]["encoderblock_1"]

@@ -156,7 +156,7 @@ class Encoder(nn.Module):
                 self.mlp_dim,
                 self.dropout_rate,
                 self.attention_dropout_rate,
-                self.stochastic_depth_rate * i / max(1, self.num_layers - 1),
+                self.stochastic_depth_rate * (i / (self.num_layers - 1) if self.num_layers > 1 else 1.0),
                 self.gelu_approximate,
                 self.layer_norm_epsilon,
                 self.dtype,
@@ -201,7 +201,7 @@ class VisionTransformer(nn.Module):
         dropout_rate: after the position embeddings, the attention output and in the MLP.
         attention_dropout_rate: on the attention weights.
         dtype: of the computation; parameters are float32 always, logits at least float32.
-        stochastic_depth_rate: of the last block; it grows linearly from 0 at the first.
+        stochastic_depth_rate: of the last block; it grows linearly from 0 at the first. A single block is the last one.
         remat: "none", or a key of `REMAT_POLICIES`: what a block does not keep for its backward pass is computed again.
         gelu_approximate: whether the GELU is its tanh form, as in the released files, or the exact one.
         head_init: a key of `HEAD_INITS`: how the head's kernel starts; its bias is zero.
