@@ -67,10 +67,19 @@ def test_targets_that_match_nothing_are_refused():
         add(targets=(r".*/querry/kernel",))
 
 
-def test_targets_that_are_no_kernels_are_refused():
-    params = {"norm": {"scale": np.ones(6, np.float32)}}
-    with pytest.raises(UsageError, match=r"norm/scale is no kernel, its shape is \(6,\)"):
-        add(params, targets=("norm/.*",))
+@pytest.mark.parametrize(
+    ("target", "listed"),
+    [
+        (".*/query/.*", "block/query/bias"),
+        ("pos_embedding", "pos_embedding"),
+        ("norm/.*|pos_.*|block/.*", "block/query/bias, norm/bias, norm/scale and 1 more"),
+    ],
+)
+def test_add_factors_rejects_targets_that_are_not_kernels(target, listed):
+    norm = {"bias": np.zeros(6, np.float32), "scale": np.ones(6, np.float32)}
+    params = {**PARAMS, "norm": norm, "pos_embedding": np.ones((1, 5, 6), np.float32)}
+    with pytest.raises(UsageError, match=f"config.lora.targets matches {listed}; expected kernels only"):
+        add(params, targets=(target,))
 
 
 def test_merged_parameters_give_the_logits_of_a_low_rank_branch():

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -73,6 +75,50 @@ def test_what_cannot_be_is_refused(changes, message):
     with pytest.raises(UsageError) as error:
         create(config_with(**changes))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "has_lora"),
+    [
+        ({"trainable": "lora"}, True),
+        ({"trainable": ("(lora|head)/.*",)}, True),
+        ({"trainable": (".*lora.*", "head/.*")}, True),
+        ({"trainable": (".*", "lora/.*/value/.*")}, True),
+        ({"trainable": ("lora/.*/b", "head/.*")}, True),
+        ({"trainable": ("lora/.*",), "lora.targets": ("head/kernel",)}, True),
+        ({"trainable": "full"}, False),
+        ({"trainable": "mlp"}, False),
+        ({"trainable": ("[a-z]+/.*",)}, False),
+        ({"trainable": (".*/kernel.*",)}, False),
+    ],
+)
+def test_create_program_adds_lora_weights_where_a_pattern_names_them(changes, has_lora):
+    state = create(config_with(**changes)).abstract_state
+    assert ("lora" in state.trainable) == has_lora
+    assert ("lora" in state.frozen) == (has_lora and changes["trainable"][0].endswith("/b"))
+
+
+ZERO_HEAD = "does not match head/kernel, which starts at zero and passes no gradient to other parameters; add 'head/.*'"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainable": ("lora/.*",)}, ZERO_HEAD),
+        ({"trainable": (".*/MlpBlock_3/.*",)}, ZERO_HEAD),
+        ({"trainable": (".*/bias",)}, ZERO_HEAD),
+        ({"trainable": ("lora/.*/a", "head/.*")}, "config.trainable matches no LoRA weight 'lora/…/b'"),
+        ({"trainable": ("(head|lora/.*/MlpBlock_3)/.*",)}, "config.trainable matches no LoRA weight 'lora/…/b'"),
+    ],
+)
+def test_create_program_refuses_parameters_without_gradients(changes, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        create(config_with(**changes))
+
+
+def test_create_program_accepts_a_frozen_head_that_is_not_zero():
+    made = create(config_with(trainable=("lora/.*",), model={**SIZES, "head_init": "xavier"}))
+    assert set(made.abstract_state.trainable) == {"lora"}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,25 @@ from vit_jax.errors import UsageError
 from vit_jax.types import Params
 
 
+def is_requested(params: Params, patterns: Sequence[str]) -> bool:
+    """Returns whether a pattern of trainable parameters names LoRA weights.
+
+    It does if it matches `lora/<kernel>/a` or `lora/<kernel>/b` for some kernel, and would not match with another word
+    in the place of `lora`: `lora/.*` and `(lora|head)/.*` name them, `.*` and `.*/MlpBlock_3/.*` do not.
+
+    Args:
+        params: nested dictionary, without LoRA weights.
+        patterns: regular expressions that match whole paths.
+    """
+    kernels = [path for path in flatten_dict(params, sep="/") if path.endswith("/kernel")]
+    names = [f"{kernel}/{factor}" for kernel in kernels for factor in "ab"]
+    return any(
+        re.fullmatch(pattern, f"lora/{name}") and not re.fullmatch(pattern, f"xxxx/{name}")
+        for pattern in patterns
+        for name in names
+    )
+
+
 def add_factors(key: jax.Array, params: Params, *, rank: int, targets: Sequence[str]) -> Params:
     """Adds factors for the kernels that are to be adapted; at first their product is zero.
 
@@ -33,7 +52,7 @@ def add_factors(key: jax.Array, params: Params, *, rank: int, targets: Sequence[
         (rank, *outputs).
 
     Raises:
-        UsageError: a target matches nothing, or an array of fewer than two axes.
+        UsageError: a target matches nothing, or something that is not a kernel.
     """
     flat = flatten_dict(params, sep="/")
     for target in targets:
@@ -43,11 +62,15 @@ def add_factors(key: jax.Array, params: Params, *, rank: int, targets: Sequence[
                 f"config.lora.targets: {target!r} matches no parameter; kernels look like {', '.join(kernels)}"
             )
     paths = [path for path in flat if any(re.fullmatch(target, path) for target in targets)]
+    others = [path for path in paths if path.rpartition("/")[2] != "kernel"]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise UsageError(
+            f"config.lora.targets matches {', '.join(others[:3])}{more}; expected kernels only, as in '.*/query/kernel'"
+        )
     factors = {}
     for path, path_key in zip(paths, jax.random.split(key, len(paths)), strict=True):
         shape = flat[path].shape
-        if len(shape) < 2:
-            raise UsageError(f"config.lora.targets: {path} is no kernel, its shape is {shape}; name kernels only")
         split = _num_input_axes(path, len(shape))
         inputs, outputs = shape[:split], shape[split:]
         scale = 1.0 / math.sqrt(math.prod(inputs))

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -113,6 +114,7 @@ def create_program(
         return steps.create_train_state(params, patterns=patterns, tx=tx, seed=config.seed, ema=config.ema_decay > 0)
 
     abstract_state = jax.eval_shape(init_state, jax.eval_shape(init_params(model, config)))
+    check_gradients(abstract_state.trainable, abstract_state.frozen, model)
     shardings, everywhere = sharding.by_rule(abstract_state, mesh), sharding.replicated(mesh)
 
     head_only = set(abstract_state.trainable) == {"head"}
@@ -181,11 +183,34 @@ def test_options(config: ConfigDict) -> dict[str, Any]:
 
 
 def add_factors(params: Params, patterns: tuple[str, ...], config: ConfigDict) -> Params:
-    """Adds low-rank factors where they are to train."""
-    if not any(pattern.startswith("lora/") for pattern in patterns):
+    """Adds LoRA weights if one of the patterns asks for them, see `lora.is_requested`."""
+    if not lora.is_requested(params, patterns):
         return params
     key = jax.random.fold_in(jax.random.PRNGKey(config.seed), 3)
     return lora.add_factors(key, params, rank=config.lora.rank, targets=config.lora.targets)
+
+
+def check_gradients(trainable: Params, frozen: Params, model: Any) -> None:
+    """Refuses a choice of trainable parameters that a zero above them keeps without gradients.
+
+    A run's head is new. Where its kernel starts at zero and stays frozen, the logits never depend on the features.
+    A LoRA product whose `b` stays frozen at zero never changes either.
+
+    Raises:
+        UsageError: names what to add.
+    """
+    paths = flatten_dict(trainable, sep="/").keys()
+    if model.head_init == "zeros" and not paths & {"head/kernel", "lora/head/kernel/b"}:
+        raise UsageError(
+            "config.trainable does not match head/kernel, which starts at zero and passes no gradient to other "
+            "parameters; add 'head/.*', or set config.model.head_init to 'xavier'"
+        )
+    has_lora = "lora" in trainable or "lora" in frozen
+    if has_lora and not any(path.startswith("lora/") and path.endswith("/b") for path in paths):
+        raise UsageError(
+            "config.trainable matches no LoRA weight 'lora/…/b', which all start at zero; "
+            "add 'lora/.*', or name the same kernels in config.lora.targets"
+        )
 
 
 def has_dropout(model: Any) -> bool:
