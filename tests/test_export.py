@@ -1,5 +1,6 @@
 """A trained model leaves as four kinds of files, and each gives its logits."""
 
+import dataclasses
 import json
 import stat
 import subprocess
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 import vit_jax
 from configs import digits
-from vit_jax import build, export, pretrained, trainer
+from vit_jax import build, checkpoint, export, pretrained, trainer
 from vit_jax.errors import UserError
 
 FORMATS = ("npz", "orbax", "safetensors", "stablehlo")
@@ -57,6 +58,7 @@ def logits_of(source, images):
         ("class_names", None, "class_names is None; expected a list of texts"),
         ("architecture", "vgg", "architecture is 'vgg'; expected one of vit"),
         ("model", None, "it names no model"),
+        ("dtype", "float16", "dtype is 'float16'; expected one of float32, bfloat16"),
         ("num_heads", 3, r"num_heads 3 \(parameters: 4\)"),
     ],
 )
@@ -81,6 +83,67 @@ def test_what_is_loaded_again_is_the_run_to_the_bit(workdir, exported, images, n
     np.testing.assert_array_equal(run.logits(images), loaded.logits(images))
     assert loaded.class_names == run.class_names and loaded.image_size == 16
     assert (loaded.pixel_mean, loaded.pixel_deviation) == (run.pixel_mean, run.pixel_deviation)
+
+
+@pytest.fixture(scope="module")
+def bfloat16_workdir(tmp_path_factory):
+    """A run that computes in bfloat16, with a head that is not zero."""
+    config = digits.get_config()
+    config.model.head_init = "xavier"
+    config.update(dtype="bfloat16", num_steps=0, warmup_steps=0)
+    folder = tmp_path_factory.mktemp("bfloat16") / "digits"
+    trainer.train_and_evaluate(config, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["npz", "orbax", "stablehlo"])
+def test_export_keeps_the_dtype_of_the_computation(bfloat16_workdir, images, tmp_path, name):
+    run, images = vit_jax.load(bfloat16_workdir), images[:8].repeat(2, axis=1).repeat(2, axis=2)
+    params = jax.device_get(run.params)
+
+    def forward(classifier):  # on one device: how bfloat16 is rounded depends on the compiled batch
+        return np.asarray(jax.jit(classifier.forward)(params, images))
+
+    assert export.main(["--workdir", str(bfloat16_workdir), "--format", name, "--out", str(tmp_path / "out")]) == 0
+    if name == "stablehlo":
+        model = jax.export.deserialize(bytearray((tmp_path / "out/model.stablehlo").read_bytes()))
+        logits = np.asarray(model.call(images))
+    else:
+        logits = forward(vit_jax.load(tmp_path / "out"))
+        np.testing.assert_array_equal(logits_of(tmp_path / "out", images), run.logits(images))
+    np.testing.assert_allclose(logits, forward(run), atol=1e-5)
+    float32 = dataclasses.replace(run, model=run.model.clone(dtype="float32"))
+    assert np.abs(logits - forward(float32)).max() > 1e-3
+
+
+def test_load_takes_exports_without_a_dtype_for_float32(exported, tmp_path):
+    about = pretrained.read_about(exported / "npz")
+    assert about.pop("dtype") == "float32"
+    pretrained.save_npz(tmp_path / "old.npz", pretrained.load_npz(exported / "npz"), about)
+    assert vit_jax.load(tmp_path / "old.npz").model.dtype == "float32"
+
+
+def test_load_takes_the_dtype_of_older_runs_from_their_config(bfloat16_workdir, monkeypatch):
+    restore_params = checkpoint.restore_params
+
+    def restore_older(*args, **options):
+        params, about = restore_params(*args, **options)
+        del about["dtype"]
+        return params, about
+
+    monkeypatch.setattr(checkpoint, "restore_params", restore_older)
+    run = vit_jax.load(bfloat16_workdir)
+    assert run.model.dtype == run.about["dtype"] == "bfloat16"
+
+
+def test_create_model_takes_its_dtype_from_the_config(bfloat16_workdir, tmp_path):
+    run = vit_jax.load(bfloat16_workdir)
+    export.export_npz(run, tmp_path / "bfloat16.npz")
+    config = digits.get_config()
+    config.pretrained = str(tmp_path / "bfloat16.npz")
+    source = build.load_source(config)
+    assert source.about["dtype"] == "bfloat16"
+    assert build.create_model(config, source, num_classes=10).dtype == "float32"
 
 
 def test_predictions_are_those_that_were_evaluated(workdir, images):

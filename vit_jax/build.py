@@ -180,6 +180,7 @@ def describe(config: ConfigDict, model: Any, class_names: Sequence[str]) -> dict
         "vit_jax": vit_jax.__version__,
         "architecture": config.architecture,
         "model": arguments,
+        "dtype": config.dtype,
         "image_size": config.image_size,
         "pixel_mean": list(config.pixel_mean),
         "pixel_deviation": list(config.pixel_deviation),
@@ -187,14 +188,14 @@ def describe(config: ConfigDict, model: Any, class_names: Sequence[str]) -> dict
     }
 
 
-def rebuild_model(about: dict[str, Any], params: Params, *, dtype: str = "float32") -> Any:
-    """The module that `describe` described.
+def rebuild_model(about: dict[str, Any], params: Params) -> Any:
+    """The module that `describe` described; metadata without "dtype", as older exports have, is of float32.
 
     Raises:
         UserError: the description is none, or not that of the parameters.
     """
     check_about(about, params)
-    sizes = dict(about["model"])
+    sizes, dtype = dict(about["model"]), about.get("dtype", "float32")
     try:
         return build_model(about["architecture"], sizes, num_classes=sizes.pop("num_classes"), dtype=dtype)
     except UsageError as error:
@@ -207,8 +208,9 @@ def check_about(about: dict[str, Any], params: Params) -> None:
     Raises:
         UserError: the description is none, or not that of the parameters.
     """
-    for key in ("architecture", "image_size", "pixel_mean", "pixel_deviation"):
-        wrong = settings.complaint(key, about.get(key))
+    values = {"dtype": "float32"} | about
+    for key in ("architecture", "dtype", "image_size", "pixel_mean", "pixel_deviation"):
+        wrong = settings.complaint(key, values.get(key))
         if wrong:
             raise _damaged(wrong)
     names = about.get("class_names")
@@ -245,6 +247,7 @@ def describe_file(params: Params) -> dict[str, Any]:
     return {
         "architecture": architecture,
         "model": sizes,
+        "dtype": "float32",
         "image_size": image_size_of(params, sizes) or 224,
         "pixel_mean": list(preprocess.HALF),
         "pixel_deviation": list(preprocess.HALF),

@@ -171,7 +171,8 @@ def load_run(workdir: str | Path, *, step: int | None = None, averages: bool = T
             raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, there))}")
         params, about = checkpoint.restore_params(checkpoints, step, sharding.replicated(mesh), averages=averages)
         params = lora.merge_factors(params, alpha=config.lora.alpha)
-    model = build.rebuild_model(about, params, dtype=config.dtype)
+    about = {"dtype": config.dtype} | about  # checkpoints of older versions do not say
+    model = build.rebuild_model(about, params)
     return Run(**classifier.fields(model, params, about), config=config, step=step, mesh=mesh, about=about)
 
 

@@ -160,6 +160,7 @@ def _describe(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dic
             "layer_norm_epsilon": config.get("layer_norm_eps", 1e-12),
             "num_classes": len(names),
         },
+        "dtype": "float32",
         "image_size": config.get("image_size", 224),
         "pixel_mean": preprocessor.get("image_mean", [0.5] * 3),
         "pixel_deviation": preprocessor.get("image_std", [0.5] * 3),
