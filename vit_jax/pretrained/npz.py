@@ -144,14 +144,19 @@ def _nest(path: Path, flat: FlatParams) -> Params:
 
 
 def read_about(path: str | os.PathLike) -> dict[str, Any] | None:
-    """What `save_npz` was told of the model; None where the file does not say, as the released ones."""
+    """Returns the metadata that `save_npz` wrote; None for files without any, such as the released ones.
+
+    Raises:
+        UserError: there is metadata, but it is damaged.
+    """
     with zipfile.ZipFile(path) as archive:
-        comment = archive.comment
-    try:
-        about = json.loads(comment)
-    except (ValueError, RecursionError):
+        text = b"".join([archive.comment, *(info.comment for info in archive.infolist())])
+    if not text.startswith(b"{"):
         return None
-    return about if isinstance(about, dict) else None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} has damaged metadata: {one_line(error)}; export or copy it again") from error
 
 
 def save_npz(path: str | os.PathLike, params: Params, about: dict[str, Any] | None = None) -> None:
@@ -159,27 +164,35 @@ def save_npz(path: str | os.PathLike, params: Params, about: dict[str, Any] | No
 
     The file is written beside and then renamed, so that what stands at `path` is always whole.
 
+    The metadata is JSON in the comments of the ZIP archive: its own, and, past the 65,535 bytes that a comment can
+    have, those of its members in their order. A member of its own would be one more array for everyone who loops over
+    `numpy.load(path)`; comments are invisible there.
+
     Args:
         path: where it shall stand; its folder exists.
         params: nested dictionary of arrays, NumPy's or JAX's; their joined keys become the file's keys.
-        about: JSON values that `read_about` gives back; they lie in the comment of the archive, where other readers of
-            such files do not look.
+        about: metadata, as JSON values, that `read_about` returns.
 
     Raises:
-        UserError: the file cannot be written, or `about` takes more than the 65,535 bytes of a comment. What stood at
-            `path` is unchanged.
+        UserError: the file cannot be written, or `about` takes more than 65,535 bytes for each array and once more.
+            What stood at `path` is unchanged.
     """
     path = Path(path)
-    comment = b"" if about is None else json.dumps(about, separators=(",", ":")).encode()
-    if len(comment) > zipfile.ZIP_MAX_COMMENT:
-        raise UserError(f"cannot write {path}: its description takes {len(comment):,} bytes of at most 65,535")
+    text = b"" if about is None else json.dumps(about, separators=(",", ":")).encode()
+    flat = flatten_dict(params, sep="/")
+    most = (1 + len(flat)) * zipfile.ZIP_MAX_COMMENT
+    if len(text) > most:
+        raise UserError(f"cannot write {path}: its metadata has {len(text):,} bytes; expected at most {most:,}")
+    comments = [text[i : i + zipfile.ZIP_MAX_COMMENT] for i in range(0, len(text), zipfile.ZIP_MAX_COMMENT)]
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with zipfile.ZipFile(temporary, "w") as archive:
-            archive.comment = comment
-            for key, leaf in flatten_dict(params, sep="/").items():
+            archive.comment = comments[0] if comments else b""
+            for key, leaf in flat.items():
                 with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
                     np.lib.format.write_array(member, np.asarray(leaf), allow_pickle=False)
+            for info, comment in zip(archive.infolist(), comments[1:], strict=False):
+                info.comment = comment
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
