@@ -4,16 +4,18 @@ import gzip
 import io
 import logging
 import os
+import struct
 import subprocess
 import sys
 import tarfile
 import textwrap
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax import data, download, progress
+from vit_jax import data, download, progress, resources
 from vit_jax.data import pictures
 from vit_jax.errors import UsageError, UserError
 
@@ -156,7 +158,8 @@ def test_load_dataset_refuses_an_empty_slice(split):
     ],
 )
 def test_load_dataset_slices_as_tfds_does(archive, split, labels):
-    dataset = load("cifar10", data_dir=str(archive), train_split=split)
+    test_split = "train" if split.startswith("test") else "test"
+    dataset = load("cifar10", data_dir=str(archive), train_split=split, test_split=test_split)
     assert dataset.train.labels.tolist() == list(labels)
     assert len(dataset.train.images) == len(labels)
 
@@ -471,7 +474,7 @@ def test_folder_names_a_truncated_picture_and_counts_the_others(folder):
 
 
 def test_folder_says_how_much_memory_is_missing(folder, monkeypatch):
-    monkeypatch.setattr(pictures, "_available_bytes", lambda: 100)
+    monkeypatch.setattr(resources, "available_memory", lambda: 100)
     with pytest.raises(UserError, match="need 288 bytes of memory, 100 are available"):  # 6 pictures, 4 x 4 x 3
         load_folder(folder, storage="memory")
 
@@ -480,7 +483,7 @@ def test_folder_is_decoded_later_where_it_would_fill_half_the_memory(folder, mon
     whole = load_folder(folder)
     assert load_folder(folder, device_bytes=576).train.in_memory  # twice the 288 bytes
     later = load_folder(folder, device_bytes=575)
-    monkeypatch.setattr(pictures, "_available_bytes", lambda: 575)
+    monkeypatch.setattr(resources, "available_memory", lambda: 575)
     for dataset in (later, load_folder(folder), load_folder(folder, device_bytes=10**6)):
         for ours, theirs in ((dataset.train, whole.train), (dataset.test, whole.test)):
             assert not ours.in_memory and ours.images.shape == theirs.images.shape
@@ -498,10 +501,10 @@ def test_pictures_that_are_decoded_later_read_like_an_array(folder):
 def test_a_box_of_a_picture_is_cut_out_and_resized(tmp_path):
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    cut = pictures.decode_picture(tmp_path / "a.png", size=(2, 2), draw_box=lambda height, width: (1, 2, 2, 2))
+    cut = pictures.decode_picture(tmp_path / "a.png", size=(2, 2), sample_box=lambda height, width: (1, 2, 2, 2))
     np.testing.assert_array_equal(cut, pixels[1:3, 2:4])
     shifted = pictures.decode_picture(
-        tmp_path / "a.png", size=(4, 4), draw_box=lambda height, width: (-1, 2, 4, 4), outside=(9, 8, 7)
+        tmp_path / "a.png", size=(4, 4), sample_box=lambda height, width: (-1, 2, 4, 4), outside=(9, 8, 7)
     )
     np.testing.assert_array_equal(np.asarray(shifted)[1:, :2], pixels[:3, 2:])
     assert np.unique(np.asarray(shifted)[:1].reshape(-1, 3), axis=0).tolist() == [[9, 8, 7]]
@@ -521,8 +524,8 @@ def test_a_box_of_a_large_jpeg_or_a_turned_one_is_cut_where_it_lies(tmp_path):
         sizes.append((height, width))
         return 0, width / 2, height, width / 2
 
-    assert np.asarray(pictures.decode_picture(tmp_path / "a.jpg", size=(8, 8), draw_box=right_half)).max() < 10
-    turned = np.asarray(pictures.decode_picture(tmp_path / "turned.jpg", size=(8, 8), draw_box=right_half))
+    assert np.asarray(pictures.decode_picture(tmp_path / "a.jpg", size=(8, 8), sample_box=right_half)).max() < 10
+    turned = np.asarray(pictures.decode_picture(tmp_path / "turned.jpg", size=(8, 8), sample_box=right_half))
     assert turned[:3].min() > 190 and turned[5:].max() < 10
     assert sizes == [(400, 800), (800, 400)]
 
@@ -806,5 +809,68 @@ def test_classes_that_cannot_be_are_refused(classes, message):
 def test_splits_without_the_classes_are_refused():
     labels = data.load_dataset("digits", image_size=16).train.labels[:3]
     absent = sorted({str(digit) for digit in range(10)} - {str(label) for label in labels})
-    with pytest.raises(UserError, match=r"no pictures of the classes .*; give larger splits"):
+    with pytest.raises(UserError, match=r"no images of the classes .*; give larger splits"):
         data.load_dataset("digits", image_size=16, classes=absent, train_split="train[:3]")
+
+
+def test_decode_picture_applies_an_orientation_of_xmp_or_late_exif(tmp_path):
+    """The image is 8 pixels high and 4 wide once it is turned; its upper half is white."""
+    stored = np.zeros((4, 8, 3), np.uint8)
+    stored[:, :4] = 255  # orientation 6: turned by 90 degrees clockwise, what is left comes to the top
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    Image.fromarray(stored).save(tmp_path / "xmp.webp", lossless=True, xmp=xmp)
+    buffer = io.BytesIO()
+    Image.fromarray(stored).save(buffer, "png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\x00\x00")
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    png = buffer.getvalue()
+    (tmp_path / "late.png").write_bytes(png[:-12] + chunk + png[-12:])  # before the last chunk, IEND
+    for name in ("xmp.webp", "late.png"):
+        with Image.open(tmp_path / name) as image:
+            assert pictures.upright_size(image) == (4, 8), name
+        decoded = np.asarray(pictures.decode_picture(tmp_path / name, size=(4, 8)))
+        assert decoded[:4].min() == 255 and decoded[4:].max() == 0, name
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "shared"),
+    [("train", "train[80%:]", "2 of 10"), ("train[:5]", "train[4:]", "1 of 10"), ("test", "test", "3 of 3")],
+)
+def test_load_dataset_rejects_overlapping_slices(archive, train, test, shared):
+    with pytest.raises(UsageError, match=rf"overlap in {shared} images; choose disjoint slices"):
+        load("cifar10", data_dir=str(archive), train_split=train, test_split=test)
+
+
+def test_load_dataset_rejects_overlapping_slices_of_a_folder(folder):
+    with pytest.raises(
+        UsageError, match="train_split 'train' and test_split 'train\\[50%:\\]' overlap in 2 of 4 images"
+    ):
+        load_folder(folder, test_split="train[50%:]")
+
+
+def test_load_dataset_does_not_decode_images_of_other_classes(folder):
+    for split in ("train", "test"):
+        write_picture(folder / split / "fox" / "0.png")
+        (folder / split / "fox" / "broken.png").write_bytes(b"not an image")
+    with pytest.raises(UserError, match="broken.png cannot be decoded"):
+        load_folder(folder)
+    dataset = load_folder(folder, classes=("dog", "cat"))
+    assert dataset.class_names == ("dog", "cat") and len(dataset.train) == 4
+
+
+def test_load_dataset_streams_images_of_different_sizes_that_are_cropped(folder):
+    """In memory they would have to be resized before they are cropped."""
+    write_picture(folder / "train" / "cat" / "large.png", size=(40, 30))
+    assert load_folder(folder).train.in_memory
+    assert not load_folder(folder, crops=True).train.in_memory
+    with pytest.raises(UsageError, match="storage is 'memory', which cannot crop images of different sizes"):
+        load_folder(folder, crops=True, storage="memory")
+
+
+def test_load_dataset_keeps_the_resolution_of_images_that_are_cropped(tmp_path):
+    for split in ("train", "test"):
+        write_picture(tmp_path / split / "cat" / "0.png", size=(60, 50))
+    assert load_folder(tmp_path).train.images.shape == (1, 4, 4, 3)
+    assert load_folder(tmp_path, crops=True).train.images.shape == (1, 50, 60, 3)

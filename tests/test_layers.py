@@ -7,13 +7,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    ["types", "errors", "progress"],
+    ["types", "errors", "progress", "resources", "sampling"],
     ["download", "distributed", "crops"],
+    ["preprocess"],
     [
         "models",
         "pretrained",
         "data",
-        "preprocess",
         "optim",
         "lora",
         "sharding",

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, command_env, command_line
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 import vit_jax
 from configs import digits
-from vit_jax import pretrained, trainer
+from vit_jax import data, evaluate, predict, pretrained, trainer
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +140,29 @@ def test_a_head_that_was_never_trained_is_refused(run_command, tmp_path):
     assert result.stderr.splitlines() == [
         f"error: {tmp_path / 'zero.npz'} has a head of zeros, which says nothing; fine-tune the model first"
     ]
+
+
+@pytest.mark.parametrize("size", [(60, 60), (180, 180), (48, 70), (24, 24)])
+def test_every_way_to_predict_sees_the_same_pixels(tmp_path, size):
+    """Arrays, files, datasets in memory and streamed; larger and smaller than the model's 32 pixels."""
+    photo = Image.fromarray(load_sample_image("china.jpg"))
+    rng = np.random.default_rng(0)
+    for name in vit_jax.load("micro").class_names:
+        (tmp_path / "test" / name).mkdir(parents=True)
+        left, top = rng.integers(0, 200, 2)
+        photo.crop((left, top, left + size[0], top + size[1])).save(tmp_path / "test" / name / "0.png")
+    paths = sorted(map(str, tmp_path.glob("test/*/*.png")))
+
+    classifier = vit_jax.load("micro")
+    arrays = classifier.predict(np.stack([np.asarray(Image.open(path)) for path in paths]))
+    files = np.stack([probabilities for _, probabilities in predict.predict_files(classifier, paths)])
+    np.testing.assert_allclose(files, arrays, atol=1e-4)
+    expected = -np.log(arrays[np.arange(10), np.arange(10)]).mean()
+    for device_bytes in (None, 1):  # in memory; streamed
+        split, _ = data.load_split(f"folder:{tmp_path}", split="test", image_size=32, device_bytes=device_bytes)
+        assert split.in_memory == (device_bytes is None)
+        results = evaluate.evaluate_split(classifier, split, batch_size=4)
+        assert results["test/loss"] == pytest.approx(expected, abs=1e-4)
+    exported = [np.asarray(Image.open(path).resize((32, 32), Image.Resampling.BILINEAR), int) for path in paths]
+    decoded = [np.asarray(data.decode_picture(path, size=(32, 32)), int) for path in paths]
+    assert np.abs(np.stack(exported) - np.stack(decoded)).max() <= 1  # Hugging Face's preprocessor resizes in one call

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from configs import digits
-from vit_jax import data, dry_run, trainer, visualize
+from vit_jax import data, dry_run, resources, trainer, visualize
 from vit_jax.data.streaming import training_batches
 from vit_jax.errors import UsageError, UserError
 
@@ -117,7 +117,7 @@ def test_a_worker_that_is_killed_is_one_line_and_none_outlives_its_run(folder):
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     os.kill(workers[0].pid, signal.SIGKILL)
-    with pytest.raises(UserError, match="a process that decodes pictures was ended"):
+    with pytest.raises(UserError, match="a process that decodes images was ended"):
         for _ in stream:
             pass
     assert multiprocessing.active_children() == []
@@ -185,7 +185,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, whole, tmp_path, monkeyp
     auto = {"dataset.storage": "auto"}
     monkeypatch.setattr(trainer.checkpoint, "save", stop)
     with monkeypatch.context() as little_memory, pytest.raises(InterruptedError):
-        little_memory.setattr(data.pictures, "_available_bytes", lambda: 10_000)
+        little_memory.setattr(resources, "available_memory", lambda: 10_000)
         trainer.train_and_evaluate(config_for(folder, **auto), tmp_path / "run")
     assert multiprocessing.active_children() == []
     monkeypatch.setattr(trainer.checkpoint, "save", save)
@@ -205,6 +205,8 @@ def test_accumulation_gives_the_update_of_the_large_batch(folder, whole, tmp_pat
 def test_evaluation_is_that_of_pictures_in_memory(folder, whole, tmp_path):
     """Every test picture counts once, though 22 do not divide into batches of 8; so do features of all of them."""
     run = trainer.load_run(whole)
+    run.config.dataset.storage = "auto"
+    assert not trainer.load_test_dataset(run).test.in_memory  # as in training
     streamed = trainer.evaluate_run(run)
     run.config.dataset.storage = "memory"
     assert streamed == pytest.approx(trainer.evaluate_run(run), abs=1e-6)
@@ -215,6 +217,27 @@ def test_evaluation_is_that_of_pictures_in_memory(folder, whole, tmp_path):
         config.dataset.storage = storage
         results[storage] = trainer.train_and_evaluate(config, tmp_path / storage)
     assert results["stream"] == pytest.approx(results["memory"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"augment": "inception", "image_size": 8},
+        {"augment": "pad_crop", "test_augment": "square_crop"},
+        {"augment": "inception", "trainable": "head", "features": "cached", "feature_views": 2, "mixup_alpha": 0.0},
+    ],
+    ids=["inception", "pad_crop", "cached_views"],
+)
+def test_train_and_evaluate_gives_the_same_run_streamed_and_in_memory(folder, tmp_path, changes):
+    """Order, crops and pixels do not depend on the memory that is free."""
+    for storage in ("memory", "stream"):
+        config = config_for(folder, **{"dataset.storage": storage, **changes})
+        trainer.train_and_evaluate(config, tmp_path / storage)
+    for ours, theirs in zip(records_of(tmp_path / "stream"), records_of(tmp_path / "memory"), strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-3)
+    run = trainer.load_run(tmp_path / "stream")
+    evaluated = {"step": 6, **trainer.evaluate_run(run)}
+    assert records_of(tmp_path / "stream")[-1] == pytest.approx(evaluated, abs=1e-5)
 
 
 def test_pictures_of_a_streamed_run_are_drawn(whole):
@@ -234,7 +257,7 @@ def test_a_dry_run_counts_batches_instead_of_pictures(folder, capsys):
 
 
 def test_what_lies_in_memory_anyway_is_not_streamed():
-    with pytest.raises(UsageError, match="'stream' is for folder:DIR and tfds:NAME, not 'digits'"):
+    with pytest.raises(UsageError, match="storage is 'stream', which needs folder:DIR or tfds:NAME"):
         data.load_dataset("digits", image_size=8, storage="stream")
 
 

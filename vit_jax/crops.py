@@ -1,9 +1,18 @@
-"""Where a random crop lies: arithmetic on uniform draws, for JAX on the device and NumPy in a worker process alike."""
+"""Boxes of random crops, and the weights of a resize: for JAX on the device and NumPy in worker processes alike."""
 
 from typing import Any
 
 Box = tuple[Any, Any, Any, Any]
 """Top, left, height, width in pixels."""
+
+WEIGHT_BITS = 22
+"""Bits of a resize's weights after the point."""
+
+EDGE_SLACK = 1e-3
+"""Pixels by which rounding may move the edge of a box."""
+
+CROPS = ("pad_crop", "square_crop", "inception")
+"""Augmentations that read a part of an image, and so depend on its resolution."""
 
 
 def random_box(augment: str, draws: Any, *, height: int, width: int, image_size: int, xp: Any) -> Box:
@@ -30,19 +39,21 @@ def random_box(augment: str, draws: Any, *, height: int, width: int, image_size:
 
 
 def padded_box(draws: Any, *, height: int, width: int, xp: Any) -> Box:
-    """A crop of the picture's own size out of the picture and a margin of an eighth of its height around it.
+    """Returns a crop of the image's own size from the image padded by an eighth of each side.
 
     Args:
         draws: numbers in [0, 1): for top and left.
-        height: of the picture, pixels.
-        width: of the picture, pixels.
+        height: of the image, pixels.
+        width: of the image, pixels.
         xp: `jax.numpy` or `numpy`.
 
     Source:
         He et al. 2016, section 4.2, there with a margin of 4 pixels for 32.
     """
-    margin = height // 8
-    top, left = xp.floor(draws[:2] * (2 * margin + 1)) - margin
+    top, left = (
+        xp.floor(draw * (2 * margin + 1)) - margin
+        for draw, margin in zip(draws[:2], (height // 8, width // 8), strict=True)
+    )
     return top, left, height, width
 
 
@@ -115,3 +126,31 @@ def inception_box(
     rows = xp.clip(rows, 1, height)
     columns = xp.clip(width_of(rows), 1, width)
     return xp.floor(draws[2] * (height - rows)), xp.floor(draws[3] * (width - columns)), rows, columns
+
+
+def resize_weights(start: Any, length: Any, *, input_size: int, output_size: int, xp: Any) -> Any:
+    """Returns the matrix by which Pillow resizes the pixels from `start` to `start + length` along one axis.
+
+    Bilinear, with half-pixel centers; where it shrinks, the triangle is widened by the scale (antialiasing). Pixels
+    outside of the interval do not contribute. Pillow holds weights in fixed point, and so does this.
+
+    Args:
+        start: of the interval, pixels; may be a fraction.
+        length: of the interval, pixels.
+        input_size: pixels of the whole axis.
+        output_size: pixels.
+        xp: `jax.numpy` or `numpy`; NumPy's weights are exact, JAX's within the rounding of float32.
+
+    Returns:
+        [output_size input_size]: integers in units of 2 ** -22; each row sums to 2 ** 22 within rounding.
+
+    Source:
+        Pillow, `Image.resize(size, Resampling.BILINEAR, box)` of 8-bit images.
+    """
+    scale = length / output_size
+    centers = start + (xp.arange(output_size) + 0.5) * scale
+    pixels = xp.arange(input_size) + 0.5
+    weights = xp.maximum(0.0, 1.0 - xp.abs(pixels - centers[:, None]) / xp.maximum(scale, 1.0))
+    first, stop = xp.floor(start + EDGE_SLACK), xp.ceil(start + length - EDGE_SLACK)
+    weights = xp.where((first < pixels) & (pixels < stop), weights, 0.0)
+    return xp.floor(weights / weights.sum(axis=1, keepdims=True) * 2**WEIGHT_BITS + 0.5)

@@ -74,19 +74,18 @@ def evaluate_on_dataset(arguments: argparse.Namespace) -> tuple[dict[str, int], 
     workdir = arguments.workdir
     model: Any = trainer.load_run(workdir, step=arguments.step) if is_run(workdir) else vit_jax.load(workdir)
     check_head(model, workdir)
-    split = arguments.test_split or "test"
-    dataset = data.load_dataset(
+    test, class_names = data.load_split(
         arguments.dataset,
         data_dir=arguments.data_dir or "",
-        train_split=f"{split.partition('[')[0]}[:1]",  # one has to be read
-        test_split=split,
+        split=arguments.test_split or "test",
         image_size=model.image_size,
         device_bytes=sharding.memory_of(jax.local_devices()[0])[0],
     )
-    columns = match_classes(dataset.class_names, model.class_names)
-    test = dataclasses.replace(dataset.test, labels=columns[dataset.test.labels])
-    results = evaluate_split(model, test, batch_size=arguments.batch_size)
-    return {"pictures": len(dataset.test), "classes": len(dataset.class_names)}, results
+    columns = match_classes(class_names, model.class_names)
+    results = evaluate_split(
+        model, dataclasses.replace(test, labels=columns[test.labels]), batch_size=arguments.batch_size
+    )
+    return {"pictures": len(test), "classes": len(class_names)}, results
 
 
 def match_classes(names: Sequence[str], known: Sequence[str]) -> np.ndarray:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vit_jax import preprocess, sharding
+from vit_jax import preprocess, sampling, sharding
 from vit_jax.progress import progress_bar
 from vit_jax.steps import Forward, TrainState
 from vit_jax.types import Params
@@ -74,25 +74,24 @@ def apply_to_all(
     num_batches = -(-num_rows // batch_size)
     everywhere = sharding.replicated(mesh)
 
-    def outputs_of(start: jax.Array, key: jax.Array, params: Params, batch: jax.Array) -> jax.Array:
+    def outputs_of(start: jax.Array, params: Params, batch: jax.Array) -> jax.Array:
         rows = jax.lax.with_sharding_constraint(start + jnp.arange(batch_size), sharding.over_batch(mesh))
-        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return model.apply({"params": params}, prepare(keys, batch))
+            return model.apply({"params": params}, prepare(sampling.row_keys(rows, seed=seed), batch))
 
     def fill(buffer: jax.Array, start: jax.Array, *inputs: Any) -> tuple[jax.Array, jax.Array]:
         buffer = jax.lax.dynamic_update_slice_in_dim(buffer, outputs_of(start, *inputs), start, axis=0)
         return buffer, start + batch_size
 
-    start, key = sharding.place((np.int32(0), jax.random.PRNGKey(seed)), everywhere)
+    start = sharding.place(np.int32(0), everywhere)
     batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), jnp.uint8)
-    outputs = jax.eval_shape(outputs_of, start, key, params, batch)
+    outputs = jax.eval_shape(outputs_of, start, params, batch)
     make_buffer = lambda: jnp.zeros((num_batches * batch_size, *outputs.shape[1:]), outputs.dtype)  # noqa: E731
     buffer = jax.jit(make_buffer, out_shardings=everywhere)()
     fill = jax.jit(fill, donate_argnums=0, out_shardings=everywhere)
     for i in progress_bar(range(num_batches), desc="pictures", unit="batch"):
         rows = np.arange(i * batch_size, (i + 1) * batch_size) % len(images)
-        previous, (buffer, start) = start, fill(buffer, start, key, params, sharding.place_rows(images, rows, mesh))
+        previous, (buffer, start) = start, fill(buffer, start, params, sharding.place_rows(images, rows, mesh))
         jax.block_until_ready(previous)  # for the bar's sake; the device already has the next batch
     return buffer[:num_rows]
 

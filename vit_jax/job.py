@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_jax import build, data, distributed, features, optim, sharding, steps
+from vit_jax import build, data, distributed, features, optim, preprocess, sampling, sharding, steps
+from vit_jax.crops import CROPS
 from vit_jax.data.streaming import training_batches
 from vit_jax.program import Program, create_program
 from vit_jax.progress import progress_bar
@@ -75,8 +76,10 @@ class Job:
                 batch_size=config.batch_size // config.accumulation_steps,
             )
             whole, views = program.pictures_forward, config.feature_views
-            train_images = compute(dataset.train.images, prepare=whole.augment, num_views=views, seed=config.seed)
-            test_images = compute(dataset.test.images, prepare=whole.prepare)
+            images = crop_on_host(config, dataset.train.images, config.augment, num_views=views, seed=config.seed)
+            views_left = views * len(dataset.train) // len(images)
+            train_images = compute(images, prepare=whole.augment, num_views=views_left, seed=config.seed)
+            test_images = compute(crop_on_host(config, dataset.test.images, config.test_augment), prepare=whole.prepare)
             arrays = repeat(train_images, np.tile(dataset.train.labels, views), program.mesh)
             test = Split(images=test_images, labels=dataset.test.labels)
         else:
@@ -85,7 +88,8 @@ class Job:
                 if program.streamed
                 else repeat(dataset.train.images, dataset.train.labels, program.mesh)
             )
-            test = dataset.test
+            test_images = crop_on_host(config, dataset.test.images, config.test_augment)
+            test = Split(images=test_images, labels=dataset.test.labels)
         evaluate = create_evaluate(program.forward, test, program.mesh, batch_size=batch_size)
         return arrays, lambda state: evaluate(steps.evaluated_params(state, lora_alpha=alpha))
 
@@ -139,6 +143,7 @@ def load_dataset(config: ConfigDict, *, storage: str = "", shapes_only: bool = F
         test_split=names.test_split,
         image_size=config.image_size,
         classes=names.classes,
+        crops=not {config.augment, config.test_augment}.isdisjoint(CROPS),
         storage=storage or names.storage,
         device_bytes=sharding.memory_of(jax.local_devices()[0])[0],
         shapes_only=shapes_only,
@@ -149,6 +154,24 @@ def load_dataset(config: ConfigDict, *, storage: str = "", shapes_only: bool = F
         f"pixels, {len(dataset.class_names)} classes{'' if dataset.train.in_memory else ', decoded as they are needed'}"
     )
     return dataset
+
+
+def crop_on_host(config: ConfigDict, images: Any, augment: str, *, num_views: int = 1, seed: int = 0) -> Any:
+    """Returns images of which those that are decoded when they are read are also cropped then, at full resolution.
+
+    Args:
+        config: laid out as in `configs/base.py`.
+        images: uint8 [n h w 3], or `data.Encoded`.
+        augment: see `preprocess.prepare`.
+        num_views: number of crops of each image: a crop of every image, then another of every image.
+        seed: of the crops; see `sampling.row_keys`.
+    """
+    if not isinstance(images, data.Encoded) or augment not in CROPS:
+        return images
+    rows = np.arange(num_views * len(images))
+    draws = jax.jit(lambda rows: preprocess.sample_draws(sampling.row_keys(rows, seed=seed)))(rows)
+    outside = preprocess.margin_color(config.pixel_mean)
+    return images.crop(rows % len(images), augment=augment, draws=np.asarray(draws), outside=outside)
 
 
 def repeat(images: Any, labels: np.ndarray, mesh: Mesh) -> Generator[Arrays, None, None]:
@@ -165,7 +188,7 @@ def stream(config: ConfigDict, split: Split, mesh: Mesh, *, step: int) -> Genera
     batches = training_batches(
         split,
         augment=config.augment,
-        outside=[round(255 * mean) for mean in config.pixel_mean],
+        outside=preprocess.margin_color(config.pixel_mean),
         batch_size=config.batch_size,
         seed=config.seed,
         first_step=step,

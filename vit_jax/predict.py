@@ -93,6 +93,7 @@ def predict_files(classifier: Any, paths: Sequence[str]) -> Iterator[tuple[str, 
     Yields:
         (path, float32 [classes] of probabilities), or (path, why it could not be read), in the order of `paths`.
     """
+    from vit_jax import resources
     from vit_jax.classifier import softmax
     from vit_jax.data import decode_picture
     from vit_jax.progress import progress_bar
@@ -112,7 +113,7 @@ def predict_files(classifier: Any, paths: Sequence[str]) -> Iterator[tuple[str, 
 
     chunks = (paths[first : first + batch_size] for first in range(0, len(paths), batch_size))
     bar = progress_bar(total=len(paths), unit=" pictures")
-    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+    with ThreadPoolExecutor(resources.available_cpus()) as pool, bar:
         decoding = _behind(2, ((chunk, [pool.submit(decode, path) for path in chunk]) for chunk in chunks))
         decoded = ((chunk, [future.result() for future in futures]) for chunk, futures in decoding)
         running = _behind(1, ((chunk, images, start(images)) for chunk, images in decoded))

@@ -1,25 +1,26 @@
-"""Pictures made ready for the model, on the device, inside the step: cropped, flipped, resized, mixed.
+"""Preprocessing on the device, inside the jitted step: crop, resize, flip, mix, normalize.
 
-A crop with its resize and flip is two small matrix products, one over rows and one over columns: output row i reads
-the crop at (i + 1/2) · height / image_size - 1/2, between two pixels, clamped at the crop's edge.
+A resize gives the very pixels that `data.decode_picture` gets from Pillow: see `crops.resize_weights`.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.crops import Box, random_box
+from vit_jax.crops import CROPS, WEIGHT_BITS, Box, random_box, resize_weights
 
-AUGMENTATIONS = ("none", "flip", "pad_crop", "square_crop", "inception")
+AUGMENTATIONS = ("none", "flip", *CROPS)
 
 HALF = (0.5, 0.5, 0.5)
 """Mean and deviation that take pixels to [-1, 1], as the released models were trained."""
 
 
 def normalize(images: jax.Array, *, mean: Sequence[float] = HALF, deviation: Sequence[float] = HALF) -> jax.Array:
-    """uint8 [... 3] -> float32 [... 3]: (pixel / 255 - mean) / deviation, channel by channel."""
+    """Integers 0 to 255 [... 3] -> float32 [... 3]: (pixel / 255 - mean) / deviation, channel by channel."""
     offset, scale = (255.0 * np.asarray(channels, np.float32) for channels in (mean, deviation))
     return (images.astype(jnp.float32) - offset) / scale
 
@@ -33,38 +34,50 @@ def prepare(
     mean: Sequence[float] = HALF,
     deviation: Sequence[float] = HALF,
 ) -> jax.Array:
-    """Normalizes, crops, flips and resizes, each picture by a key of its own.
+    """Crops, resizes, flips and normalizes, each image by a key of its own.
 
-    A picture's draw depends on its key alone, so that devices and accumulation do not change it.
+    What is sampled for an image depends on its key alone, so that devices and accumulation do not change it.
 
     Args:
-        keys: [b] random keys; not used where nothing is drawn.
+        keys: [b] random keys; not used where nothing is sampled.
         images: uint8 [b h w 3].
         image_size: pixels, square.
-        augment: "none"; "flip" (half the pictures, left to right); "pad_crop" (a margin of an eighth in the mean's
-            colour, a crop of the picture's size, and flip); "square_crop" (a square of 64 to 100 % of the area, and
-            flip); "inception" (5 to 100 % of the area, and flip). Boxes are those of `crops`.
+        augment: "none"; "flip" (half the images, left to right); "pad_crop" (padded by an eighth of each side in the
+            mean's color, cropped to the image's size, flip); "square_crop" (a square of 64 to 100 % of the area,
+            flip); "inception" (5 to 100 % of the area, flip). Boxes are those of `crops`.
         mean: of the channels, from 0 to 1.
         deviation: of the channels, on the same scale.
 
     Returns:
         float32 [b image_size image_size 3].
     """
-    if augment == "none":
-        normal = normalize(images, mean=mean, deviation=deviation)
-        if images.shape[1:3] == (image_size, image_size):
-            return normal
-        return jax.vmap(lambda image: _resize(image, _whole(image), image_size=image_size))(normal)
+    height, width = images.shape[1:3]
+    if augment in CROPS:
+        margins = (height // 8, width // 8) if augment == "pad_crop" else (0, 0)
 
-    def one(key: jax.Array, image: jax.Array) -> jax.Array:
-        crop_key, flip_key = jax.random.split(key)
-        height, width = image.shape[:2]
-        draws = jax.random.uniform(crop_key, (4,))
-        box = random_box(augment, draws, height=height, width=width, image_size=image_size, xp=jnp)
-        image = normalize(image, mean=mean, deviation=deviation)
-        return _resize(image, box, image_size=image_size, flip=jax.random.bernoulli(flip_key))
+        def crop(image: jax.Array, draws: jax.Array) -> jax.Array:
+            top, left, *size = random_box(augment, draws, height=height, width=width, image_size=image_size, xp=jnp)
+            image = _pad(image, margins, margin_color(mean))
+            return _resize(image, (top + margins[0], left + margins[1], *size), image_size=image_size, xp=jnp)
 
-    return jax.vmap(one)(keys, images)
+        images = jax.vmap(crop)(images, sample_draws(keys))
+    elif (height, width) != (image_size, image_size):
+        resize = functools.partial(_resize, box=(0, 0, height, width), image_size=image_size, xp=np)
+        images = jax.vmap(resize)(images)
+    if augment != "none":
+        flips = jax.vmap(lambda key: jax.random.bernoulli(jax.random.split(key)[1]))(keys)
+        images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
+    return normalize(images, mean=mean, deviation=deviation)
+
+
+def sample_draws(keys: jax.Array) -> jax.Array:
+    """Returns what `crops.random_box` needs: [b] random keys -> float32 [b 4] in [0, 1)."""
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.split(key)[0], (4,)))(keys)
+
+
+def margin_color(mean: Sequence[float]) -> tuple[int, ...]:
+    """Returns the color of a padded image's margin, as 8-bit channels."""
+    return tuple(round(255 * channel) for channel in mean)
 
 
 def mix(
@@ -111,27 +124,46 @@ def mix(
     return jax.vmap(one)(keys, images, partners)
 
 
-def _whole(image: jax.Array) -> Box:
-    """The box (top, left, height, width) of a whole picture [h w c]."""
-    return 0, 0, image.shape[0], image.shape[1]
+def _pad(image: jax.Array, margins: tuple[int, int], color: Sequence[int]) -> jax.Array:
+    """Pads an image [h w c] by margins of rows and of columns, in pixels."""
+    if not any(margins):
+        return image
+    rows, columns = margins
+    padded = [
+        jnp.pad(image[..., channel], ((rows, rows), (columns, columns)), constant_values=value)
+        for channel, value in enumerate(color)
+    ]
+    return jnp.stack(padded, axis=-1)
 
 
-def _resize(image: jax.Array, box: Box, *, image_size: int, flip: jax.Array | bool = False) -> jax.Array:
-    """Cuts a box out of a picture [h w c], resizes it bilinearly to a square, flips it left to right on request.
+def _resize(image: jax.Array, box: Box, *, image_size: int, xp: Any) -> jax.Array:
+    """Resizes a box of an image, integers 0 to 255 [h w c], to a square int32 [image_size image_size c].
 
-    Outside of the picture all is zero, which is the mean's colour.
+    Args:
+        image: the box is inside of it.
+        box: top, left, height, width in pixels.
+        image_size: pixels, square.
+        xp: `numpy` where the box is known when the step is traced, else `jax.numpy`.
     """
     top, left, height, width = box
-    rows = _bilinear(top, height, image.shape[0], image_size)
-    columns = _bilinear(left, width, image.shape[1], image_size)
-    columns = jnp.where(flip, columns[::-1], columns)
-    # At the highest precision: tensor cores would otherwise round pixels to 8 or 10 bits.
-    image = jnp.einsum("ih,hwc->iwc", rows, image, precision="highest")
-    return jnp.einsum("jw,iwc->ijc", columns, image, precision="highest")
+    columns = resize_weights(left, width, input_size=image.shape[1], output_size=image_size, xp=xp)
+    rows = resize_weights(top, height, input_size=image.shape[0], output_size=image_size, xp=xp)
+    image = _apply_weights("jw,hwc->hjc", columns, image)  # columns first, as `data.decode_picture`
+    return _apply_weights("ih,hwc->iwc", rows, image)
 
 
-def _bilinear(start: jax.Array | int, length: jax.Array | int, input_size: int, output_size: int) -> jax.Array:
-    """The matrix [output_size input_size] that resizes the interval of `length` pixels from `start`."""
-    offset = (jnp.arange(output_size) + 0.5) * (length / output_size) - 0.5
-    position = start + jnp.clip(offset, 0, length - 1)
-    return jnp.maximum(0.0, 1.0 - jnp.abs(position[:, None] - jnp.arange(input_size)[None, :]))
+def _apply_weights(subscripts: str, weights: jax.Array, image: jax.Array) -> jax.Array:
+    """Multiplies an image by fixed-point weights and rounds to integers, exactly.
+
+    float32 holds 24 bits: products of 8-bit pixels with either half of a 22-bit weight, and their sums, fit in.
+    """
+    half_bits = WEIGHT_BITS // 2
+    pixels = image.astype(jnp.float32)
+
+    def products(half: jax.Array) -> jax.Array:
+        # At the highest precision: tensor cores would otherwise round pixels to 8 or 10 bits.
+        half = jnp.asarray(half, jnp.float32)
+        return jnp.einsum(subscripts, half, pixels, precision="highest").astype(jnp.int32)
+
+    total = (products(weights // 2**half_bits) << half_bits) + products(weights % 2**half_bits)
+    return (total + 2 ** (WEIGHT_BITS - 1)) >> WEIGHT_BITS

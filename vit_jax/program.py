@@ -10,8 +10,9 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_jax import features, lora, optim, sharding, steps
+from vit_jax import features, lora, optim, sampling, sharding, steps
 from vit_jax.build import init_params
+from vit_jax.crops import CROPS
 from vit_jax.errors import UsageError
 from vit_jax.types import Params
 
@@ -121,8 +122,8 @@ def create_program(
     dropout = has_dropout(model) and (config.frozen_dropout or not head_only)
     cached = stores_features(config, head_only=head_only, dropout=dropout)
     streamed = not (in_memory or cached)
-    augment = "flip" if streamed and config.augment != "none" else config.augment  # cropped where they were decoded
-    whole = steps.from_pictures(model, augment=augment, dropout=dropout, **test_options(config))
+    augment = device_augment(config.augment, in_memory=in_memory)
+    whole = steps.from_pictures(model, augment=augment, dropout=dropout, **test_options(config, in_memory=in_memory))
     forward = features.from_features(model) if cached else whole
     train_step = steps.make_train_step(
         forward,
@@ -172,10 +173,15 @@ def create_program(
     )
 
 
-def test_options(config: ConfigDict) -> dict[str, Any]:
-    """How test pictures are made ready: options of `steps.from_pictures`."""
+def device_augment(augment: str, *, in_memory: bool) -> str:
+    """Returns what is left to do on the device: images that are not in memory are cropped where they are decoded."""
+    return "flip" if augment in CROPS and not in_memory else augment
+
+
+def test_options(config: ConfigDict, *, in_memory: bool = True) -> dict[str, Any]:
+    """Returns the test-time preprocessing, as options of `steps.from_pictures`."""
     return {
-        "test_augment": config.test_augment,
+        "test_augment": device_augment(config.test_augment, in_memory=in_memory),
         "image_size": config.image_size,
         "mean": config.pixel_mean,
         "deviation": config.pixel_deviation,
@@ -186,7 +192,7 @@ def add_factors(params: Params, patterns: tuple[str, ...], config: ConfigDict) -
     """Adds LoRA weights if one of the patterns asks for them, see `lora.is_requested`."""
     if not lora.is_requested(params, patterns):
         return params
-    key = jax.random.fold_in(jax.random.PRNGKey(config.seed), 3)
+    key = jax.random.fold_in(jax.random.PRNGKey(config.seed), sampling.Stream.LORA)
     return lora.add_factors(key, params, rank=config.lora.rank, targets=config.lora.targets)
 
 

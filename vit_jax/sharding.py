@@ -1,7 +1,6 @@
 """The mesh of devices, and where arrays live on it."""
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vit_jax import resources
 from vit_jax.errors import UsageError
 
 _SMALLEST_SHARDED = 4096
@@ -134,8 +134,7 @@ def memory_of(device: jax.Device) -> tuple[int, str]:
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:
         return limit, "the device's own figure"
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return machine // jax.local_device_count(), "the machine's memory"
+    return resources.total_memory() // jax.local_device_count(), "the machine's memory"
 
 
 def round_up(batch_size: int, num_pictures: int, mesh: Mesh) -> int:

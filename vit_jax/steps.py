@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from vit_jax import lora, metrics, optim, preprocess, sharding
+from vit_jax import lora, metrics, optim, preprocess, sampling, sharding
 from vit_jax.types import Params
 
 
@@ -120,8 +120,8 @@ def update_ema(ema: Params, params: Params, *, decay: float, num_updates: jax.Ar
     Source:
         TensorFlow's `tf.train.ExponentialMovingAverage(num_updates=…)`.
     """
-    decay = jnp.minimum(decay, (1.0 + num_updates) / (10.0 + num_updates))
-    return optax.incremental_update(params, ema, 1.0 - decay)
+    warmed_up = jnp.minimum(decay, (1.0 + num_updates) / (10.0 + num_updates))
+    return optax.incremental_update(params, ema, 1.0 - warmed_up)
 
 
 def make_permutation(num_images: int, batch_size: int, *, num_views: int = 1) -> Callable[[TrainState], jax.Array]:
@@ -138,8 +138,7 @@ def make_permutation(num_images: int, batch_size: int, *, num_views: int = 1) ->
 
     def permutation(state: TrainState) -> jax.Array:
         epoch = state.step // steps_per_epoch
-        key = jax.random.fold_in(jax.random.fold_in(state.key, 0), epoch)
-        return jax.random.permutation(key, num_images).astype(jnp.int32) + num_images * (epoch % num_views)
+        return sampling.epoch_order(state.key, epoch, num_images) + num_images * (epoch % num_views)
 
     return permutation
 
@@ -195,18 +194,17 @@ def make_train_step(
         return loss / batch_size, accuracy / batch_size
 
     def train_step(state: TrainState, images: jax.Array, labels: jax.Array, permutation: jax.Array | None):
-        augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step))
-        batch: dict[str, Any] = {"keys": jax.random.split(augment_key, batch_size)}
+        keys, dropout_keys = sampling.step_keys(state.key, state.step, batch_size)
+        batch: dict[str, Any] = {"keys": keys}
         if permutation is None:
             batch |= {"images": images, "labels": labels}
         else:
             place = state.step % (len(permutation) // batch_size)
             batch["rows"] = jax.lax.dynamic_slice_in_dim(permutation, place * batch_size, batch_size)
         if mixes:  # every picture's partner is its neighbour in the whole batch, however that is split
-            mix_key = jax.random.fold_in(jax.random.fold_in(state.key, 2), state.step)
             batch["partners"] = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), batch)
-            batch["mix_keys"] = jax.random.split(mix_key, batch_size)
-        batch["dropout_keys"] = jax.random.split(dropout_key, batch_size)
+            batch["mix_keys"] = sampling.mix_keys(state.key, state.step, batch_size)
+        batch["dropout_keys"] = dropout_keys
 
         def pick(batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
             batch_images, batch_labels = (
@@ -283,8 +281,7 @@ def make_eval_step(forward: Forward, mesh: Mesh, *, batch_size: int, streamed: b
             rows = jnp.minimum(rows, len(labels) - 1)
             images, labels = images[rows], labels[rows]
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.PRNGKey(0), row))(rows)
-            logits = forward.logits(params, forward.prepare(keys, images), None)
+            logits = forward.logits(params, forward.prepare(sampling.row_keys(rows), images), None)
         sums = metrics.masked_sums(logits, labels, mask)
         return {**{k: totals[k] + sums[k] for k in sums}, "next_row": totals["next_row"] + batch_size}
 

@@ -28,7 +28,7 @@ from vit_jax import (
 )
 from vit_jax.classifier import Classifier
 from vit_jax.errors import UserError
-from vit_jax.job import create_evaluate, create_job, load_dataset
+from vit_jax.job import create_evaluate, create_job, crop_on_host, load_dataset
 from vit_jax.program import Program, test_options
 from vit_jax.types import Dataset
 from vit_jax.writer import Writer, format_number, read_records
@@ -182,9 +182,10 @@ def evaluate_run(run: Run) -> dict[str, float]:
     Raises:
         UserError: the dataset cannot be read, or its classes are not those of the run.
     """
-    dataset = load_test_dataset(run)
-    forward = steps.from_pictures(run.model, **test_options(run.config))
-    evaluate = create_evaluate(forward, dataset.test, run.mesh, batch_size=run.config.eval_batch_size)
+    test = load_test_dataset(run).test
+    forward = steps.from_pictures(run.model, **test_options(run.config, in_memory=test.in_memory))
+    test = dataclasses.replace(test, images=crop_on_host(run.config, test.images, run.config.test_augment))
+    evaluate = create_evaluate(forward, test, run.mesh, batch_size=run.config.eval_batch_size)
     return metrics.means(fetch(evaluate(run.params)))
 
 
@@ -194,7 +195,9 @@ def load_test_dataset(run: Run) -> Dataset:
     Raises:
         UserError: it cannot be read, or its classes are not those of the run.
     """
-    dataset = load_dataset(run.config)
+    # A run that streamed its images is evaluated so, whatever memory is available now; the pixels are the same anyway.
+    streamed = run.config.dataset.storage == "auto" and run.about.get("storage") == "stream"
+    dataset = load_dataset(run.config, storage="stream" if streamed else "")
     if dataset.class_names != run.class_names:
         raise UserError(
             f"the run knows {len(run.class_names)} classes, {', '.join(run.class_names[:5])}, …; the dataset has "
@@ -205,20 +208,20 @@ def load_test_dataset(run: Run) -> Dataset:
 
 
 def predict(run: Run, images: np.ndarray) -> np.ndarray:
-    """What a run's model says of pictures, made ready as its test pictures were.
+    """Predicts class probabilities with a run's test-time preprocessing.
 
     Args:
         run: of `load_run`.
-        images: uint8 [n h w 3], or what reads like it.
+        images: uint8 [n h w 3], or `data.Encoded`.
 
     Returns:
         float32 [n classes]: probabilities.
     """
-    forward = steps.from_pictures(run.model, **test_options(run.config))
+    forward = steps.from_pictures(run.model, **test_options(run.config, in_memory=isinstance(images, np.ndarray)))
     logits = features.apply_to_all(
         run.model,
         run.params,
-        images,
+        crop_on_host(run.config, images, run.config.test_augment),
         run.mesh,
         prepare=forward.prepare,
         batch_size=run.config.eval_batch_size,

@@ -1,9 +1,10 @@
 """A dataset's name -> uint8 pictures, int labels and class names in host memory.
 
 Known names are `digits`, `cifar10`, `cifar100`, `folder:DIR` and `tfds:NAME`. A split may be sliced as TFDS writes it
-(`train[:90%]`). Batches are not made here: the device walks through the arrays.
+(`train[:90%]`). Batches are not made here: the device indexes the arrays.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,12 +13,20 @@ import numpy as np
 from vit_jax.data.cifar import CIFARS, cifar_shapes, load_cifar
 from vit_jax.data.fingerprint import fingerprint
 from vit_jax.data.pictures import PICTURE_SUFFIXES, Encoded, decode_picture, decode_splits, list_folder
-from vit_jax.data.splits import nearest_first, parse_split, slice_split
+from vit_jax.data.splits import check_disjoint, nearest_first, parse_split, slice_split
 from vit_jax.data.tfds_sets import open_tfds
 from vit_jax.errors import UsageError, UserError
 from vit_jax.types import Dataset, Split
 
-__all__ = ["KNOWN_DATASETS", "PICTURE_SUFFIXES", "Encoded", "decode_picture", "fingerprint", "load_dataset"]
+__all__ = [
+    "KNOWN_DATASETS",
+    "PICTURE_SUFFIXES",
+    "Encoded",
+    "decode_picture",
+    "fingerprint",
+    "load_dataset",
+    "load_split",
+]
 
 KNOWN_DATASETS = ("digits", "cifar10", "cifar100", "folder:DIR", "tfds:NAME")
 
@@ -30,58 +39,83 @@ def load_dataset(
     test_split: str = "test",
     image_size: int,
     classes: Sequence[str] = (),
+    crops: bool = False,
     storage: str = "auto",
     device_bytes: int | None = None,
     shapes_only: bool = False,
 ) -> Dataset:
-    """Reads a dataset into host memory, or opens it where it would not fit.
+    """Reads a dataset into host memory, or opens it to be streamed.
 
     Args:
         name: "digits" | "cifar10" | "cifar100" | "folder:DIR" | "tfds:NAME".
         data_dir: an archive or folder already on disk (cifar10, cifar100), TFDS's own directory (tfds:NAME);
             "" downloads into the cache (cifar10, cifar100) or means TFDS's default.
         train_split: what to train on: a split's name, or a slice of it such as "train[:90%]".
-        test_split: what to test on, in the same form.
-        image_size: pixels, square, that the model sees. Pictures of a folder or of TFDS that all have one size of
-            at most twice this are kept as they are; otherwise every one is resized to [image_size image_size].
-        classes: names of those to keep, in their new order; all unless given. Splits are sliced before.
-        storage: "memory": pictures are decoded now; "stream": those of a folder or of TFDS when they are asked for;
-            "auto": later where they would take more than half of the memory of host or device.
+        test_split: what to test on, in the same form; shares no image with `train_split`.
+        image_size: pixels, square, that the model sees.
+        classes: names of those to keep, in their new order; all unless given. Splits are sliced before. Images of
+            other classes are not decoded.
+        crops: whether images will be cropped, and so must keep their resolution.
+        storage: see `decode_splits`.
         device_bytes: memory of a device; None sets no limit.
-        shapes_only: CIFAR's pictures are neither fetched nor read; zeros that take no memory stand for them.
+        shapes_only: CIFAR's images are neither fetched nor read; zeros that take no memory replace them.
 
     Returns:
         Both splits, uint8 [n h w 3], or `Encoded` of that shape, and int32 [n], and the class names.
 
     Raises:
-        UsageError: an unknown name, split or class, or a slice that cannot be read.
+        UsageError: an unknown name, split or class, a slice that cannot be read, or slices that overlap.
         UserError: files that are missing, damaged, empty, inconsistent or too large for the memory; an empty slice.
     """
+    (train, test), class_names = _open_splits(name, data_dir, (train_split, test_split), shapes_only=shapes_only)
+    dataset = Dataset(train=train, test=test, class_names=class_names)
+    dataset = keep_classes(dataset, classes) if classes else dataset
+    train, test = decode_splits(
+        [dataset.train, dataset.test], image_size, crops=crops, storage=storage, device_bytes=device_bytes
+    )
+    return dataclasses.replace(dataset, train=train, test=test)
+
+
+def load_split(
+    name: str, *, split: str, data_dir: str = "", image_size: int, device_bytes: int | None = None
+) -> tuple[Split, tuple[str, ...]]:
+    """Reads one split of a dataset, and its class names; see `load_dataset`."""
+    (opened,), class_names = _open_splits(name, data_dir, (split,))
+    (decoded,) = decode_splits([opened], image_size, device_bytes=device_bytes)
+    return decoded, class_names
+
+
+def _open_splits(
+    name: str, data_dir: str, texts: Sequence[str], *, shapes_only: bool = False
+) -> tuple[list[Split], tuple[str, ...]]:
+    """Opens splits and decodes nothing of folders and TFDS; arguments as in `load_dataset`."""
     kind, _, argument = name.partition(":")
-    if kind in ("folder", "tfds") and argument:
-        splits = {"train": parse_split(train_split), "test": parse_split(test_split)}
-        if kind == "tfds":
-            *encoded, class_names = open_tfds(argument, data_dir, splits)
-        else:
-            _refuse_data_dir(name, data_dir)
-            *encoded, class_names = list_folder(Path(argument).expanduser(), splits)
-        train, test = decode_splits(encoded, image_size, storage=storage, device_bytes=device_bytes)
-        dataset = Dataset(train=train, test=test, class_names=class_names)
-    elif storage == "stream":
-        raise UsageError(
-            f"config.dataset.storage 'stream' is for folder:DIR and tfds:NAME, not {name!r}; set it to 'auto'"
-        )
+    if kind == "tfds" and argument:
+        return open_tfds(argument, data_dir, [parse_split(text) for text in texts])
+    if kind == "folder" and argument:
+        _refuse_data_dir(name, data_dir)
+        return list_folder(Path(argument).expanduser(), [parse_split(text) for text in texts])
+    if name not in ("digits", *CIFARS):
+        raise UsageError(f"unknown dataset {name!r}; known are {', '.join(nearest_first(name, KNOWN_DATASETS))}")
+    splits = [parse_split(text, known=("train", "test")) for text in texts]
+    if name == "digits":
+        _refuse_data_dir(name, data_dir)
+        whole, class_names = _load_digits()
+    elif shapes_only:
+        whole, class_names = cifar_shapes(CIFARS[name])
     else:
-        dataset = _load_known(name, data_dir, train_split, test_split, shapes_only)
-    return keep_classes(dataset, classes) if classes else dataset
+        whole, class_names = load_cifar(CIFARS[name], data_dir, {split.name for split in splits})
+    for split in splits:
+        check_disjoint([other for other in splits if other.name == split.name], len(whole[split.name]))
+    return [slice_split(whole[split.name], split) for split in splits], class_names
 
 
 def keep_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
-    """The pictures of some classes alone, which are numbered anew in the given order.
+    """Keeps the images of some classes, which are numbered in the given order.
 
     Raises:
         UsageError: a class is unknown or named twice, or there are fewer than two.
-        UserError: a split has no picture of them.
+        UserError: a split has no image of them.
     """
     for name in classes:
         if name not in dataset.class_names:
@@ -95,29 +129,12 @@ def keep_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     def keep(split: Split) -> Split:
         labels = new_labels[split.labels]
         if not np.any(labels >= 0):
-            raise UserError(f"no pictures of the classes {', '.join(classes)}; give larger splits")
+            raise UserError(f"no images of the classes {', '.join(classes)}; give larger splits")
         kept = np.flatnonzero(labels >= 0)
         ids = None if split.ids is None else split.ids[kept]
         return Split(images=split.images.take(kept, axis=0), labels=labels[kept], ids=ids)
 
     return Dataset(train=keep(dataset.train), test=keep(dataset.test), class_names=tuple(classes))
-
-
-def _load_known(name: str, data_dir: str, train_split: str, test_split: str, shapes_only: bool) -> Dataset:
-    """Digits or a CIFAR, all classes; arguments as in `load_dataset`."""
-    if name not in ("digits", *CIFARS):
-        raise UsageError(f"unknown dataset {name!r}; known are {', '.join(nearest_first(name, KNOWN_DATASETS))}")
-    known = ("train", "test")
-    splits = {"train": parse_split(train_split, known=known), "test": parse_split(test_split, known=known)}
-    if name == "digits":
-        _refuse_data_dir(name, data_dir)
-        whole, class_names = _load_digits()
-    elif shapes_only:
-        whole, class_names = cifar_shapes(CIFARS[name])
-    else:
-        whole, class_names = load_cifar(CIFARS[name], data_dir, {split.name for split in splits.values()})
-    train, test = (slice_split(whole[split.name], split) for split in splits.values())
-    return Dataset(train=train, test=test, class_names=class_names)
 
 
 def _refuse_data_dir(name: str, data_dir: str) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from vit_jax.crops import Box
-from vit_jax.data.splits import SplitSlice
-from vit_jax.errors import UserError, one_line
+from vit_jax import resources
+from vit_jax.crops import EDGE_SLACK, Box, random_box
+from vit_jax.data.splits import SplitSlice, check_disjoint
+from vit_jax.errors import UsageError, UserError, one_line
 from vit_jax.progress import progress_bar
 from vit_jax.types import Split
 
@@ -31,21 +31,23 @@ def decode_picture(
     source: str | Path | BinaryIO,
     *,
     size: tuple[int, int] | None = None,
-    draw_box: Callable[[int, int], Box] | None = None,
+    sample_box: Callable[[int, int], Box] | None = None,
     outside: tuple[int, ...] = (127, 127, 127),
 ) -> "Image.Image":
-    """Decodes one picture file, whatever its mode, upright and in RGB.
+    """Decodes one image file of any mode to upright RGB.
 
-    The camera's EXIF rotation is applied, transparent parts become white, 16-bit greys keep their upper 8 bits.
+    Orientation in EXIF or XMP is applied, transparent parts become white, 16-bit grey keeps its upper 8 bits. Images
+    are decoded at their full resolution and resized by Pillow's bilinear filter with antialiasing: the same pixels as
+    those of `preprocess.prepare`.
 
     Args:
-        source: path of a picture, or an open binary file.
-        size: (width, height) in pixels to squash the picture to, bilinear with antialiasing; None keeps its own.
-        draw_box: (height, width) in pixels -> the part to squash; None takes all of it. Needs `size`.
-        outside: colour of what a box covers outside of the picture.
+        source: path of an image, or an open binary file.
+        size: (width, height) in pixels to resize to; None keeps the image's own.
+        sample_box: (height, width) in pixels -> the box to resize; None takes the whole image. Needs `size`.
+        outside: color of what a box covers outside of the image.
 
     Returns:
-        The picture, mode "RGB".
+        The image, mode "RGB".
 
     Raises:
         UserError: the file is missing, or cannot be decoded.
@@ -55,31 +57,27 @@ def decode_picture(
     try:
         _check_regular(source)
         with Image.open(source) as image:
-            width, height = upright_size(image)
-            top, left, rows, columns = map(float, draw_box(height, width)) if draw_box else (0.0, 0.0, height, width)
-            if size:
-                # A JPEG decoder can leave out the detail that resizing would average away, which is faster.
-                detail = 2 * max(size) / min(rows, columns)
-                image.draft(None, (round(image.width * detail), round(image.height * detail)))
+            # Loaded first: a PNG may name its orientation after its pixels.
+            image.load()
             picture = _convert_to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # a damaged file makes the decoders raise nearly anything
         raise _picture_error(source, error) from error
-    if not size or (picture.size == size and not draw_box):
+    if not size or (picture.size == size and not sample_box):
         return picture
-    scale_x, scale_y = picture.width / width, picture.height / height
-    box = (left * scale_x, top * scale_y, (left + columns) * scale_x, (top + rows) * scale_y)
-    return _squash(picture, box, size, outside)
+    if not sample_box:
+        return _resize(picture, (0, 0, *picture.size), size)
+    top, left, rows, columns = map(float, sample_box(picture.height, picture.width))
+    return _crop_and_resize(picture, (left, top, left + columns, top + rows), size, outside)
 
 
-def _squash(
+def _crop_and_resize(
     picture: "Image.Image", box: tuple[float, ...], size: tuple[int, int], outside: tuple[int, ...]
 ) -> "Image.Image":
-    """Cuts a box (left, top, right, bottom) out of a picture and resizes it, without a look at what lies around it."""
-    from PIL import Image, ImageOps
+    """Resizes a box (left, top, right, bottom) of an image; the pixels around the box do not contribute."""
+    from PIL import ImageOps
 
-    slack = 1e-3  # of rounding
-    left, top = (math.floor(edge + slack) for edge in box[:2])
-    right, bottom = (math.ceil(edge - slack) for edge in box[2:])
+    left, top = (math.floor(edge + EDGE_SLACK) for edge in box[:2])
+    right, bottom = (math.ceil(edge - EDGE_SLACK) for edge in box[2:])
     margin = max(0, -left, -top, right - picture.width, bottom - picture.height)
     if margin:
         picture = ImageOps.expand(picture, margin, outside)
@@ -90,29 +88,47 @@ def _squash(
         min(part.width, box[2] - left),
         min(part.height, box[3] - top),
     )
-    return part.resize(size, Image.Resampling.BILINEAR, inner)
+    return _resize(part, inner, size)
+
+
+def _resize(picture: "Image.Image", box: tuple[float, ...], size: tuple[int, int]) -> "Image.Image":
+    """Resizes a box (left, top, right, bottom): columns, then rows, each rounded to 8 bits as on the device.
+
+    In one call the order would depend on Pillow's version.
+    """
+    from PIL import Image
+
+    left, top, right, bottom = box
+    picture = picture.resize((size[0], picture.height), Image.Resampling.BILINEAR, (left, 0, right, picture.height))
+    return picture.resize(size, Image.Resampling.BILINEAR, (0, top, size[0], bottom))
 
 
 def upright_size(image: "Image.Image") -> tuple[int, int]:
-    """(width, height) after the camera's rotation, from the header alone."""
-    # Asking for EXIF where the header has none would decode a whole PNG.
-    orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
-    return image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+    """Returns (width, height) after the orientation in EXIF or XMP is applied; decodes a PNG that is not square."""
+    if image.width == image.height or image.getexif().get(_EXIF_ORIENTATION, 1) not in (5, 6, 7, 8):
+        return image.size
+    return image.size[::-1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Picture files that are decoded when they are asked for; reads like an array uint8 [n h w 3].
+    """Image files that are decoded when they are indexed; reads like an array uint8 [n h w 3].
 
     Attributes:
-        open_picture: number of a picture -> its path, or a binary file.
-        numbers: int [n], those of the pictures.
-        size: (width, height) in pixels that every one is squashed to.
+        open_picture: number of an image -> its path, or a binary file.
+        numbers: int [n], those of the images.
+        size: (width, height) in pixels that every image is resized to.
+        augment: how images are cropped before, see `crops.random_box`; "none" reads whole images.
+        draws: float32 [n 4], random numbers in [0, 1) of each image's box; None where nothing is cropped.
+        outside: color of what a box covers outside of an image.
     """
 
     open_picture: Callable[[int], str | BinaryIO]
     numbers: np.ndarray
     size: tuple[int, int] = (0, 0)
+    augment: str = "none"
+    draws: np.ndarray | None = None
+    outside: tuple[int, ...] = (127, 127, 127)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -120,33 +136,59 @@ class Encoded:
         return len(self), self.size[1], self.size[0], 3
 
     def __len__(self) -> int:
-        """The number of pictures."""
+        """The number of images."""
         return len(self.numbers)
 
     def __getitem__(self, rows: Any) -> np.ndarray:
-        """Decodes a picture [h w 3], or those of a slice or an array of rows [m h w 3], in as many threads as cores."""
+        """Decodes an image [h w 3], or those of a slice or an array of rows [m h w 3], in one thread per processor."""
         if np.ndim(rows) == 0 and not isinstance(rows, slice):
-            return np.asarray(decode_picture(self.open_picture(self.numbers[rows]), size=self.size))
-        return decode_all(dataclasses.replace(self, numbers=self.numbers[rows]))
+            return self._decode(rows)
+        return decode_all(self.take(np.arange(len(self))[rows]))
 
     def take(self, rows: np.ndarray, axis: int = 0) -> "Encoded":
-        """Some of the pictures, none of them decoded; as `numpy.ndarray.take` along axis 0."""
-        return dataclasses.replace(self, numbers=self.numbers.take(rows, axis))
+        """Selects images and decodes none; as `numpy.ndarray.take` along axis 0."""
+        draws = None if self.draws is None else self.draws.take(rows, axis)
+        return dataclasses.replace(self, numbers=self.numbers.take(rows, axis), draws=draws)
+
+    def crop(self, rows: np.ndarray, *, augment: str, draws: np.ndarray, outside: tuple[int, ...]) -> "Encoded":
+        """Selects images to be cropped, and decodes none.
+
+        Args:
+            rows: int [m]; an image may be selected several times.
+            augment: how they are cropped.
+            draws: float32 [m 4].
+            outside: color of what a box covers outside of an image.
+        """
+        return dataclasses.replace(self.take(rows), augment=augment, draws=draws, outside=outside)
+
+    def _decode(self, row: int) -> np.ndarray:
+        draws = None if self.draws is None else self.draws[row]
+
+        def sample_box(height: int, width: int) -> Box:
+            return random_box(self.augment, draws, height=height, width=width, image_size=self.size[0], xp=np)
+
+        source = self.open_picture(self.numbers[row])
+        return np.asarray(
+            decode_picture(
+                source, size=self.size, sample_box=None if draws is None else sample_box, outside=self.outside
+            )
+        )
 
 
-def list_folder(root: Path, splits: dict[str, SplitSlice]) -> tuple[Split, Split, tuple[str, ...]]:
-    """Lists DIR/SPLIT/CLASS/*.jpg and the like: what to train on, what to test on, class names."""
+def list_folder(root: Path, splits: Sequence[SplitSlice]) -> tuple[list[Split], tuple[str, ...]]:
+    """Lists DIR/SPLIT/CLASS/*.jpg and the like: splits of `Encoded` images, and class names."""
     if not root.is_dir():
         raise UserError(f"dataset folder:{root}: no such directory")
-    files = {split.name: _list_classes(root / split.name) for split in splits.values()}
-    train_classes, test_classes = (set(files[split.name]) for split in splits.values())
-    if train_classes != test_classes:
-        differing = [f"{name} (only in {splits['train'].name})" for name in sorted(train_classes - test_classes)]
-        differing += [f"{name} (only in {splits['test'].name})" for name in sorted(test_classes - train_classes)]
+    files = {split.name: _list_classes(root / split.name) for split in splits}
+    first, last = splits[0].name, splits[-1].name
+    differing = [f"{name} (only in {first})" for name in sorted(files[first].keys() - files[last].keys())]
+    differing += [f"{name} (only in {last})" for name in sorted(files[last].keys() - files[first].keys())]
+    if differing:
         raise UserError(f"{root}: both splits must have the same class folders; these differ: {', '.join(differing)}")
-    class_names = tuple(sorted(train_classes))
-    train, test = (_select_files(files[split.name], class_names, split) for split in splits.values())
-    return train, test, class_names
+    class_names = tuple(sorted(files[first]))
+    for name, classes in files.items():
+        check_disjoint([split for split in splits if split.name == name], sum(map(len, classes.values())))
+    return [_select_files(files[split.name], class_names, split) for split in splits], class_names
 
 
 def _list_classes(split_dir: Path) -> dict[str, list[Path]]:
@@ -187,41 +229,67 @@ def _hash_name(path: str) -> int:
 
 
 def decode_splits(
-    encoded: Sequence[Split], image_size: int, *, storage: str = "auto", device_bytes: int | None = None
+    splits: Sequence[Split],
+    image_size: int,
+    *,
+    crops: bool = False,
+    storage: str = "auto",
+    device_bytes: int | None = None,
 ) -> list[Split]:
-    """Brings every picture to one common size: now, or, of what would fill the memory, when it is asked for.
+    """Decodes images into memory, or leaves them to be decoded whenever they are indexed; the pixels are the same.
+
+    Images in memory have one common size: their own, if all have the same and it is at most twice the model's or crops
+    need it; otherwise the model's. Images of different sizes that are cropped are always streamed.
 
     Args:
-        encoded: splits of `Encoded` images.
+        splits: of arrays, which are returned as they are, or of `Encoded` images.
         image_size: pixels, square, that the model sees.
-        storage: "memory": now; "stream": later; "auto": by their size.
-        device_bytes: what a device has for them; None sets no limit.
+        crops: whether images will be cropped.
+        storage: "memory": decoded now; "stream": decoded later; "auto": in memory where images take at most half of
+            the available memory of host and device.
+        device_bytes: memory of a device; None sets no limit.
 
     Raises:
-        UserError: a picture cannot be decoded, or they do not fit.
+        UsageError: the images cannot be stored as asked.
+        UserError: an image cannot be decoded, or they do not fit.
     """
+    if all(split.in_memory for split in splits):
+        if storage == "stream":
+            raise UsageError(
+                "config.dataset.storage is 'stream', which needs folder:DIR or tfds:NAME; set it to 'auto'"
+            )
+        return list(splits)
     square = size = (image_size, image_size)
     if storage != "stream":
-        sizes = set().union(*(_read_sizes(split.images) for split in encoded))
-        common = sizes.pop() if len(sizes) == 1 else square
-        size = common if max(common) <= 2 * image_size else square
-        needed = sum(len(split) for split in encoded) * math.prod(size) * 3
-        available = min(_available_bytes(), device_bytes or sys.maxsize)
+        sizes = set().union(*(_read_sizes(split.images) for split in splits))
+        common = sizes.pop() if len(sizes) == 1 else None
+        if crops and not common:
+            if storage == "memory":
+                raise UsageError(
+                    "config.dataset.storage is 'memory', which cannot crop images of different sizes; set it to "
+                    "'auto' or 'stream', or augment to 'none' or 'flip'"
+                )
+            storage = "stream"
+        if common and (crops or max(common) <= 2 * image_size):
+            size = common
+    if storage != "stream":
+        needed = sum(len(split) for split in splits) * math.prod(size) * 3
+        available = min(resources.available_memory(), device_bytes or sys.maxsize)
         if storage == "auto" and needed > available // 2:
             storage, size = "stream", square
         elif needed > available:
             raise UserError(
-                f"the decoded pictures need {needed:,} bytes of memory, {available:,} are available; "
+                f"the decoded images need {needed:,} bytes of memory, {available:,} are available; "
                 "set dataset.storage to 'stream', or take a slice such as 'train[:10%]'"
             )
-    splits = [dataclasses.replace(split, images=dataclasses.replace(split.images, size=size)) for split in encoded]
+    splits = [dataclasses.replace(split, images=dataclasses.replace(split.images, size=size)) for split in splits]
     if storage == "stream":
         return splits
     return [dataclasses.replace(split, images=decode_all(split.images)) for split in splits]
 
 
 def _read_sizes(images: Encoded) -> set[tuple[int, int]]:
-    """All different (width, height), upright, from the headers only."""
+    """Returns all different (width, height), upright, mostly from headers alone."""
     from PIL import Image
 
     sizes: set[tuple[int, int]] = set()
@@ -237,7 +305,7 @@ def _read_sizes(images: Encoded) -> set[tuple[int, int]]:
 
 
 def decode_all(images: Encoded) -> np.ndarray:
-    """Every picture, uint8 [n h w 3]."""
+    """Decodes every image: uint8 [n h w 3]."""
     decoded = np.empty(images.shape, np.uint8)
 
     def decode(i: int) -> None:
@@ -262,7 +330,7 @@ def _for_each_picture(images: Encoded, work: Callable[[int], None], title: str) 
 
     starts = range(0, num_pictures, _PICTURES_PER_TASK)
     chunks = [range(start, min(start + _PICTURES_PER_TASK, num_pictures)) for start in starts]
-    with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(total=num_pictures, desc=title) as bar:
+    with ThreadPoolExecutor(resources.available_cpus()) as pool, progress_bar(total=num_pictures, desc=title) as bar:
         for num_done in pool.map(work_on, chunks):
             bar.update(num_done)
     if failed:
@@ -297,10 +365,3 @@ def _convert_to_rgb(image: "Image.Image") -> "Image.Image":
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
-
-
-def _available_bytes() -> int:
-    """Memory that can be had without swapping; the physical memory where the system does not say."""
-    meminfo = Path("/proc/meminfo")  # Linux only; its MemAvailable counts the file cache, SC_AVPHYS_PAGES does not
-    match = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
-    return int(match[1]) * 1024 if match else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

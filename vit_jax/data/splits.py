@@ -55,8 +55,26 @@ def parse_split(text: str, *, known: Sequence[str] = ()) -> SplitSlice:
     return SplitSlice(text=text, name=match["name"], start=bounds[0], stop=bounds[1])
 
 
+def check_disjoint(splits: Sequence[SplitSlice], num_images: int) -> None:
+    """Raises UsageError if two slices of one split share an image: it would be trained and tested on.
+
+    Args:
+        splits: of the same name, the one to train on first.
+        num_images: of the whole split.
+    """
+    if len(splits) < 2:
+        return
+    (first, first_stop), (second, second_stop) = (split.bounds(num_images) for split in splits)
+    shared = min(first_stop, second_stop) - max(first, second)
+    if shared > 0:
+        raise UsageError(
+            f"train_split {splits[0].text!r} and test_split {splits[1].text!r} overlap in {shared:,} of {num_images:,} "
+            "images; choose disjoint slices, such as 'train[:90%]' and 'train[90%:]'"
+        )
+
+
 def slice_split(split: Split, wanted: SplitSlice) -> Split:
-    """The part of an in-memory split that a slice asks for."""
+    """Returns the part of an in-memory split that a slice asks for."""
     start, stop = wanted.bounds(len(split))
     return Split(images=split.images[start:stop], labels=split.labels[start:stop])
 

@@ -1,21 +1,24 @@
-"""Training pictures that do not fit into memory: decoded and cropped by worker processes while the device computes.
+"""Training images that do not fit into memory: worker processes decode and crop them while the device computes.
 
-Step k sees the same pictures, cropped in the same way, whatever the number of workers, of processes, of restarts: each
-batch is found by its number alone (Grain's MapDataset).
+Step k sees the images, crops and order of a run that holds all images in memory, whatever the number of workers, of
+processes, of restarts: each batch is a function of its number (Grain's MapDataset).
 """
 
 import dataclasses
+import functools
 import gc
 import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 
+import jax
 import numpy as np
 
-from vit_jax.crops import random_box
-from vit_jax.data.pictures import Encoded, decode_picture
+from vit_jax import preprocess, resources, sampling
+from vit_jax.crops import CROPS
+from vit_jax.data.pictures import Encoded
 from vit_jax.errors import UserError
 from vit_jax.types import Split
 
@@ -24,7 +27,7 @@ def training_batches(
     split: Split,
     *,
     augment: str,
-    outside: Sequence[int],
+    outside: tuple[int, ...],
     batch_size: int,
     seed: int,
     first_step: int,
@@ -33,39 +36,37 @@ def training_batches(
     num_parts: int = 1,
     num_workers: int = 0,
 ) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
-    """One batch after the other: pictures in an order that is drawn anew for every epoch, each cropped anew.
+    """Yields the batches of a run, in an order that changes with the epoch, cropped but not flipped.
 
     Args:
-        split: of encoded pictures.
-        augment: how they are cropped, see `crops.random_box`; not flipped.
-        outside: colour of what a crop covers outside of a picture.
-        batch_size: of all parts together; what remains of an epoch is left out.
-        seed: of order and crops.
+        split: of encoded images.
+        augment: how they are cropped, see `crops.random_box`.
+        outside: color of what a crop covers outside of an image.
+        batch_size: of all parts together; the remainder of an epoch is dropped.
+        seed: of the run.
         first_step: the first batch's number, counted from 0.
         num_steps: the number after the last batch's.
         part: which of the equal parts of every batch, as this process needs it.
         num_parts: that a batch has.
-        num_workers: processes that decode; 0 takes as many as there are cores.
+        num_workers: processes that decode; 0 takes one per available processor.
 
     Yields:
         (uint8 [batch_size/num_parts h w 3], int32 [batch_size/num_parts]). Closing the generator ends the processes.
 
     Raises:
-        UserError: a picture cannot be decoded, or a process was ended from outside.
+        UserError: an image cannot be decoded, or a process was killed.
     """
     import grain
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, in notebooks and tests, too
-    num_pictures = len(split) // batch_size * batch_size
-    decode = _Decode(split.images, split.labels, augment, tuple(outside))
-    pictures = grain.MapDataset.source(range(len(split))).seed(seed).shuffle().random_map(decode)[:num_pictures]
-    batches = pictures.batch(batch_size // num_parts)[part::num_parts].repeat()[first_step:num_steps]
-    options = grain.MultiprocessingOptions(num_workers or os.cpu_count() or 1, per_worker_buffer_size=2)
+    read = _ReadBatch(split.images, split.labels, augment, outside, batch_size, seed, part, num_parts)
+    batches = grain.MapDataset.range(first_step, num_steps).map(read)
+    options = grain.MultiprocessingOptions(num_workers or resources.available_cpus(), per_worker_buffer_size=2)
     stream = iter(
         batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(
-            options, worker_init_fn=_end_with_the_run
+            options, worker_init_fn=_start_worker
         )
     )
     copies = map(_copy, stream)
@@ -80,7 +81,7 @@ def training_batches(
             yield first
         yield from copies
     except RuntimeError as error:
-        raise UserError(f"a process that decodes pictures was ended ({error}); was there enough memory?") from error
+        raise UserError(f"a process that decodes images was ended ({error}); was there enough memory?") from error
     finally:
         stream.close()
         del stream, copies
@@ -94,27 +95,51 @@ def _copy(batch: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Decode:
-    """Number of a picture -> the part of it that a step sees, and its label."""
+class _ReadBatch:
+    """Maps the number of a step to its images and labels."""
 
     images: Encoded
     labels: np.ndarray
     augment: str
     outside: tuple[int, ...]
+    batch_size: int
+    seed: int
+    part: int
+    num_parts: int
 
-    def __call__(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.int32]:
-        size = self.images.size
-        draws = rng.uniform(size=4)
+    def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        epoch, place = divmod(int(step), len(self.labels) // self.batch_size)
+        size = self.batch_size // self.num_parts
+        start = place * self.batch_size + self.part * size
+        rows = _epoch_order(self.seed, epoch, len(self.labels))[start : start + size]
+        images = self.images.take(rows)
+        if self.augment in CROPS:
+            draws = _step_draws(self.seed, int(step), self.batch_size)[self.part * size :][:size]
+            images = self.images.crop(rows, augment=self.augment, draws=draws, outside=self.outside)
+        return np.stack([images[i] for i in range(size)]), self.labels[rows]
 
-        def draw_box(height: int, width: int):
-            return random_box(self.augment, draws, height=height, width=width, image_size=size[0], xp=np)
 
-        source = self.images.open_picture(self.images.numbers[number])
-        picture = decode_picture(source, size=size, draw_box=draw_box, outside=self.outside)
-        return np.asarray(picture), self.labels[number]
+@functools.lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    return np.asarray(sampling.epoch_order(jax.random.PRNGKey(seed), epoch, num_images))
 
 
-def _end_with_the_run(worker: int, num_workers: int) -> None:
+def _step_draws(seed: int, step: int, batch_size: int) -> np.ndarray:
+    return np.asarray(_jitted_step_draws(jax.random.PRNGKey(seed), step, batch_size))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _jitted_step_draws(key: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:
+    return preprocess.sample_draws(sampling.step_keys(key, step, batch_size)[0])
+
+
+def _start_worker(worker: int, num_workers: int) -> None:
+    """Keeps a worker process off the accelerator, and ends it soon after the run that started it."""
+    jax.config.update("jax_platforms", "cpu")
+    _end_with_the_run()
+
+
+def _end_with_the_run() -> None:
     """Ends a worker process soon after the run that started it, however that ended."""
     run = os.getppid()
 

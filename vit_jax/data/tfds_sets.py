@@ -2,21 +2,22 @@
 
 import difflib
 import io
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from vit_jax.data.pictures import Encoded
-from vit_jax.data.splits import SplitSlice, nearest_first
+from vit_jax.data.splits import SplitSlice, check_disjoint, nearest_first
 from vit_jax.errors import UsageError, UserError
 from vit_jax.types import Split
 
 
-def open_tfds(name: str, data_dir: str, splits: dict[str, SplitSlice]) -> tuple[Split, Split, tuple[str, ...]]:
+def open_tfds(name: str, data_dir: str, splits: Sequence[SplitSlice]) -> tuple[list[Split], tuple[str, ...]]:
     """Opens a dataset that TFDS has prepared as array_record; reading needs no TensorFlow, preparing does.
 
     Returns:
-        What to train on, what to test on, class names.
+        The splits of `Encoded` images, and the class names.
     """
     builder = _create_tfds_builder(name, data_dir)
     features = dict(builder.info.features.items())
@@ -26,12 +27,13 @@ def open_tfds(name: str, data_dir: str, splits: dict[str, SplitSlice]) -> tuple[
             f"tfds:{name} has the features {', '.join(sorted(features))};"
             " expected an 8-bit `image`, and a `label` with class names"
         )
-    for split in splits.values():
+    for split in splits:
         if split.name not in builder.info.splits:
             known = ", ".join(nearest_first(split.name, builder.info.splits))
             raise UsageError(f"unknown split {split.text!r} of tfds:{name}; known are {known}")
-    train, test = (_open_tfds_split(builder, split) for split in splits.values())
-    return train, test, tuple(class_names)
+        same = [other for other in splits if other.name == split.name]
+        check_disjoint(same, builder.info.splits[split.name].num_examples)
+    return [_open_tfds_split(builder, split) for split in splits], tuple(class_names)
 
 
 def _create_tfds_builder(name: str, data_dir: str) -> Any:
