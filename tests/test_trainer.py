@@ -80,3 +80,41 @@ def test_steps_compiled_once_serve_a_resumed_run(tmp_path, monkeypatch):
     results = trainer.train_and_evaluate(config, tmp_path / "halves")
     whole = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
     assert results["test/loss"] == pytest.approx(whole["test/loss"], abs=1e-5)
+
+
+def test_train_and_evaluate_refuses_a_workdir_that_another_run_uses(tmp_path, monkeypatch):
+    save, files = trainer.checkpoint.save, []
+
+    def start_second(*args, **kwargs):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError, match="run is in use by another run; wait for it, or give another --workdir"):
+            trainer.train_and_evaluate(small_config(seed=1), tmp_path / "run")
+        assert sorted(tmp_path.rglob("*")) == before
+        files.extend(path.name for path in before)
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.checkpoint, "save", start_second)
+    trainer.train_and_evaluate(small_config(), tmp_path / "run")
+    assert ".lock" in files
+    assert not (tmp_path / "run/.lock").exists()
+
+
+def test_train_and_evaluate_leaves_no_directory_where_it_refuses(tmp_path):
+    config = small_config()
+    config.dataset.data_dir = "/nowhere"
+    with pytest.raises(UserError, match="does not read data_dir"):
+        trainer.train_and_evaluate(config, tmp_path / "runs/mine")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError("no flock")])
+def test_lock_workdir_reports_a_file_system_without_locks(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("filelock.FileLock.acquire", fail)
+    with (
+        pytest.raises(UserError, match=r"cannot lock --workdir .*run: .*(locks|flock)"),
+        trainer.lock_workdir(tmp_path / "run"),
+    ):
+        pass

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -27,7 +28,7 @@ from vit_jax import (
     steps,
 )
 from vit_jax.classifier import Classifier
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, one_line
 from vit_jax.job import create_evaluate, create_job, crop_on_host, load_dataset
 from vit_jax.program import Program, test_options
 from vit_jax.types import Dataset
@@ -47,20 +48,26 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
 
     Raises:
         UsageError: the config is wrong, or not the one that `workdir` was started with.
-        UserError: data, pretrained file or storage failed, or the loss is no longer finite.
+        UserError: another run uses `workdir`; data, pretrained file or storage failed; or the loss is no longer finite.
         KeyboardInterrupt: Ctrl-C; the state was saved first.
     """
     workdir = Path(workdir)
     settings.check_config(config)
+    check_writable(workdir)
+    with lock_workdir(workdir) if distributed.is_first() else contextlib.nullcontext():
+        return _train_and_evaluate(config, workdir)
+
+
+def _train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, float]:
+    """Trains in a workdir that is locked."""
     settings.check_same(config, workdir)
     restored_step = checkpoint.latest_step(workdir)
     distributed.wait_for_all("every process has seen where the run stands")
     if restored_step == config.num_steps:
         return summarize(config, workdir)
-    check_writable(workdir)
     storage = "" if restored_step is None else checkpoint.read_about(workdir).get("storage", "")
     job, create_state = create_job(config, storage=storage)
-    # Before a folder is made: the pretrained file may not fit.
+    # Before anything is written: the pretrained file may not fit.
     state = create_state() if restored_step is None else job.program.abstract_state
     del create_state
     with checkpoint.open_manager(workdir) as checkpoints:
@@ -284,6 +291,36 @@ def check_writable(workdir: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}; give another") from error
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of a workdir; removes the directories that it created if nothing was written to them.
+
+    The lock is the operating system's, which releases it when the process ends, even by SIGKILL.
+
+    Raises:
+        UserError: another run holds the lock, or the file system has no locks.
+    """
+    created = [path for path in (workdir, *workdir.parents) if not path.exists()]
+    lock = filelock.FileLock(workdir / ".lock")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise UserError(f"{workdir} is in use by another run; wait for it, or give another --workdir") from error
+    except (OSError, NotImplementedError) as error:
+        raise UserError(
+            f"cannot lock --workdir {workdir}: {one_line(error)}; give a --workdir on another file system"
+        ) from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # before the release: afterwards it may be another run's
+        lock.release()
+        with contextlib.suppress(OSError):  # not empty
+            for path in created:
+                path.rmdir()
 
 
 def summarize(config: ConfigDict, workdir: Path) -> dict[str, float]:
