@@ -117,9 +117,26 @@ def test_check_same_lets_through_what_does_not_matter(tmp_path):
     settings.check_same(config_with(log_every_steps=1, eval_batch_size=7), tmp_path)
 
 
-def test_load_config_says_that_a_folder_holds_no_run(tmp_path):
-    with pytest.raises(UserError, match="holds no run"):
+def test_load_config_reads_a_checkpoint_where_config_json_is_missing(tmp_path):
+    saved = json.loads(config_with(seed=7).to_json())
+    del saved["dataset"]["storage"]
+    assert settings.load_config(tmp_path, saved=saved).seed == 7
+    assert settings.load_config(tmp_path, saved=saved).dataset.storage == "auto"
+    with pytest.raises(UserError, match="config.json is missing, and the checkpoint.*; put the file back"):
         settings.load_config(tmp_path)
+
+
+def test_load_config_prefers_config_json(tmp_path):
+    settings.save_config(config_with(seed=1), tmp_path)
+    assert settings.load_config(tmp_path, saved=config_with(seed=2).to_dict()).seed == 1
+
+
+def test_check_same_compares_with_the_checkpoint_rather_than_config_json(tmp_path):
+    settings.save_config(config_with(seed=7), tmp_path)
+    saved = json.loads(config_with().to_json())
+    settings.check_same(config_with(log_every_steps=1), tmp_path, saved=saved)
+    with pytest.raises(UsageError, match="seed: 0 → 7"):
+        settings.check_same(config_with(seed=7), tmp_path, saved=saved)
 
 
 def test_a_run_that_is_older_than_a_key_goes_on(tmp_path):

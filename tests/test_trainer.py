@@ -6,7 +6,7 @@ import pytest
 
 from configs import digits
 from vit_jax import trainer
-from vit_jax.errors import UserError
+from vit_jax.errors import UsageError, UserError
 
 
 def small_config(**changes):
@@ -50,6 +50,45 @@ def test_load_run_names_the_checkpoints_that_there_are(tmp_path):
         trainer.load_run(tmp_path, step=7)
 
 
+def interrupt(config, workdir, monkeypatch, *, step):
+    """Trains until the checkpoint of a step is saved."""
+    save = trainer.checkpoint.save
+
+    def save_and_stop(manager, saved_step, *args, **kwargs):
+        save(manager, saved_step, *args, **kwargs)
+        if saved_step == step:
+            raise InterruptedError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(trainer.checkpoint, "save", save_and_stop)
+        trainer.train_and_evaluate(config, workdir)
+
+
+def test_train_and_evaluate_takes_a_missing_config_json_from_the_checkpoint(tmp_path, monkeypatch):
+    interrupt(small_config(checkpoint_every_steps=20), tmp_path, monkeypatch, step=20)
+    before = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UsageError, match=r"another config \(learning_rate: 0.001 → 0.5\)"):
+        trainer.train_and_evaluate(small_config(learning_rate=0.5), tmp_path)
+    run = trainer.load_run(tmp_path)
+    assert json.dumps(run.config.to_dict(), indent=2) + "\n" == before
+    assert "config" not in run.about
+    trainer.train_and_evaluate(small_config(checkpoint_every_steps=20), tmp_path)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_train_and_evaluate_refuses_a_checkpoint_without_any_config(tmp_path, monkeypatch):
+    """Checkpoints of version 0.1 hold no config: config.json is the only copy."""
+    read_about = trainer.checkpoint.read_about
+    old = lambda workdir: {key: value for key, value in read_about(workdir).items() if key != "config"}  # noqa: E731
+    monkeypatch.setattr(trainer.checkpoint, "read_about", old)
+    trainer.train_and_evaluate(small_config(), tmp_path)
+    trainer.train_and_evaluate(small_config(), tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="config.json is missing, and the checkpoint"):
+        trainer.train_and_evaluate(small_config(), tmp_path)
+
+
 def test_evaluate_run_refuses_other_classes(tmp_path):
     trainer.train_and_evaluate(small_config(), tmp_path)
     run = trainer.load_run(tmp_path)
@@ -65,17 +104,7 @@ def test_steps_compiled_once_serve_a_resumed_run(tmp_path, monkeypatch):
     trainer.train_and_evaluate(small_config(), tmp_path / "whole")
     everything = sharding.create_mesh
     config = small_config(checkpoint_every_steps=20)
-    save = trainer.checkpoint.save
-
-    def stop_after_20(manager, step, *args, **kwargs):
-        save(manager, step, *args, **kwargs)
-        if step == 20:
-            raise InterruptedError
-
-    monkeypatch.setattr(trainer.checkpoint, "save", stop_after_20)
-    with pytest.raises(InterruptedError):
-        trainer.train_and_evaluate(config, tmp_path / "halves")
-    monkeypatch.setattr(trainer.checkpoint, "save", save)
+    interrupt(config, tmp_path / "halves", monkeypatch, step=20)
     monkeypatch.setattr(sharding, "create_mesh", lambda **mesh: everything(jax.devices()[:1], **mesh))
     results = trainer.train_and_evaluate(config, tmp_path / "halves")
     whole = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])

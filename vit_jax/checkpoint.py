@@ -2,7 +2,7 @@
 
 A checkpoint of step k is the folder `checkpoints/k` of items: `params` (the model's whole tree, names as in the
 released files, and low-rank factors where they train), `ema` (averages of what trains, where they are kept), `training`
-(everything else a run needs to go on) and `about` (JSON: what the model is).
+(everything else a run needs to go on) and `about` (JSON: metadata of the model, and the config of the run).
 """
 
 import shutil
@@ -59,15 +59,25 @@ def latest_step(workdir: Path) -> int | None:
         return manager.latest_step()
 
 
-def read_about(workdir: Path) -> dict[str, Any]:
-    """What the latest checkpoint of a run says of its model: the JSON given to `save`.
+def require_step(workdir: Path) -> int:
+    """The step of the latest checkpoint of a run.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is no checkpoint.
     """
     step = latest_step(workdir)
     if step is None:
-        raise UserError(f"{workdir} holds no checkpoint yet; train until the first one is written")
+        raise UserError(f"{workdir} holds no run with a checkpoint; give the --workdir of a run that has saved one")
+    return step
+
+
+def read_about(workdir: Path) -> dict[str, Any]:
+    """The metadata in the latest checkpoint of a run: the JSON given to `save`.
+
+    Raises:
+        UserError: there is no checkpoint, or it is damaged.
+    """
+    step = require_step(workdir)
     with open_manager(workdir, read_only=True) as manager:
         return _restore(manager, step, {})["about"]
 
@@ -81,7 +91,7 @@ def save(
         manager: of the run.
         step: that of the state.
         state: its arrays may be donated as soon as this returns.
-        about: what the model is, as JSON values.
+        about: metadata as JSON values: of the model, and under "config" the config of the run.
         accuracy: on the test split after this step, where it was measured: what "best" means.
 
     Raises:

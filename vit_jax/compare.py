@@ -53,7 +53,8 @@ def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) ->
 
     rows, tested, recipes = [], {}, []
     for workdir in map(Path, workdirs):
-        config = settings.load_config(workdir)
+        about = checkpoint.read_about(workdir)
+        config = settings.load_config(workdir, saved=about.get("config"))
         records = writer.read_records(workdir / "metrics.jsonl")
         done = records[-1]["step"] if records else 0
         if done != config.num_steps or "test/accuracy" not in records[-1]:
@@ -72,7 +73,7 @@ def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) ->
             {
                 "run": workdir.name,
                 "trains": config.trainable if isinstance(config.trainable, str) else ", ".join(config.trainable),
-                "parameters": checkpoint.read_about(workdir)["num_trainable"],
+                "parameters": about["num_trainable"],
                 "test accuracy": records[-1]["test/accuracy"],
                 "top 5": records[-1]["test/accuracy_top5"],
                 "pictures": config.num_steps * config.batch_size,

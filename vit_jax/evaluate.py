@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def is_run(workdir: str) -> bool:
     """Whether this is a run's folder, and not a file or a name."""
-    return (Path(workdir) / "config.json").exists()
+    return (Path(workdir) / "checkpoints").is_dir()
 
 
 def check_flags(arguments: argparse.Namespace) -> None:

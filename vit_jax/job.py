@@ -33,7 +33,7 @@ class Job:
         config: laid out as in `configs/base.py`.
         program: the functions of the run.
         dataset: on the host.
-        about: what the model is; saved with every checkpoint.
+        about: metadata of the model and the config; saved with every checkpoint.
     """
 
     config: ConfigDict
@@ -129,6 +129,7 @@ def create_job(config: ConfigDict, *, storage: str = "") -> tuple[Job, Callable[
     about = build.describe(config, model, dataset.class_names)
     about["storage"] = "memory" if dataset.train.in_memory else "stream"
     about["command"] = shlex.join(["python", *sys.argv])
+    about["config"] = config.to_dict()
     about["num_trainable"] = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.trainable))
     return Job(config, program, dataset, about), create_state
 

@@ -1,4 +1,4 @@
-"""A run's config: checked key by key, written to and compared with `config.json`."""
+"""A run's config: checked key by key, written to `config.json`, and compared with that of the run it resumes."""
 
 import difflib
 import json
@@ -165,15 +165,20 @@ def complaint(key: str, value: Any) -> str:
     return f"{key} is {value!r}; expected {rule.expected}"
 
 
-def check_same(config: ConfigDict, workdir: Path) -> None:
-    """Compares a config with the one that a workdir was started with, if any.
+def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | None = None) -> None:
+    """Compares a config with the one that a workdir was started with.
+
+    Args:
+        config: to resume with.
+        workdir: of the run.
+        saved: the config in the latest checkpoint, as JSON values; None reads config.json.
 
     Raises:
         UsageError: something that matters differs; the message is the difference.
+        UserError: the run's own config cannot be read.
     """
-    if not (workdir / "config.json").exists():
-        return
-    old, new = _flatten(load_config(workdir).to_dict()), _flatten(json.loads(json.dumps(config.to_dict())))
+    old_config = load_config(workdir) if saved is None else _complete(saved, workdir / "checkpoints")
+    old, new = _flatten(old_config.to_dict()), _flatten(json.loads(json.dumps(config.to_dict())))
     keys = [key for key in sorted(old.keys() | new.keys()) if key not in _FREE and old.get(key) != new.get(key)]
     if keys:
         changes = "; ".join(f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in keys)
@@ -188,19 +193,37 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
     write_beside(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
 
 
-def load_config(workdir: Path) -> ConfigDict:
-    """Reads `workdir/config.json`; keys that are younger than the run get the value that changes nothing.
+def load_config(workdir: Path, *, saved: dict[str, Any] | None = None) -> ConfigDict:
+    """Reads `workdir/config.json`; keys that were added after the run was started get their neutral values.
+
+    Args:
+        workdir: of the run.
+        saved: the config in a checkpoint, as JSON values; replaces a missing config.json.
 
     Raises:
-        UserError: it is missing, no JSON, or lacks keys.
+        UserError: it is missing, not JSON, or lacks keys.
     """
     path = workdir / "config.json"
     try:
         tree = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise UserError(f"{workdir} holds no run: there is no {path}; give the --workdir of a run") from error
+        if saved is None:
+            raise UserError(
+                f"{path} is missing, and the checkpoint, of an older version, does not hold the config; "
+                "put the file back, or give another --workdir"
+            ) from error
+        tree = saved
     except (ValueError, OSError) as error:
         raise UserError(f"{path} could not be read: {one_line(error)}; give the --workdir of a run") from error
+    return _complete(tree, path)
+
+
+def _complete(tree: Any, path: Path) -> ConfigDict:
+    """A config from JSON, with the keys that were added after it was written.
+
+    Raises:
+        UserError: it lacks other keys; the message names `path`, where it was read.
+    """
     flat = _ADDED_LATER | (_flatten(tree) if isinstance(tree, dict) else {})
     missing = [key for key in _RULES if key not in flat]
     if missing:

@@ -60,13 +60,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
 
 def _train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """Trains in a workdir that is locked."""
-    settings.check_same(config, workdir)
     restored_step = checkpoint.latest_step(workdir)
+    about = {} if restored_step is None else checkpoint.read_about(workdir)
+    if restored_step is not None or (workdir / "config.json").exists():
+        settings.check_same(config, workdir, saved=about.get("config"))
     distributed.wait_for_all("every process has seen where the run stands")
     if restored_step == config.num_steps:
         return summarize(config, workdir)
-    storage = "" if restored_step is None else checkpoint.read_about(workdir).get("storage", "")
-    job, create_state = create_job(config, storage=storage)
+    job, create_state = create_job(config, storage=about.get("storage", ""))
     # Before anything is written: the pretrained file may not fit.
     state = create_state() if restored_step is None else job.program.abstract_state
     del create_state
@@ -146,7 +147,7 @@ class Run(Classifier):
         config: laid out as in `configs/base.py`.
         step: of the checkpoint.
         mesh: of all devices, where `params` lie.
-        about: what the checkpoint says of its model, see `build.describe`; "command" is the one that trained it.
+        about: metadata of the model, see `build.describe`; "command" is the one that trained it.
     """
 
     config: ConfigDict
@@ -167,17 +168,16 @@ def load_run(workdir: str | Path, *, step: int | None = None, averages: bool = T
         UserError: no run there, no such checkpoint, or a damaged one.
     """
     workdir = Path(workdir)
-    config = settings.load_config(workdir)
+    latest = checkpoint.require_step(workdir)
+    step = latest if step is None else step
     mesh = sharding.create_mesh()
     with checkpoint.open_manager(workdir, read_only=True) as checkpoints:
         there = sorted(checkpoints.all_steps())
-        if not there:
-            raise UserError(f"{workdir} holds no checkpoint yet; train until the first one is written")
-        step = there[-1] if step is None else step
         if step not in there:
             raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, there))}")
         params, about = checkpoint.restore_params(checkpoints, step, sharding.replicated(mesh), averages=averages)
-        params = lora.merge_factors(params, alpha=config.lora.alpha)
+    config = settings.load_config(workdir, saved=about.pop("config", None))  # out of `about`, which exports write
+    params = lora.merge_factors(params, alpha=config.lora.alpha)
     about = {"dtype": config.dtype} | about  # checkpoints of older versions do not say
     model = build.rebuild_model(about, params)
     return Run(**classifier.fields(model, params, about), config=config, step=step, mesh=mesh, about=about)
