@@ -41,23 +41,23 @@ def test_the_table_is_markdown_and_lines_up(run_command, runs):
 
 
 def test_runs_that_cannot_be_compared_are_refused(run_command, runs, tmp_path):
-    def refused(*changes, keep_last=True):
+    def refused(*changes, num_steps=20):
         other = tmp_path / f"other{len(list(tmp_path.iterdir()))}"
         other.mkdir()
         config = json.loads((runs / "full/config.json").read_text())
+        config["num_steps"] = num_steps
         for key, value in changes:
             config["dataset"][key] = value
         (other / "config.json").write_text(json.dumps(config))
         (other / "checkpoints").symlink_to(runs / "full/checkpoints")
-        lines = (runs / "full/metrics.jsonl").read_text().splitlines(keepends=True)
-        (other / "metrics.jsonl").write_text("".join(lines if keep_last else lines[:1]))
+        (other / "metrics.jsonl").symlink_to(runs / "full/metrics.jsonl")
         result = run_command("-m", "vit_jax.compare", runs / "full", other)
         assert result.returncode == 1
         (line,) = result.stderr.splitlines()
         return line
 
     assert "were tested on different pictures" in refused(("test_split", "test[:50%]"))
-    assert "is at step 10 of 20; compare finished runs" in refused(keep_last=False)
+    assert "is at step 20 of 40; compare finished runs" in refused(num_steps=40)
 
 
 @pytest.mark.parametrize(("words", "code"), [([], 2), (["/nowhere"], 1)])

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 
 import jax
 import pytest
@@ -147,3 +148,47 @@ def test_lock_workdir_reports_a_file_system_without_locks(tmp_path, monkeypatch,
         trainer.lock_workdir(tmp_path / "run"),
     ):
         pass
+
+
+def test_train_and_evaluate_refuses_damaged_metrics_and_keeps_them(tmp_path, monkeypatch):
+    config = small_config(log_every_steps=10, checkpoint_every_steps=20)
+    interrupt(config, tmp_path, monkeypatch, step=20)
+    path = tmp_path / "metrics.jsonl"
+    first, second = path.read_text().splitlines(keepends=True)
+    path.write_text(first[:20] + "\n" + second)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="line 1 of .*metrics.jsonl is"):
+        trainer.train_and_evaluate(config, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+    path.write_text(second)  # as the message says
+    trainer.train_and_evaluate(config, tmp_path)
+
+
+def test_train_and_evaluate_says_that_a_finished_run_has_no_metrics(tmp_path):
+    trainer.train_and_evaluate(small_config(), tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="is finished at step 40, but metrics.jsonl is missing"):
+        trainer.train_and_evaluate(small_config(), tmp_path)
+    assert trainer.evaluate_run(trainer.load_run(tmp_path))["test/accuracy"] >= 0
+
+
+@pytest.mark.parametrize("num_steps", [0, 20])
+def test_train_and_evaluate_writes_metrics_to_disk_before_each_checkpoint(tmp_path, monkeypatch, num_steps):
+    events, fsync, save = [], os.fsync, trainer.checkpoint.save
+    metrics = tmp_path / "metrics.jsonl"
+
+    def note_fsync(descriptor):
+        fsync(descriptor)
+        if metrics.exists() and os.path.samestat(os.fstat(descriptor), metrics.stat()):
+            events.append(metrics.read_text())
+
+    def note_save(manager, step, *args, **kwargs):
+        assert events[-1:] == [metrics.read_text()] != [""]
+        events.append(step)
+        save(manager, step, *args, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(trainer.checkpoint, "save", note_save)
+    config = small_config(num_steps=num_steps, warmup_steps=0, log_every_steps=5, checkpoint_every_steps=10)
+    trainer.train_and_evaluate(config, tmp_path)
+    assert [event for event in events if isinstance(event, int)] == ([10, 20] if num_steps else [0])

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from configs import digits
-from vit_jax import trainer
+from vit_jax import report, trainer, visualize
+from vit_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,21 @@ def test_a_report_of_an_unfinished_run_is_refused(workdir, run_command, tmp_path
     assert result.stderr.splitlines() == [
         f"error: {tmp_path / 'run'} is at step 20 of 40; a report is of a finished run"
     ]
+
+
+def test_draw_all_leaves_out_curves_where_metrics_are_missing(workdir, tmp_path, capsys):
+    run = trainer.load_run(workdir)
+    options = {"pictures": [], "num_images": 1, "layer": None, "head": None}
+    assert next(visualize.draw_all(run, workdir, **options))[0] == "curves"
+    assert next(visualize.draw_all(run, tmp_path, **options))[0] == "position_similarity"
+    assert f"{tmp_path} has no metrics up to step 20: no curves are plotted\n" in capsys.readouterr().err
+
+
+def test_write_report_refuses_missing_metrics(workdir, tmp_path):
+    for name in ("checkpoints", "config.json"):
+        (tmp_path / name).symlink_to(workdir / name)
+    with pytest.raises(UserError, match="is finished at step 20, but metrics.jsonl is missing; python -m"):
+        report.write_report(tmp_path)
 
 
 def test_a_run_leaves_its_report_once(run_command, tmp_path):

@@ -1,12 +1,37 @@
 import json
 
-from vit_jax.writer import Writer, read_records, write_beside
+import pytest
+
+from vit_jax.errors import UserError
+from vit_jax.writer import Writer, read_records, read_results, write_beside
 
 
-def test_read_records_leaves_out_a_torn_last_line(tmp_path):
+def test_read_records_ignores_a_truncated_last_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "train/lo')
     assert read_records(path) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize("line", [b'{"step": 2, "tr', b'{"train/loss": 1.0}', b"[2]", b"\0\xff", b""])
+def test_read_records_names_a_damaged_line(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"^line 2 of .*metrics.jsonl is .*; expected a JSON object .*; delete that"):
+        read_records(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "metrics.jsonl is missing"),
+        ('{"step": 4, "test/accuracy": 0.5}\n{"step": 8, "train/loss": 1}\n', "has no evaluation of that step"),
+    ],
+)
+def test_read_results_says_how_to_measure_a_finished_run_again(tmp_path, text, reason):
+    if text is not None:
+        (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(UserError, match=rf"finished at step 8, but .*{reason}; python -m vit_jax.evaluate --workdir"):
+        read_results(tmp_path, 8)
 
 
 def test_read_records_stops_at_a_step(tmp_path):

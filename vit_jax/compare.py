@@ -55,10 +55,10 @@ def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) ->
     for workdir in map(Path, workdirs):
         about = checkpoint.read_about(workdir)
         config = settings.load_config(workdir, saved=about.get("config"))
-        records = writer.read_records(workdir / "metrics.jsonl")
-        done = records[-1]["step"] if records else 0
-        if done != config.num_steps or "test/accuracy" not in records[-1]:
-            raise UserError(f"{workdir} is at step {done} of {config.num_steps}; compare finished runs")
+        step = checkpoint.require_step(workdir)
+        if step != config.num_steps:
+            raise UserError(f"{workdir} is at step {step} of {config.num_steps}; compare finished runs")
+        records, results = writer.read_results(workdir, step)
         keys = ("name", "test_split", "classes")
         tested[str(workdir)] = ", ".join(str(config.dataset[key]) for key in keys if config.dataset[key])
         lines = [record for record in records if "images_per_second" in record]
@@ -74,8 +74,8 @@ def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) ->
                 "run": workdir.name,
                 "trains": config.trainable if isinstance(config.trainable, str) else ", ".join(config.trainable),
                 "parameters": about["num_trainable"],
-                "test accuracy": records[-1]["test/accuracy"],
-                "top 5": records[-1]["test/accuracy_top5"],
+                "test accuracy": results["test/accuracy"],
+                "top 5": results["test/accuracy_top5"],
                 "pictures": config.num_steps * config.batch_size,
                 "time": round(seconds),
                 "pictures/s": speeds[len(speeds) // 2] if speeds else 0.0,

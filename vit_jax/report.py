@@ -76,17 +76,16 @@ def write_report(workdir: Path, *, data_dir: str | None = None) -> Path:
         data_dir: see the command.
 
     Raises:
-        UserError: the run is not finished, or its data cannot be read.
+        UserError: the run is not finished, its metrics are missing or damaged, or its data cannot be read.
     """
     from vit_jax import trainer, visualize, writer
 
     run = trainer.load_run(workdir)
     if data_dir is not None:
         run.config.dataset.data_dir = data_dir
-    records = writer.read_records(workdir / "metrics.jsonl", last_step=run.step)
-    results = next((record for record in reversed(records) if "test/accuracy" in record), None)
-    if run.step != run.config.num_steps or results is None:
+    if run.step != run.config.num_steps:
         raise UserError(f"{workdir} is at step {run.step} of {run.config.num_steps}; a report is of a finished run")
+    _, results = writer.read_results(workdir, run.step)
     figures = visualize.draw_all(run, workdir, pictures=[], num_images=8, layer=None, head=None)
     pictures = [(name, _png(figure)) for name, figure in figures]
     writer.write_beside(workdir / "report.html", format_page(workdir.name, run, results, pictures))

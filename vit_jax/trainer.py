@@ -32,7 +32,7 @@ from vit_jax.errors import UserError, one_line
 from vit_jax.job import create_evaluate, create_job, crop_on_host, load_dataset
 from vit_jax.program import Program, test_options
 from vit_jax.types import Dataset
-from vit_jax.writer import Writer, format_number, read_records
+from vit_jax.writer import Writer, format_number, read_records, read_results
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -67,6 +67,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, float]:
     distributed.wait_for_all("every process has seen where the run stands")
     if restored_step == config.num_steps:
         return summarize(config, workdir)
+    read_records(workdir / "metrics.jsonl")  # raises here, before compilation, if a line is damaged
     job, create_state = create_job(config, storage=about.get("storage", ""))
     # Before anything is written: the pretrained file may not fit.
     state = create_state() if restored_step is None else job.program.abstract_state
@@ -109,6 +110,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, float]:
                 if evaluating:
                     writer.log_evaluation(step, results)
                 if saving:
+                    writer.flush()
                     checkpoint.save(checkpoints, step, state, job.about, accuracy=results.get("test/accuracy"))
                     writer.start_clock(step)
                 if stopping and not last:
@@ -117,6 +119,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, float]:
             if config.num_steps == 0:
                 results = metrics.means(fetch(evaluate(state)))
                 writer.log_evaluation(0, results)
+                writer.flush()
                 checkpoint.save(checkpoints, 0, state, job.about, accuracy=results["test/accuracy"])
         checkpoint.finish(checkpoints)
     return summarize(config, workdir)
@@ -324,14 +327,17 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
 
 
 def summarize(config: ConfigDict, workdir: Path) -> dict[str, float]:
-    """Draws a finished run's curves, prints its results and what to type next; returns the results."""
+    """Plots a finished run's curves, prints its results and what to type next; returns the results.
+
+    Raises:
+        UserError: metrics.jsonl is missing or damaged.
+    """
     if not distributed.is_first():
         return {}
     from vit_jax import plotting  # matplotlib takes long to import, and who only loads a run needs none
 
-    records = read_records(workdir / "metrics.jsonl", last_step=config.num_steps)
+    records, results = read_results(workdir, config.num_steps)
     plotting.plot_curves(records, title=workdir.name).savefig(workdir / "curves.png", dpi=120)
-    results = next(record for record in reversed(records) if "test/accuracy" in record)
     speeds = sorted(record["images_per_second"] for record in records if "images_per_second" in record)
     rows = [
         ("test accuracy", f"{results['test/accuracy']:.2%}"),

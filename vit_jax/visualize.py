@@ -85,7 +85,7 @@ def draw_all(
     layer: int | None,
     head: int | None,
 ) -> Iterator[tuple[str, "Figure"]]:
-    """The figures of a run, one after the other, each with its name.
+    """The figures of a run, one after the other, each with its name; without metrics, no curves.
 
     Args:
         run: of `trainer.load_run`.
@@ -101,7 +101,10 @@ def draw_all(
     from vit_jax.program import test_options
 
     records = writer.read_records(workdir / "metrics.jsonl", last_step=run.step)
-    yield "curves", plotting.plot_curves(records, title=workdir.name)
+    if records:
+        yield "curves", plotting.plot_curves(records, title=workdir.name)
+    else:
+        print(f"{workdir} has no metrics up to step {run.step}: no curves are plotted", file=sys.stderr)
 
     if has_attention(run.model):
         embeddings = np.asarray(run.params["Transformer"]["posembed_input"]["pos_embedding"])

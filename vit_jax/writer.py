@@ -5,25 +5,65 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from vit_jax.errors import UserError
 from vit_jax.progress import progress_bar
 
 
 def read_records(path: Path, *, last_step: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a torn last line, left by a kill, is no line.
+    """The lines of a metrics.jsonl; a truncated last line, left by a kill, is ignored.
 
     Args:
         path: need not exist.
         last_step: records of later steps are left out.
+
+    Raises:
+        UserError: another line is damaged.
     """
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")[:-1]  # what follows the last line break is empty or torn
-    records = [json.loads(line) for line in lines]
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line break is empty or truncated
+    records = [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
     return [record for record in records if last_step is None or record["step"] <= last_step]
+
+
+def read_results(workdir: Path, step: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Reads the metrics of a finished run.
+
+    Args:
+        workdir: of the run.
+        step: its last.
+
+    Returns:
+        (records, results): all lines, and the evaluation after the last step.
+
+    Raises:
+        UserError: metrics.jsonl is missing, is damaged, or lacks that evaluation.
+    """
+    path = workdir / "metrics.jsonl"
+    records = read_records(path, last_step=step)
+    for record in reversed(records):
+        if record["step"] == step and "test/accuracy" in record:
+            return records, record
+    reason = "has no evaluation of that step" if path.exists() else "is missing"
+    raise UserError(
+        f"{workdir} is finished at step {step}, but {path.name} {reason}; "
+        f"python -m vit_jax.evaluate --workdir {workdir} measures it again"
+    )
+
+
+def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        found = line[:60].decode(errors="replace")
+        raise UserError(f'line {number} of {path} is {found!r}; expected a JSON object with "step"; delete that line')
+    return record
 
 
 def format_number(number: float) -> str:
@@ -32,13 +72,21 @@ def format_number(number: float) -> str:
 
 
 def write_beside(path: Path, text: str) -> None:
-    """Writes a text file so that it is whole or as before at any moment."""
+    """Writes a text file so that it is whole or as before at any moment, even after a power failure."""
     temporary = path.with_name(path.name + ".part")
     try:
-        temporary.write_text(text)
+        with open(temporary, "w") as file:
+            file.write(text)
+            _sync(file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(file: TextIO) -> None:
+    """Returns when what was written to a file is on disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 class Writer:
@@ -101,6 +149,11 @@ class Writer:
         """Writes an evaluation line, and says it above the bar."""
         self._write(step, results)
         self.say(f"step {step}: test accuracy {results['test/accuracy']:.2%}, test loss {results['test/loss']:.4f}")
+
+    def flush(self) -> None:
+        """Returns when metrics.jsonl is on disk: called before each checkpoint, which must not outlive its metrics."""
+        if not self._silent:
+            _sync(self._file)
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
