@@ -1,9 +1,10 @@
 import json
 
 import pytest
+from conftest import set_keys
 
 from configs import digits
-from vit_jax import compare, trainer
+from vit_jax import compare, report, settings, trainer
 
 
 @pytest.fixture(scope="module")
@@ -40,23 +41,60 @@ def test_the_table_is_markdown_and_lines_up(run_command, runs):
     assert set(rule) == set("|-: ")
 
 
+def copy_run(workdir, target, changes):
+    """The files of a run with another config."""
+    target.mkdir()
+    for name in ("checkpoints", "metrics.jsonl"):
+        (target / name).symlink_to(workdir / name)
+    settings.save_config(set_keys(settings.load_config(workdir), changes), target)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "column", "cells"),
+    [
+        ({"image_size": 24}, "image size", ["16", "24"]),
+        ({"pixel_mean": [0.485, 0.456, 0.406]}, "image mean", ["0.5, 0.5, 0.5", "0.485, 0.456, 0.406"]),
+        ({"pixel_deviation": [0.25, 0.5, 0.5]}, "image std", ["0.5, 0.5, 0.5", "0.25, 0.5, 0.5"]),
+        ({"test_augment": "flip"}, "test augment", ["none", "flip"]),
+        ({"dataset.data_dir": "/data"}, "data directory", ["default", "/data"]),
+        ({}, None, None),
+        ({"learning_rate": 0.5}, None, None),
+    ],
+)
+def test_format_table_shows_test_settings_that_differ(runs, tmp_path, changes, column, cells):
+    other = copy_run(runs / "full", tmp_path / "other", changes)
+    for join_seeds in (False, True):
+        rows = compare.compare_runs([runs / "full", other], join_seeds=join_seeds)
+        header, _, *lines = (
+            [cell.strip() for cell in line.split("|")] for line in compare.format_table(rows).splitlines()
+        )
+        assert set(header) & set(compare._TEST_SETTINGS) == ({column} - {None})
+        if column:
+            assert [line[header.index(column)] for line in lines] == cells
+
+
+def test_compare_runs_accepts_runs_of_no_steps(tmp_path):
+    config = digits.get_config("scratch")
+    config.model = dict(patch_size=4, hidden_size=16, num_layers=1, num_heads=2, mlp_dim=16)
+    config.update(num_steps=0, warmup_steps=0)
+    results = trainer.train_and_evaluate(config, tmp_path)
+    assert trainer.train_and_evaluate(config, tmp_path) == results
+    for join_seeds in (False, True):
+        (row,) = compare.compare_runs([tmp_path], join_seeds=join_seeds)
+        assert (row["test accuracy"], row["pictures"], row["time"]) == (results["test/accuracy"], 0, 0)
+    assert report.write_report(tmp_path).exists()
+
+
 def test_runs_that_cannot_be_compared_are_refused(run_command, runs, tmp_path):
-    def refused(*changes, num_steps=20):
-        other = tmp_path / f"other{len(list(tmp_path.iterdir()))}"
-        other.mkdir()
-        config = json.loads((runs / "full/config.json").read_text())
-        config["num_steps"] = num_steps
-        for key, value in changes:
-            config["dataset"][key] = value
-        (other / "config.json").write_text(json.dumps(config))
-        (other / "checkpoints").symlink_to(runs / "full/checkpoints")
-        (other / "metrics.jsonl").symlink_to(runs / "full/metrics.jsonl")
+    def refused(**changes):
+        other = copy_run(runs / "full", tmp_path / f"other{len(list(tmp_path.iterdir()))}", changes)
         result = run_command("-m", "vit_jax.compare", runs / "full", other)
         assert result.returncode == 1
         (line,) = result.stderr.splitlines()
         return line
 
-    assert "were tested on different pictures" in refused(("test_split", "test[:50%]"))
+    assert "were tested on different pictures" in refused(**{"dataset.test_split": "test[:50%]"})
     assert "is at step 20 of 40; compare finished runs" in refused(num_steps=40)
 
 

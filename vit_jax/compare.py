@@ -12,10 +12,13 @@ from typing import Any
 
 from vit_jax.errors import UserError, parse_arguments, run_command
 
-_TEXTS = ("run", "trains")
+_TEST_SETTINGS = ("image size", "image mean", "image std", "test augment", "storage", "data directory")
+"""Columns that are shown where the runs differ in them: their tests were not alike."""
+_TEXTS = ("run", "trains", *_TEST_SETTINGS)
 _COLUMNS: dict[str, Callable[[Any], str]] = {
     "run": str,
     "trains": str,
+    **dict.fromkeys(_TEST_SETTINGS, str),
     "parameters": "{:,}".format,
     "seeds": str,
     "test accuracy": "{:.2%}".format,
@@ -68,11 +71,13 @@ def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) ->
             (line["step"] - start) * config.batch_size / line["images_per_second"]
             for start, line in zip(starts, lines, strict=False)
         )
-        recipes.append(json.dumps({**config.to_dict(), "seed": None}, sort_keys=True))
+        test_settings = _test_settings(config, storage=about.get("storage", "memory"))
+        recipes.append(json.dumps([{**config.to_dict(), "seed": None}, test_settings], sort_keys=True))
         rows.append(
             {
                 "run": workdir.name,
                 "trains": config.trainable if isinstance(config.trainable, str) else ", ".join(config.trainable),
+                **test_settings,
                 "parameters": about["num_trainable"],
                 "test accuracy": results["test/accuracy"],
                 "top 5": results["test/accuracy_top5"],
@@ -87,6 +92,20 @@ def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) ->
     return _join_seeds(rows, recipes) if join_seeds else rows
 
 
+def _test_settings(config: Any, *, storage: str) -> dict[str, str]:
+    """How the test images of a run are read and preprocessed: the columns `_TEST_SETTINGS`."""
+    data_dir = config.dataset.data_dir
+    values = (
+        str(config.image_size),
+        ", ".join(f"{mean:g}" for mean in config.pixel_mean),
+        ", ".join(f"{std:g}" for std in config.pixel_deviation),
+        config.test_augment,
+        storage,
+        str(Path(data_dir).resolve()) if data_dir else "default",
+    )
+    return dict(zip(_TEST_SETTINGS, values, strict=True))
+
+
 def _join_seeds(rows: Sequence[dict[str, Any]], recipes: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each recipe, in the order of their first runs."""
     joined = []
@@ -96,13 +115,14 @@ def _join_seeds(rows: Sequence[dict[str, Any]], recipes: Sequence[str]) -> list[
         means = {key: statistics.mean(run[key] for run in runs) for key in runs[0] if key not in _TEXTS}
         name = os.path.commonprefix([run["run"] for run in runs])
         seeds = {"seeds": len(runs), "±": statistics.stdev(accuracies) if len(runs) > 1 else 0.0}
-        joined.append({**means, **seeds, "run": name.rstrip("-_") or name, "trains": runs[0]["trains"]})
+        joined.append({**runs[0], **means, **seeds, "run": name.rstrip("-_") or name})
     return joined
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as a Markdown table whose columns stand below each other in plain text, too."""
-    names = [name for name in _COLUMNS if name in rows[0]]
+    """Rows as a Markdown table that is aligned in plain text, too; test settings only where the rows differ in them."""
+    alike = {name for name in _TEST_SETTINGS if len({row[name] for row in rows}) == 1}
+    names = [name for name in _COLUMNS if name in rows[0] and name not in alike]
     cells = [[_COLUMNS[name](row[name]) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
 
