@@ -38,14 +38,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_two(log: Path, *arguments: object, each=((), ()), env=({}, {})) -> list[subprocess.Popen]:
-    """Starts a command twice, with what only the first and only the second gets; their output goes to log.0, log.1."""
+def start_two(log: Path, *arguments: object, each=((), ()), env=({}, {}), stdout=None) -> list[subprocess.Popen]:
+    """Starts a command twice, with what only the first and only the second gets; their output goes to log.0, log.1.
+
+    `stdout` sends their standard output elsewhere.
+    """
     processes = []
     for i in range(2):
         variables = command_env({"XLA_FLAGS": "--xla_force_host_platform_device_count=4", **env[i]})
         with log.with_suffix(f".{i}").open("w") as output:
             command = command_line(*arguments, *each[i])
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=variables, stdout=output, stderr=output))
+            process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=stdout or output, stderr=output)
+            processes.append(process)
     return processes
 
 
@@ -187,6 +191,88 @@ def test_flags_that_do_not_belong_together_are_refused(flags, message):
     assert message in str(error.value)
 
 
+FAIL = """
+import os, sys, time
+from vit_jax import distributed
+from vit_jax.errors import UserError, run_command
+
+def fail(how):
+    import jax.numpy as jnp
+    if how == "out of memory":
+        jnp.ones(10**14).block_until_ready()  # 400 TB
+    if how == "bug":
+        raise KeyError("ours")
+    if how == "user error":
+        raise UserError("the disk is full")
+    if how == "kill":
+        os.kill(os.getpid(), 9)
+
+def main():
+    coordinator, count, how, which, process_id = sys.argv[1:]
+    distributed._SILENT_SECONDS = 5
+    with distributed.joined(coordinator, int(count), int(process_id)):
+        distributed.largest(1)
+        if how == "late":
+            if process_id == which:
+                time.sleep(3)
+                raise UserError("the disk is full")
+            return 0
+        if process_id == which or which == "all":
+            fail(how)
+        distributed.largest(1)
+    return 0
+
+sys.exit(run_command(main))
+"""
+RESUME = "; rerun the same command to resume from the last checkpoint"
+
+
+def start_failing(log: Path, how: str, which: object) -> list[subprocess.Popen]:
+    """Starts two processes of which one, or "all", fail between two collective operations; logs standard error."""
+    arguments = ("-c", FAIL, f"localhost:{free_port()}", 2, how, which)
+    return start_two(log, *arguments, each=((0,), (1,)), stdout=subprocess.DEVNULL)
+
+
+def read_both(log: Path) -> list[str]:
+    return [log.with_suffix(f".{i}").read_text() for i in range(2)]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_joined_ends_all_processes_when_one_is_out_of_memory(tmp_path, which):
+    assert wait(start_failing(tmp_path / "log", "out of memory", which), 60) == [1, 1]
+    said = read_both(tmp_path / "log")
+    message = "RESOURCE_EXHAUSTED: Out of memory allocating 400000000000000 bytes."
+    assert said[which].startswith(f"error: {message} raise --config.accumulation_steps")
+    assert said[which].count("\n") == 1
+    assert said[1 - which] == f"error: process {which} of 2 failed: {message}{RESUME}\n"
+
+
+def test_joined_prints_the_traceback_of_a_bug_in_its_own_process_only(tmp_path):
+    assert wait(start_failing(tmp_path / "log", "bug", 1), 60) == [1, 1]
+    said = read_both(tmp_path / "log")
+    assert said[0] == f"error: process 1 of 2 failed: KeyError: 'ours'{RESUME}\n"
+    assert said[1].startswith("Traceback") and "in fail" in said[1]
+    assert said[1].endswith("KeyError: 'ours'\n")
+
+
+def test_joined_reports_in_each_process_an_error_that_all_have(tmp_path):
+    assert wait(start_failing(tmp_path / "log", "user error", "all"), 60) == [1, 1]
+    assert read_both(tmp_path / "log") == ["error: the disk is full\n"] * 2
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_joined_ends_a_process_that_waits_for_one_that_fails_late(tmp_path, which):
+    assert wait(start_failing(tmp_path / "log", "late", which), 60) == [1, 1]
+    said = read_both(tmp_path / "log")
+    assert said[which] == "error: the disk is full\n"
+    assert said[1 - which] == f"error: process {which} of 2 failed: the disk is full{RESUME}\n"
+
+
+def test_joined_ends_the_first_process_when_another_is_killed(tmp_path):
+    assert wait(start_failing(tmp_path / "log", "kill", 1), 60) == [1, -signal.SIGKILL]
+    assert read_both(tmp_path / "log")[0] == f"error: process 1 of 2 has not responded for 5 seconds{RESUME}\n"
+
+
 TALK = """
 import sys, time
 from vit_jax import distributed
@@ -194,11 +280,12 @@ with distributed.joined():
     import jax
     me = jax.process_index()
     largest = distributed.largest(7 + me)
+    texts = distributed.gather("grün"[:3 + me])
     with distributed.first_one_first():
         if me == 0:
             time.sleep(1)
         with open(sys.argv[1], "a") as file:
-            file.write(f"{me} of {jax.process_count()}, {largest}\\n")
+            file.write(f"{me} of {jax.process_count()}, {largest}, {texts}\\n")
 """
 
 
@@ -209,7 +296,7 @@ def test_tasks_of_slurm_find_each_other(tmp_path):
     said = tmp_path / "said"
     pair = start_two(tmp_path / "log", "-c", TALK, said, env=env)
     assert wait(pair, 100) == [0, 0]
-    assert said.read_text() == "0 of 2, 8\n1 of 2, 8\n"
+    assert said.read_text() == "0 of 2, 8, ['grü', 'grün']\n1 of 2, 8, ['grü', 'grün']\n"
 
 
 @pytest.mark.parametrize(
