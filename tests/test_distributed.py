@@ -161,6 +161,15 @@ def test_a_process_that_fails_does_not_wait_for_the_other(tmp_path):
     assert last == "error: dataset 'digits' does not read data_dir, got '/nowhere'; leave it empty"
 
 
+def test_create_job_refuses_processes_that_read_different_datasets(tmp_path):
+    pair = start_training(tmp_path / "run", second=("--config.dataset.train_split=train[:150]",))
+    assert wait(pair, 100) == [1, 1]
+    last, same = (text.splitlines()[-1] for text in read_both(tmp_path / "run"))
+    assert last == same
+    assert last.startswith("error: process 1 read 150 training and 44 test images of 10 classes (digest ")
+    assert "from digits, the first process read 160 training and 44 test images of 10 classes (digest " in last
+
+
 def test_a_peer_that_never_comes_is_one_line(tmp_path, run_command):
     port = free_port()
     for process_id in range(2):

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from vit_jax import build, data, distributed, features, optim, preprocess, sampling, sharding, steps
 from vit_jax.crops import CROPS
 from vit_jax.data.streaming import training_batches
+from vit_jax.errors import UserError
 from vit_jax.program import Program, create_program
 from vit_jax.progress import progress_bar
 from vit_jax.types import Dataset, Params, Split
@@ -111,6 +112,7 @@ def create_job(config: ConfigDict, *, storage: str = "") -> tuple[Job, Callable[
         source = build.load_source(config)
     if distributed.largest(not dataset.train.in_memory) and dataset.train.in_memory:
         dataset = load_dataset(config, storage="stream")  # another process has less memory
+    check_same_dataset(config.dataset.name, dataset)
     model = build.create_model(config, source, num_classes=len(dataset.class_names))
     program = create_program(
         config,
@@ -132,6 +134,21 @@ def create_job(config: ConfigDict, *, storage: str = "") -> tuple[Job, Callable[
     about["config"] = config.to_dict()
     about["num_trainable"] = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.trainable))
     return Job(config, program, dataset, about), create_state
+
+
+def check_same_dataset(name: str, dataset: Dataset) -> None:
+    """Raises the same UserError in every process unless all of them read the same dataset; a collective call."""
+    found = data.fingerprint(dataset)
+    summaries = distributed.gather(
+        f"{found['num_train']:,} training and {found['num_test']:,} test images of {len(found['class_names'])} classes "
+        f"(digest {found['digest'][:16]})"
+    )
+    for number, summary in enumerate(summaries):
+        if summary != summaries[0]:
+            raise UserError(
+                f"process {number} read {summary} from {name}, the first process read {summaries[0]}; all processes "
+                "must read the same classes and files, so give them the same copy of the dataset"
+            )
 
 
 def load_dataset(config: ConfigDict, *, storage: str = "", shapes_only: bool = False) -> Dataset:
