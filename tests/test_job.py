@@ -1,5 +1,9 @@
+import json
+import shutil
+
 import jax
 import pytest
+from PIL import Image
 
 from configs import digits
 from vit_jax import data, distributed, job
@@ -19,12 +23,58 @@ def test_adamw_and_bfloat16_make_a_job():
 
 
 def test_check_same_dataset_names_the_process_that_differs(monkeypatch):
-    dataset = data.load_dataset("digits", image_size=8)
-    job.check_same_dataset("digits", dataset)
+    found = data.fingerprint(data.load_dataset("digits", image_size=8))
+    job.check_same_dataset("digits", found)
     monkeypatch.setattr(distributed, "gather", lambda text: [text, text, "3 training images"])
     with pytest.raises(UserError) as error:
-        job.check_same_dataset("digits", dataset)
+        job.check_same_dataset("digits", found)
     expected = (
         "process 2 read 3 training images from digits, the first process read 1,437 training and 360 test images of"
     )
     assert str(error.value).startswith(expected)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three images each of two classes to train on, two to test on."""
+    for split, count in (("train", 3), ("test", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / split / name / f"{i}.png")
+    return tmp_path
+
+
+def rename_class(folder):
+    for split in ("train", "test"):
+        (folder / split / "cat").rename(folder / split / "wolf")
+
+
+CHANGES = {
+    "class": (rename_class, "it has 2 classes instead of 2; new: wolf; missing: cat"),
+    "count": (
+        lambda folder: shutil.copy(folder / "train/cat/0.png", folder / "train/cat/3.png"),
+        "it has 7 training and 4 test images instead of 6 training and 4 test images",
+    ),
+    "file": (
+        lambda folder: (folder / "test/dog/0.png").rename(folder / "test/dog/9.png"),
+        "it has as many images, but other files or labels",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_create_job_rejects_a_dataset_that_changed_since_the_run_was_started(folder, tmp_path_factory, change):
+    config = digits.get_config("scratch")
+    config.update(model=SIZES, image_size=8, batch_size=2)
+    config.mesh.data = 1
+    config.dataset.name = f"folder:{folder}"
+    about = json.loads(json.dumps(job.create_job(config)[0].about))
+    moved = tmp_path_factory.mktemp("moved") / "images"
+    shutil.move(folder, moved)
+    config.dataset.name = f"folder:{moved}"
+    job.create_job(config, saved=about)  # the same files in another place
+    edit, message = CHANGES[change]
+    edit(moved)
+    with pytest.raises(UserError, match=f"has changed since the run was started: {message}; put it back"):
+        job.create_job(config, saved=about)

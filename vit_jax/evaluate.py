@@ -33,7 +33,11 @@ def main(argv: list[str] | None = None) -> int:
         run = trainer.load_run(arguments.workdir, step=arguments.step)
         if arguments.data_dir is not None:
             run.config.dataset.data_dir = arguments.data_dir
-        facts, results = {"step": run.step}, trainer.evaluate_run(run)
+        test = trainer.load_test_dataset(run).test
+        facts, results = {"step": run.step}, trainer.evaluate_run(run, test=test)
+        if run.config.ema_decay:
+            raw = trainer.load_run(arguments.workdir, step=run.step, averages=False)
+            results |= trainer.evaluate_run(raw, test=test, prefix="test_raw")
     else:
         facts, results = evaluate_on_dataset(arguments)
     if arguments.json:

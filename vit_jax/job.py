@@ -62,7 +62,8 @@ class Job:
 
         Returns:
             (arrays, evaluate): for one call of the training steps after the other what they read, which is always the
-            same where it lies on the devices; and `state -> totals` over the test pictures, see `metrics.means`.
+            same where it lies on the devices; and `state -> {"test": totals}` over the test images, see
+            `metrics.means`. Where EMA parameters are kept, "test" is theirs and "test_raw" is without them.
         """
         config, program, dataset = self.config, self.program, self.dataset
         params = optim.merge_params(state.trainable, state.frozen)
@@ -91,28 +92,44 @@ class Job:
             )
             test_images = crop_on_host(config, dataset.test.images, config.test_augment)
             test = Split(images=test_images, labels=dataset.test.labels)
-        evaluate = create_evaluate(program.forward, test, program.mesh, batch_size=batch_size)
-        return arrays, lambda state: evaluate(steps.evaluated_params(state, lora_alpha=alpha))
+        evaluate_params = create_evaluate(program.forward, test, program.mesh, batch_size=batch_size)
+
+        def evaluate(state: steps.TrainState) -> dict[str, dict[str, jax.Array]]:
+            totals = {"test": evaluate_params(steps.evaluated_params(state, lora_alpha=alpha))}
+            if state.ema:
+                raw = steps.evaluated_params(state, use_ema=False, lora_alpha=alpha)
+                totals["test_raw"] = evaluate_params(raw)
+            return totals
+
+        return arrays, evaluate
 
 
-def create_job(config: ConfigDict, *, storage: str = "") -> tuple[Job, Callable[[], steps.TrainState]]:
+def create_job(
+    config: ConfigDict, *, saved: dict[str, Any] | None = None
+) -> tuple[Job, Callable[[], steps.TrainState]]:
     """Builds data, model, optimizer and functions, all checked against each other; computes nothing yet.
 
     Args:
         config: laid out as in `configs/base.py`.
-        storage: "memory" or "stream", as the run began, whatever memory is free now; "" decides by the config.
+        saved: metadata in the checkpoint of a run that is resumed: images are stored as they were, and the dataset must
+            be the same; None for a new run.
 
     Returns:
         (job, create_state): the latter makes the state before the first update. It holds the pretrained file's
         parameters in host memory: let go of it after use.
     """
+    saved = saved or {}
     mesh = sharding.create_mesh(**config.mesh)
     with distributed.first_one_first():
-        dataset = load_dataset(config, storage=storage)
+        dataset = load_dataset(config, storage=saved.get("storage", ""))
         source = build.load_source(config)
     if distributed.largest(not dataset.train.in_memory) and dataset.train.in_memory:
         dataset = load_dataset(config, storage="stream")  # another process has less memory
-    check_same_dataset(config.dataset.name, dataset)
+    fingerprint = data.fingerprint(dataset)
+    check_same_dataset(config.dataset.name, fingerprint)
+    if "dataset" in saved:  # checkpoints of older versions do not say
+        was = {"class_names": saved["class_names"], **saved["dataset"]}
+        check_unchanged_dataset(config.dataset.name, fingerprint, was)
     model = build.create_model(config, source, num_classes=len(dataset.class_names))
     program = create_program(
         config,
@@ -130,15 +147,15 @@ def create_job(config: ConfigDict, *, storage: str = "") -> tuple[Job, Callable[
 
     about = build.describe(config, model, dataset.class_names)
     about["storage"] = "memory" if dataset.train.in_memory else "stream"
+    about["dataset"] = {key: fingerprint[key] for key in ("num_train", "num_test", "digest")}
     about["command"] = shlex.join(["python", *sys.argv])
     about["config"] = config.to_dict()
     about["num_trainable"] = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.trainable))
     return Job(config, program, dataset, about), create_state
 
 
-def check_same_dataset(name: str, dataset: Dataset) -> None:
-    """Raises the same UserError in every process unless all of them read the same dataset; a collective call."""
-    found = data.fingerprint(dataset)
+def check_same_dataset(name: str, found: dict[str, Any]) -> None:
+    """Raises the same UserError in every process unless their `data.fingerprint`s agree; a collective call."""
     summaries = distributed.gather(
         f"{found['num_train']:,} training and {found['num_test']:,} test images of {len(found['class_names'])} classes "
         f"(digest {found['digest'][:16]})"
@@ -149,6 +166,27 @@ def check_same_dataset(name: str, dataset: Dataset) -> None:
                 f"process {number} read {summary} from {name}, the first process read {summaries[0]}; all processes "
                 "must read the same classes and files, so give them the same copy of the dataset"
             )
+
+
+def check_unchanged_dataset(name: str, found: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Raises UserError unless the dataset is the one that a run was started with; arguments are `data.fingerprint`s."""
+    if found == saved:
+        return
+    new, old = found["class_names"], saved["class_names"]
+    if new != old:
+        added, removed = (", ".join(sorted(set(a) - set(b))[:5]) or "none" for a, b in ((new, old), (old, new)))
+        difference = f"{len(new)} classes instead of {len(old)}; new: {added}; missing: {removed}"
+    elif any(found[key] != saved[key] for key in ("num_train", "num_test")):
+        counts = (
+            f"{counted['num_train']:,} training and {counted['num_test']:,} test images" for counted in (found, saved)
+        )
+        difference = " instead of ".join(counts)
+    else:
+        difference = "as many images, but other files or labels"
+    raise UserError(
+        f"{name} has changed since the run was started: it has {difference}; put it back as it was, or give another "
+        "--workdir to start a new run"
+    )
 
 
 def load_dataset(config: ConfigDict, *, storage: str = "", shapes_only: bool = False) -> Dataset:

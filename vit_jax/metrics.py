@@ -36,11 +36,11 @@ def masked_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[s
     }
 
 
-def means(sums: dict) -> dict[str, float]:
-    """Host sums of `masked_sums` -> "test/loss", "test/accuracy", "test/accuracy_top5"."""
+def means(sums: dict, *, prefix: str = "test") -> dict[str, float]:
+    """Host sums of `masked_sums` -> "test/loss", "test/accuracy", "test/accuracy_top5", or with another prefix."""
     count = int(sums["count"])
     return {
-        "test/loss": float(sums["loss"]) / count,
-        "test/accuracy": int(sums["correct"]) / count,
-        "test/accuracy_top5": int(sums["correct_top5"]) / count,
+        f"{prefix}/loss": float(sums["loss"]) / count,
+        f"{prefix}/accuracy": int(sums["correct"]) / count,
+        f"{prefix}/accuracy_top5": int(sums["correct_top5"]) / count,
     }

@@ -100,9 +100,10 @@ def create_train_state(
     )
 
 
-def evaluated_params(state: TrainState, *, lora_alpha: float = 1.0) -> Params:
-    """The model's tree that is evaluated: averages where they are kept, low-rank products added."""
-    return lora.merge_factors(optim.merge_params(state.ema or state.trainable, state.frozen), alpha=lora_alpha)
+def evaluated_params(state: TrainState, *, use_ema: bool = True, lora_alpha: float = 1.0) -> Params:
+    """Returns the parameters to evaluate: the EMA parameters where there are any, with LoRA weights merged."""
+    ema = state.ema if use_ema else {}
+    return lora.merge_factors(optim.merge_params(ema or state.trainable, state.frozen), alpha=lora_alpha)
 
 
 def update_ema(ema: Params, params: Params, *, decay: float, num_updates: jax.Array) -> Params:

@@ -31,7 +31,7 @@ from vit_jax.classifier import Classifier
 from vit_jax.errors import UserError, one_line
 from vit_jax.job import create_evaluate, create_job, crop_on_host, load_dataset
 from vit_jax.program import Program, test_options
-from vit_jax.types import Dataset
+from vit_jax.types import Dataset, Split
 from vit_jax.writer import Writer, format_number, read_records, read_results
 
 
@@ -43,8 +43,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
         workdir: the run's folder; will hold config.json, metrics.jsonl, TensorBoard events, checkpoints, curves.png.
 
     Returns:
-        "test/loss", "test/accuracy", "test/accuracy_top5" after the last step; empty where SIGTERM ended the run early,
-        and in all processes but the first.
+        "test/loss", "test/accuracy", "test/accuracy_top5" after the last step, and "test_raw/…" of the parameters
+        without EMA where EMA parameters are kept; empty where SIGTERM ended the run early, and in all processes but the
+        first.
 
     Raises:
         UsageError: the config is wrong, or not the one that `workdir` was started with.
@@ -68,7 +69,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, float]:
     if restored_step == config.num_steps:
         return summarize(config, workdir)
     read_records(workdir / "metrics.jsonl")  # raises here, before compilation, if a line is damaged
-    job, create_state = create_job(config, storage=about.get("storage", ""))
+    job, create_state = create_job(config, saved=about)
     # Before anything is written: the pretrained file may not fit.
     state = create_state() if restored_step is None else job.program.abstract_state
     del create_state
@@ -106,7 +107,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, float]:
                     stop_if_nonfinite(nonfinite_step, checkpoints.latest_step())
                 if logging:
                     writer.log_training(step, scalars, batch_size=config.batch_size)
-                results = metrics.means(fetch(evaluate(state))) if evaluating else {}
+                results = means_of(fetch(evaluate(state))) if evaluating else {}
                 if evaluating:
                     writer.log_evaluation(step, results)
                 if saving:
@@ -117,7 +118,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, float]:
                     checkpoint.finish(checkpoints)
                     return say_stopped(signal.Signals(stopping), step, workdir)
             if config.num_steps == 0:
-                results = metrics.means(fetch(evaluate(state)))
+                results = means_of(fetch(evaluate(state)))
                 writer.log_evaluation(0, results)
                 writer.flush()
                 checkpoint.save(checkpoints, 0, state, job.about, accuracy=results["test/accuracy"])
@@ -135,6 +136,11 @@ def steps_until_stop(step: int, config: ConfigDict, program: Program) -> int:
         config.num_steps,
     )
     return min(every - step % every for every in intervals)
+
+
+def means_of(totals: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Returns the results of an evaluation, from its totals by prefix."""
+    return {key: value for prefix, sums in totals.items() for key, value in metrics.means(sums, prefix=prefix).items()}
 
 
 def fetch(tree: Any) -> Any:
@@ -186,17 +192,22 @@ def load_run(workdir: str | Path, *, step: int | None = None, averages: bool = T
     return Run(**classifier.fields(model, params, about), config=config, step=step, mesh=mesh, about=about)
 
 
-def evaluate_run(run: Run) -> dict[str, float]:
-    """Test results of a run's parameters, over every test picture of the dataset in its config.
+def evaluate_run(run: Run, *, test: Split | None = None, prefix: str = "test") -> dict[str, float]:
+    """Evaluates a run's parameters over every test image.
+
+    Args:
+        run: of `load_run`.
+        test: as `load_test_dataset` gives it; read from the dataset in the run's config unless given.
+        prefix: of the names of the results.
 
     Raises:
         UserError: the dataset cannot be read, or its classes are not those of the run.
     """
-    test = load_test_dataset(run).test
+    test = load_test_dataset(run).test if test is None else test
     forward = steps.from_pictures(run.model, **test_options(run.config, in_memory=test.in_memory))
     test = dataclasses.replace(test, images=crop_on_host(run.config, test.images, run.config.test_augment))
     evaluate = create_evaluate(forward, test, run.mesh, batch_size=run.config.eval_batch_size)
-    return metrics.means(fetch(evaluate(run.params)))
+    return metrics.means(fetch(evaluate(run.params)), prefix=prefix)
 
 
 def load_test_dataset(run: Run) -> Dataset:
@@ -343,6 +354,7 @@ def summarize(config: ConfigDict, workdir: Path) -> dict[str, float]:
         ("test accuracy", f"{results['test/accuracy']:.2%}"),
         ("test accuracy, top 5", f"{results['test/accuracy_top5']:.2%}"),
         ("test loss", f"{results['test/loss']:.4f}"),
+        *([("without EMA", f"{results['test_raw/accuracy']:.2%}")] if "test_raw/accuracy" in results else []),
         ("steps", f"{config.num_steps:,} × {config.batch_size} pictures"),
         ("pictures/s, median", format_number(speeds[len(speeds) // 2]) if speeds else "–"),
         ("checkpoints", str(workdir / "checkpoints")),

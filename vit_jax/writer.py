@@ -148,7 +148,9 @@ class Writer:
     def log_evaluation(self, step: int, results: dict[str, float]) -> None:
         """Writes an evaluation line, and says it above the bar."""
         self._write(step, results)
-        self.say(f"step {step}: test accuracy {results['test/accuracy']:.2%}, test loss {results['test/loss']:.4f}")
+        raw = f" (without EMA {results['test_raw/accuracy']:.2%})" if "test_raw/accuracy" in results else ""
+        accuracy, loss = results["test/accuracy"], results["test/loss"]
+        self.say(f"step {step}: test accuracy {accuracy:.2%}{raw}, test loss {loss:.4f}")
 
     def flush(self) -> None:
         """Returns when metrics.jsonl is on disk: called before each checkpoint, which must not outlive its metrics."""
