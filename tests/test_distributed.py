@@ -202,7 +202,7 @@ def test_flags_that_do_not_belong_together_are_refused(flags, message):
 
 FAIL = """
 import os, sys, time
-from vit_jax import distributed
+from vit_jax import distributed, watch
 from vit_jax.errors import UserError, run_command
 
 def fail(how):
@@ -218,7 +218,7 @@ def fail(how):
 
 def main():
     coordinator, count, how, which, process_id = sys.argv[1:]
-    distributed._SILENT_SECONDS = 5
+    watch.SILENT_SECONDS = 5
     with distributed.joined(coordinator, int(count), int(process_id)):
         distributed.largest(1)
         if how == "late":

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     ["types", "errors", "progress", "resources", "sampling"],
+    ["watch"],
     ["download", "distributed", "crops"],
     ["preprocess"],
     [

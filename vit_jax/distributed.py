@@ -1,24 +1,17 @@
 """Several processes as one run: they find each other, take turns, agree, and only the first one writes."""
 
 import contextlib
-import functools
-import itertools
 import os
 import sys
 import threading
-import time
-import traceback
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed as jax_distributed  # the key-value store has no public name
 
-from vit_jax.errors import UsageError, UserError, one_line, run_command
-
-_SILENT_SECONDS = 30
-"""After which a process that gives no sign of life is taken for dead; JAX's own limit is 100."""
+from vit_jax.errors import UsageError, UserError, one_line
+from vit_jax.watch import Watch
 
 
 @contextlib.contextmanager
@@ -68,7 +61,7 @@ def joined(
                 f"{who} could not join the others at {where} ({one_line(error)[:300]}); "
                 "give --coordinator, --num_processes and --process_id; Kubernetes without them: pip install 'jax[k8s]'"
             ) from error
-    watch = _Watch()
+    watch = Watch()
     try:
         print(f"{jax.process_count()} processes, {jax.device_count()} devices, {jax.local_device_count()} of them here")
         if not is_first():
@@ -152,103 +145,6 @@ def _check_flags(coordinator: str | None, num_processes: int | None, process_id:
         "process_id": process_id,
         "cluster_detection_method": "deactivate",  # under SLURM it would take one device and leave the others
     }
-
-
-class _Watch:
-    """Ends this process with one line when another one fails or dies, on which JAX would hang or abort.
-
-    Every process writes to the key-value store that the first process hosts: `vit_jax/alive/ID` is a counter and
-    `vit_jax/end/ID` says how the process ended.
-    """
-
-    def __init__(self) -> None:
-        state = jax_distributed.global_state
-        self.client: Any = state.client
-        self.process_id, self.num_processes = state.process_id, state.num_processes
-        self.ending = threading.Lock()  # taken by the thread that ends this process
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def leave(self) -> None:
-        """Returns when every process has come here: from then on none of them can fail."""
-        self._write_end("done")
-        while list(self._read("end").values()).count("done") < self.num_processes:
-            time.sleep(0.1)
-        self.stopped.set()
-        self.thread.join()  # Python cannot end while a thread is inside JAX
-
-    def fail(self, error: BaseException) -> NoReturn:
-        """Reports an error as `run_command` does, or a bug with its traceback, and ends this process and all others."""
-        lost = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")
-        if isinstance(error, RuntimeError | ValueError) and any(word in str(error) for word in lost):
-            time.sleep(_SILENT_SECONDS + 10)  # another process is gone, most likely, and the thread will say which
-        self.ending.acquire()
-        how = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {one_line(error)[:300]}"
-        trace = traceback.format_exc()
-        try:
-            code = run_command(functools.partial(_throw, error))
-        except Exception:
-            print(trace, end="", file=sys.stderr)
-            code, how = 1, f"failed: {type(error).__name__}: {one_line(error)[:300]}"
-        self._exit(code, how)
-
-    def _run(self) -> None:
-        last_beats: dict[int, str] = {}
-        last_seen = dict.fromkeys(range(self.num_processes), time.monotonic())
-        for beat in itertools.count():
-            try:
-                self.client.key_value_set(f"vit_jax/alive/{self.process_id}", str(beat), allow_overwrite=True)
-                beats, ends = self._read("alive"), self._read("end")
-            except jax.errors.JaxRuntimeError:
-                self._give_up("process 0", "cannot be reached")
-            now = time.monotonic()
-            for number in range(self.num_processes):
-                if beats.get(number) != last_beats.get(number):
-                    last_seen[number] = now
-                if ends.get(number, "done") != "done":
-                    self._give_up(f"process {number}", ends[number])
-                if number not in ends and now - last_seen[number] > _SILENT_SECONDS:
-                    self._give_up(f"process {number}", f"has not responded for {_SILENT_SECONDS} seconds")
-            last_beats = beats
-            if self.stopped.wait(1):
-                return
-
-    def _give_up(self, who: str, how: str) -> None:
-        time.sleep(2)  # this process may have the same error, and reports it itself
-        if not self.ending.acquire(blocking=False):
-            sys.exit()  # this thread only
-        reason = f"{who} of {self.num_processes} {how}"
-        print(f"error: {reason}; rerun the same command to resume from the last checkpoint", file=sys.stderr)
-        self._exit(1, f"ended because {reason}")
-
-    def _exit(self, code: int, how: str) -> NoReturn:
-        """Ends this process without JAX's way out, which waits for processes that wait for this one."""
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first process, which has the store, may be gone
-            self._write_end(how)
-            deadline = time.monotonic() + 10
-            while self._num_failed() < self.num_processes and time.monotonic() < deadline:
-                time.sleep(0.1)  # without this process the others would fail, too, each in its own way
-            if self.process_id == 0:
-                time.sleep(1)  # JAX aborts a process that has lost its coordinator
-        os._exit(code)
-
-    def _num_failed(self) -> int:
-        return sum(how != "done" for how in self._read("end").values())
-
-    def _write_end(self, how: str) -> None:
-        self.client.key_value_set(f"vit_jax/end/{self.process_id}", how, allow_overwrite=True)
-
-    def _read(self, name: str) -> dict[int, str]:
-        """Process -> its value of a key."""
-        return {int(key.rsplit("/", 1)[1]): value for key, value in self.client.key_value_dir_get(f"vit_jax/{name}/")}
-
-
-def _throw(error: BaseException) -> NoReturn:
-    raise error
 
 
 @contextlib.contextmanager
