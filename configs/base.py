@@ -27,10 +27,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.dataset.train_split = "train"  # may be sliced, as in "train[:90%]"
     config.dataset.test_split = "test"  # give "train[90%:]" to tune without looking at the test pictures
     config.dataset.classes = ()  # names of the classes to keep; () keeps all
-    # Where the pictures of a folder or of TFDS are: "memory" (decoded once, kept on the device) | "stream" (decoded and
-    # cropped anew for every step) | "auto": in memory where they take at most half of it.
+    # Where the images of a folder or of TFDS are: "memory" (decoded once, kept on the device) | "stream" (decoded and
+    # cropped for every step) | "auto": in memory if they take at most half of it, streamed if they are cropped and of
+    # different sizes. The results do not depend on it.
     config.dataset.storage = "auto"
-    config.dataset.num_workers = 0  # processes that decode what is streamed; 0 takes as many as there are cores
+    config.dataset.num_workers = 0  # processes that decode what is streamed; 0: one per available processor
     config.image_size = 224  # pixels, square: what the model sees
     # Pixels are (pixel / 255 - mean) / deviation, in red, green, blue; these take them to [-1, 1].
     config.pixel_mean = (0.5, 0.5, 0.5)
@@ -39,7 +40,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.test_augment = "none"  # of test pictures; anything else is a mistake, to be able to show what it does
 
     # What trains: a mode's name, or a tuple of regular expressions over whole parameter paths.
-    # Modes: full · head · mlp, attention (these and the head) · bias (biases, norms, head) · lora (factors, head).
+    # Modes: full · head · mlp, attention (these and the head) · bias (biases, norms, head) · lora (LoRA weights, head).
+    # A pattern that names them, such as "(lora|head)/.*", adds LoRA weights. The head must train if it starts at zero.
     config.trainable = FieldReference("full", field_type=object)
     config.frozen_dropout = False  # dropout where only the head trains, too; off, the backbone is a fixed function
     # Where the backbone is a fixed function and pictures are not augmented, its features are computed once ("auto").
@@ -50,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.lora = ConfigDict()
     config.lora.rank = 8
     config.lora.alpha = 16.0  # the products are scaled by alpha / rank
-    config.lora.targets = (".*/query/kernel", ".*/value/kernel")  # regular expressions over whole paths of kernels
+    config.lora.targets = (".*/query/kernel", ".*/value/kernel")  # regular expressions over paths; kernels only
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "sgd"  # "sgd" | "adam" | "adamw"
@@ -65,17 +67,18 @@ def get_config(arg: str = "") -> ConfigDict:
     config.learning_rate = 0.01  # the peak
     config.schedule = "cosine"  # to zero at num_steps: "cosine" | "linear" | "constant"
     config.schedule_steps = 0  # updates until the schedule's end; 0 takes num_steps
-    config.schedule_every_steps = 1  # updates for which the rate stays as it is
+    config.schedule_every_steps = 1  # updates between two changes of the decay; the warm-up is not held
     config.warmup_steps = 0  # linear from rate 0 at the first update
 
     config.label_smoothing = 0.0  # share of the target spread over all classes
     config.mixup_alpha = 0.0  # Beta(alpha, alpha) shares of blended pictures; 0 for none
     config.cutmix_alpha = 0.0  # the same for pasted boxes; with both, each picture is mixed in one of the two ways
-    config.ema_decay = 0.0  # of a moving average of what trains, which is then evaluated; 0 keeps none
+    # Of EMA parameters, which are then evaluated, besides the others; warmed up as min(decay, (1 + t) / (10 + t)).
+    config.ema_decay = 0.0  # 0 keeps none
 
     config.batch_size = 128  # pictures per update, over all devices and processes
-    config.eval_batch_size = 256  # a wish: rounded up to the devices, the last batch padded and masked
-    config.accumulation_steps = 1  # splits batch_size to save memory; the update is the same
+    config.eval_batch_size = 256  # upper bound, rounded up to a multiple of the devices; the last batch is padded
+    config.accumulation_steps = 1  # splits batch_size to save memory; same update, dropout included
     # What blocks compute again for their backward pass to save memory: "none" | "dots" (all but products) | "full"
     config.remat = "none"
     config.mesh = ConfigDict()

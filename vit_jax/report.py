@@ -105,6 +105,8 @@ def format_page(name: str, run: Any, results: dict[str, float], pictures: list[t
     mode = config.trainable if isinstance(config.trainable, str) else ""
     mode = mode if config.pretrained else "scratch"
     ours = [("this run, test accuracy", results["test/accuracy"]), ("top 5", results["test/accuracy_top5"])]
+    if "test_raw/accuracy" in results:
+        ours.append(("without EMA", results["test_raw/accuracy"]))
     task = (config.dataset.name, config.architecture, mode)
     known = [] if config.dataset.classes else _KNOWN.get(task, [])  # others' figures are of all classes
     model = ", ".join(f"{key} {value}" for key, value in config.model.to_dict().items())
