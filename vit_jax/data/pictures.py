@@ -59,29 +59,29 @@ def decode_picture(
         with Image.open(source) as image:
             # Loaded first: a PNG may name its orientation after its pixels.
             image.load()
-            picture = _convert_to_rgb(ImageOps.exif_transpose(image))
+            rgb = _convert_to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # a damaged file makes the decoders raise nearly anything
         raise _picture_error(source, error) from error
-    if not size or (picture.size == size and not sample_box):
-        return picture
+    if not size or (rgb.size == size and not sample_box):
+        return rgb
     if not sample_box:
-        return _resize(picture, (0, 0, *picture.size), size)
-    top, left, rows, columns = map(float, sample_box(picture.height, picture.width))
-    return _crop_and_resize(picture, (left, top, left + columns, top + rows), size, outside)
+        return _resize(rgb, (0, 0, *rgb.size), size)
+    top, left, rows, columns = map(float, sample_box(rgb.height, rgb.width))
+    return _crop_and_resize(rgb, (left, top, left + columns, top + rows), size, outside)
 
 
 def _crop_and_resize(
-    picture: "Image.Image", box: tuple[float, ...], size: tuple[int, int], outside: tuple[int, ...]
+    rgb: "Image.Image", box: tuple[float, ...], size: tuple[int, int], outside: tuple[int, ...]
 ) -> "Image.Image":
     """Resizes a box (left, top, right, bottom) of an image; the pixels around the box do not contribute."""
     from PIL import ImageOps
 
     left, top = (math.floor(edge + EDGE_SLACK) for edge in box[:2])
     right, bottom = (math.ceil(edge - EDGE_SLACK) for edge in box[2:])
-    margin = max(0, -left, -top, right - picture.width, bottom - picture.height)
+    margin = max(0, -left, -top, right - rgb.width, bottom - rgb.height)
     if margin:
-        picture = ImageOps.expand(picture, margin, outside)
-    part = picture.crop((left + margin, top + margin, right + margin, bottom + margin))
+        rgb = ImageOps.expand(rgb, margin, outside)
+    part = rgb.crop((left + margin, top + margin, right + margin, bottom + margin))
     inner = (
         max(0, box[0] - left),
         max(0, box[1] - top),
@@ -91,7 +91,7 @@ def _crop_and_resize(
     return _resize(part, inner, size)
 
 
-def _resize(picture: "Image.Image", box: tuple[float, ...], size: tuple[int, int]) -> "Image.Image":
+def _resize(rgb: "Image.Image", box: tuple[float, ...], size: tuple[int, int]) -> "Image.Image":
     """Resizes a box (left, top, right, bottom): columns, then rows, each rounded to 8 bits as on the device.
 
     In one call the order would depend on Pillow's version.
@@ -99,8 +99,8 @@ def _resize(picture: "Image.Image", box: tuple[float, ...], size: tuple[int, int
     from PIL import Image
 
     left, top, right, bottom = box
-    picture = picture.resize((size[0], picture.height), Image.Resampling.BILINEAR, (left, 0, right, picture.height))
-    return picture.resize(size, Image.Resampling.BILINEAR, (0, top, size[0], bottom))
+    rgb = rgb.resize((size[0], rgb.height), Image.Resampling.BILINEAR, (left, 0, right, rgb.height))
+    return rgb.resize(size, Image.Resampling.BILINEAR, (0, top, size[0], bottom))
 
 
 def upright_size(image: "Image.Image") -> tuple[int, int]:
