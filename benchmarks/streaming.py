@@ -87,7 +87,7 @@ def time_decoding(split: Split, arguments: argparse.Namespace) -> float:
     batches = training_batches(
         split,
         augment="inception",
-        outside=(127, 127, 127),
+        margin_color=(127, 127, 127),
         batch_size=arguments.batch_size,
         seed=0,
         first_step=0,

@@ -28,8 +28,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.dataset.test_split = "test"  # give "train[90%:]" to tune without looking at the test pictures
     config.dataset.classes = ()  # names of the classes to keep; () keeps all
     # Where the images of a folder or of TFDS are: "memory" (decoded once, kept on the device) | "stream" (decoded and
-    # cropped for every step) | "auto": in memory if they take at most half of it, streamed if they are cropped and of
-    # different sizes. The results do not depend on it.
+    # cropped for every step) | "auto": in memory if they take at most half of it; streamed also if they are cropped and
+    # large or of different sizes. The results do not depend on it.
     config.dataset.storage = "auto"
     config.dataset.num_workers = 0  # processes that decode what is streamed; 0: one per available processor
     config.image_size = 224  # pixels, square: what the model sees

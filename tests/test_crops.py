@@ -1,4 +1,4 @@
-"""The geometry of random crops, on uniform draws of NumPy and of JAX."""
+"""The geometry of random crops, on uniform random numbers of NumPy and of JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +35,10 @@ def original_crop(rng: np.random.Generator, height: int, width: int) -> tuple[in
 
 def boxes_of(augment, xp, count, **sizes):
     """[count 4] boxes, by NumPy one at a time or by JAX all at once."""
-    draws = np.random.default_rng(1).uniform(size=(count, 4)).astype(np.float32)
+    uniforms = np.random.default_rng(1).uniform(size=(count, 4)).astype(np.float32)
     if xp is np:
-        return np.array([crops.random_box(augment, row, xp=np, **sizes) for row in draws])
-    return np.stack(jax.jit(jax.vmap(lambda row: crops.random_box(augment, row, xp=jnp, **sizes)))(draws), axis=1)
+        return np.array([crops.random_box(augment, row, xp=np, **sizes) for row in uniforms])
+    return np.stack(jax.jit(jax.vmap(lambda row: crops.random_box(augment, row, xp=jnp, **sizes)))(uniforms), axis=1)
 
 
 def test_padded_box_reaches_an_eighth_of_each_side_outside():

@@ -504,7 +504,7 @@ def test_a_box_of_a_picture_is_cut_out_and_resized(tmp_path):
     cut = pictures.decode_picture(tmp_path / "a.png", size=(2, 2), sample_box=lambda height, width: (1, 2, 2, 2))
     np.testing.assert_array_equal(cut, pixels[1:3, 2:4])
     shifted = pictures.decode_picture(
-        tmp_path / "a.png", size=(4, 4), sample_box=lambda height, width: (-1, 2, 4, 4), outside=(9, 8, 7)
+        tmp_path / "a.png", size=(4, 4), sample_box=lambda height, width: (-1, 2, 4, 4), margin_color=(9, 8, 7)
     )
     np.testing.assert_array_equal(np.asarray(shifted)[1:, :2], pixels[:3, 2:])
     assert np.unique(np.asarray(shifted)[:1].reshape(-1, 3), axis=0).tolist() == [[9, 8, 7]]
@@ -673,7 +673,7 @@ STREAM = """
 
     if __name__ == "__main__":
         train = load_dataset(sys.argv[1], data_dir=sys.argv[2], image_size=4, storage="stream").train
-        options = {"augment": "none", "outside": (0, 0, 0), "batch_size": 2, "seed": 0, "num_workers": 1}
+        options = {"augment": "none", "margin_color": (0, 0, 0), "batch_size": 2, "seed": 0, "num_workers": 1}
         batches = training_batches(train, first_step=0, num_steps=2, **options)
         pairs = [(int(image[0, 0, 0]) // 10, int(label)) for batch in batches for image, label in zip(*batch)]
         print(sorted(pairs))
@@ -865,7 +865,7 @@ def test_load_dataset_streams_images_of_different_sizes_that_are_cropped(folder)
     write_picture(folder / "train" / "cat" / "large.png", size=(40, 30))
     assert load_folder(folder).train.in_memory
     assert not load_folder(folder, crops=True).train.in_memory
-    with pytest.raises(UsageError, match="storage is 'memory', which cannot crop images of different sizes"):
+    with pytest.raises(UsageError, match="images of different sizes cannot be cropped in memory; set config.dataset"):
         load_folder(folder, crops=True, storage="memory")
 
 
@@ -873,4 +873,6 @@ def test_load_dataset_keeps_the_resolution_of_images_that_are_cropped(tmp_path):
     for split in ("train", "test"):
         write_picture(tmp_path / split / "cat" / "0.png", size=(60, 50))
     assert load_folder(tmp_path).train.images.shape == (1, 4, 4, 3)
-    assert load_folder(tmp_path, crops=True).train.images.shape == (1, 50, 60, 3)
+    assert not load_folder(tmp_path, crops=True).train.in_memory
+    assert load_folder(tmp_path, crops=True, storage="memory").train.images.shape == (1, 50, 60, 3)
+    assert load_folder(tmp_path, crops=True, image_size=30).train.images.shape == (1, 50, 60, 3)

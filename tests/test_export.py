@@ -96,7 +96,7 @@ def bfloat16_workdir(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["npz", "orbax", "stablehlo"])
+@pytest.mark.parametrize("name", ["npz", "orbax", "safetensors", "stablehlo"])
 def test_export_keeps_the_dtype_of_the_computation(bfloat16_workdir, images, tmp_path, name):
     run, images = vit_jax.load(bfloat16_workdir), images[:8].repeat(2, axis=1).repeat(2, axis=2)
     params = jax.device_get(run.params)

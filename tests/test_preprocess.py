@@ -69,8 +69,10 @@ def test_prepare_crops_the_pixels_of_pillow(tmp_path, augment, height, width):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     keys = sampling.row_keys(np.arange(64))
     encoded = data.Encoded(lambda number: str(tmp_path / f"{number}.png"), np.arange(64), (20, 20))
-    draws = np.asarray(preprocess.sample_draws(keys))
-    theirs = encoded.crop(np.arange(64), augment=augment, draws=draws, outside=preprocess.margin_color((0.5, 0.4, 0.3)))
+    uniforms = np.asarray(preprocess.sample_uniforms(keys))
+    theirs = encoded.crop(
+        np.arange(64), augment=augment, uniforms=uniforms, margin_color=preprocess.margin_color((0.5, 0.4, 0.3))
+    )
     options = {"image_size": 20, "mean": (0.5, 0.4, 0.3), "deviation": (1, 1, 1)}
     ours = np.asarray(preprocess.prepare(keys, images, augment=augment, **options))
     expected = np.asarray(preprocess.prepare(keys, theirs[:], augment="flip", **options))
@@ -111,7 +113,7 @@ def test_a_pictures_draw_depends_on_its_key_alone():
 
 
 def test_square_crop_of_everything_is_the_picture_or_its_mirror_image(monkeypatch):
-    monkeypatch.setattr(crops, "square_box", lambda draws, **_: (0.0, 0.0, 8.0, 8.0))
+    monkeypatch.setattr(crops, "square_box", lambda uniforms, **_: (0.0, 0.0, 8.0, 8.0))
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3)).astype(np.uint8)
     result = preprocess.prepare(jax.random.split(jax.random.key(0), 16), images, image_size=8, augment="square_crop")
     plain = np.asarray(preprocess.normalize(images))

@@ -124,6 +124,8 @@ def test_load_config_reads_a_checkpoint_where_config_json_is_missing(tmp_path):
     assert settings.load_config(tmp_path, saved=saved).dataset.storage == "auto"
     with pytest.raises(UserError, match="config.json is missing, and the checkpoint.*; put the file back"):
         settings.load_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")  # damaged
+    assert settings.load_config(tmp_path, saved=saved).seed == 7
 
 
 def test_load_config_prefers_config_json(tmp_path):

@@ -42,7 +42,7 @@ def load(folder, storage="stream", **options):
 
 
 def batches(split, **options):
-    options = {"augment": "none", "outside": (127,) * 3, "batch_size": 16, "seed": 0, "num_workers": 1} | options
+    options = {"augment": "none", "margin_color": (127,) * 3, "batch_size": 16, "seed": 0, "num_workers": 1} | options
     options = {"first_step": 0, "num_steps": 6} | options
     return list(training_batches(split, **options))
 
@@ -89,7 +89,7 @@ def test_crops_are_drawn_anew_and_again_the_same(folder, six):
     assert same(batches(split, augment="inception", first_step=2), cropped[2:])
     assert not np.array_equal(cropped[0][0], six[0][0])
     np.testing.assert_array_equal(cropped[0][1], six[0][1])
-    padded = batches(split, augment="pad_crop", outside=(1, 2, 3), num_steps=1)
+    padded = batches(split, augment="pad_crop", margin_color=(1, 2, 3), num_steps=1)
     assert {tuple(pixel) for pixel in padded[0][0].reshape(-1, 3)} > {(1, 2, 3)}  # some margin is seen
 
 
@@ -106,7 +106,7 @@ def test_a_worker_that_is_killed_is_one_line_and_none_outlives_its_run(folder):
     stream = training_batches(
         load(folder).train,
         augment="none",
-        outside=(0, 0, 0),
+        margin_color=(0, 0, 0),
         batch_size=16,
         seed=0,
         first_step=0,
@@ -135,12 +135,12 @@ def test_nothing_is_left_in_shared_memory(folder, tmp_path):
     if __name__ == "__main__":
         train = data.load_dataset(f"folder:{sys.argv[1]}", image_size=16, storage="stream").train
         for taken in (3, 6):
-            options = {"augment": "none", "outside": (0, 0, 0), "batch_size": 16, "seed": 0, "num_workers": 1}
+            options = {"augment": "none", "margin_color": (0, 0, 0), "batch_size": 16, "seed": 0, "num_workers": 1}
             batches = training_batches(train, first_step=0, num_steps=6, **options)
             for _ in range(taken):
                 next(batches)
             batches.close()
-        time.sleep(3)  # Grain frees it in a thread of its own, while a run draws its curves
+        time.sleep(3)  # Grain frees it in a thread of its own, while a run plots its curves
     """
     (tmp_path / "main.py").write_text(textwrap.dedent(script))
     env = command_env({"PYTHONPATH": str(ROOT)})

@@ -189,7 +189,7 @@ def describe(config: ConfigDict, model: Any, class_names: Sequence[str]) -> dict
 
 
 def rebuild_model(about: dict[str, Any], params: Params) -> Any:
-    """The module that `describe` described; metadata without "dtype", as older exports have, is of float32.
+    """Creates the module that metadata describes; exports of older versions, without "dtype", compute in float32.
 
     Raises:
         UserError: the description is none, or not that of the parameters.

@@ -60,7 +60,7 @@ def latest_step(workdir: Path) -> int | None:
 
 
 def require_step(workdir: Path) -> int:
-    """The step of the latest checkpoint of a run.
+    """Returns the step of the latest checkpoint of a run.
 
     Raises:
         UserError: there is no checkpoint.
@@ -72,7 +72,7 @@ def require_step(workdir: Path) -> int:
 
 
 def read_about(workdir: Path) -> dict[str, Any]:
-    """The metadata in the latest checkpoint of a run: the JSON given to `save`.
+    """Reads the metadata in the latest checkpoint of a run: the JSON given to `save`.
 
     Raises:
         UserError: there is no checkpoint, or it is damaged.

@@ -12,7 +12,7 @@ from typing import Any
 
 from vit_jax.errors import UserError, parse_arguments, run_command
 
-_TEST_SETTINGS = ("image size", "image mean", "image std", "test augment", "storage", "data directory")
+_TEST_SETTINGS = ("image size", "image mean", "image std", "test augment", "data directory")
 """Columns that are shown where the runs differ in them: their tests were not alike."""
 _TEXTS = ("run", "trains", *_TEST_SETTINGS)
 _COLUMNS: dict[str, Callable[[Any], str]] = {
@@ -71,8 +71,8 @@ def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) ->
             (line["step"] - start) * config.batch_size / line["images_per_second"]
             for start, line in zip(starts, lines, strict=False)
         )
-        test_settings = _test_settings(config, storage=about.get("storage", "memory"))
-        recipes.append(json.dumps([{**config.to_dict(), "seed": None}, test_settings], sort_keys=True))
+        test_settings = _test_settings(config)
+        recipes.append(json.dumps({**config.to_dict(), "seed": None}, sort_keys=True))
         rows.append(
             {
                 "run": workdir.name,
@@ -92,15 +92,14 @@ def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) ->
     return _join_seeds(rows, recipes) if join_seeds else rows
 
 
-def _test_settings(config: Any, *, storage: str) -> dict[str, str]:
-    """How the test images of a run are read and preprocessed: the columns `_TEST_SETTINGS`."""
+def _test_settings(config: Any) -> dict[str, str]:
+    """Returns what a run reads and how it preprocesses test images: the columns `_TEST_SETTINGS`."""
     data_dir = config.dataset.data_dir
     values = (
         str(config.image_size),
         ", ".join(f"{mean:g}" for mean in config.pixel_mean),
         ", ".join(f"{std:g}" for std in config.pixel_deviation),
         config.test_augment,
-        storage,
         str(Path(data_dir).resolve()) if data_dir else "default",
     )
     return dict(zip(_TEST_SETTINGS, values, strict=True))

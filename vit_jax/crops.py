@@ -15,12 +15,12 @@ CROPS = ("pad_crop", "square_crop", "inception")
 """Augmentations that read a part of an image, and so depend on its resolution."""
 
 
-def random_box(augment: str, draws: Any, *, height: int, width: int, image_size: int, xp: Any) -> Box:
+def random_box(augment: str, uniforms: Any, *, height: int, width: int, image_size: int, xp: Any) -> Box:
     """The part of a picture that a training step sees.
 
     Args:
         augment: "none" or "flip" (all of it); "pad_crop", "square_crop", "inception": see the functions below.
-        draws: four numbers in [0, 1).
+        uniforms: four numbers in [0, 1).
         height: of the picture, pixels.
         width: of the picture, pixels.
         image_size: pixels, square, that the box is resized to.
@@ -30,19 +30,19 @@ def random_box(augment: str, draws: Any, *, height: int, width: int, image_size:
         Scalars (top, left, height, width) in pixels of the picture; fractions of them, and places outside of it, too.
     """
     if augment == "pad_crop":
-        return padded_box(draws, height=height, width=width, xp=xp)
+        return padded_box(uniforms, height=height, width=width, xp=xp)
     if augment == "square_crop":
-        return square_box(draws, height=height, width=width, image_size=image_size, xp=xp)
+        return square_box(uniforms, height=height, width=width, image_size=image_size, xp=xp)
     if augment == "inception":
-        return inception_box(draws, height=height, width=width, xp=xp)
+        return inception_box(uniforms, height=height, width=width, xp=xp)
     return 0, 0, height, width
 
 
-def padded_box(draws: Any, *, height: int, width: int, xp: Any) -> Box:
+def padded_box(uniforms: Any, *, height: int, width: int, xp: Any) -> Box:
     """Returns a crop of the image's own size from the image padded by an eighth of each side.
 
     Args:
-        draws: numbers in [0, 1): for top and left.
+        uniforms: numbers in [0, 1): for top and left.
         height: of the image, pixels.
         width: of the image, pixels.
         xp: `jax.numpy` or `numpy`.
@@ -52,18 +52,18 @@ def padded_box(draws: Any, *, height: int, width: int, xp: Any) -> Box:
     """
     top, left = (
         xp.floor(draw * (2 * margin + 1)) - margin
-        for draw, margin in zip(draws[:2], (height // 8, width // 8), strict=True)
+        for draw, margin in zip(uniforms[:2], (height // 8, width // 8), strict=True)
     )
     return top, left, height, width
 
 
-def square_box(draws: Any, *, height: int, width: int, image_size: int, xp: Any) -> Box:
+def square_box(uniforms: Any, *, height: int, width: int, image_size: int, xp: Any) -> Box:
     """A square of 64 to 100 % of a picture as it is after a resize to `image_size`.
 
     The area is uniform, the side rounded to whole pixels, the corner uniform over the places that fit.
 
     Args:
-        draws: numbers in [0, 1): for the area, top and left.
+        uniforms: numbers in [0, 1): for the area, top and left.
         height: of the picture, pixels.
         width: of the picture, pixels.
         image_size: pixels, square.
@@ -75,14 +75,14 @@ def square_box(draws: Any, *, height: int, width: int, image_size: int, xp: Any)
     Source:
         torchvision's RandomResizedCrop of a picture that has `image_size` already.
     """
-    side = xp.round(image_size * xp.sqrt(0.64 + 0.36 * draws[0]))
-    top, left = xp.floor(draws[1:3] * (image_size - side + 1))
+    side = xp.round(image_size * xp.sqrt(0.64 + 0.36 * uniforms[0]))
+    top, left = xp.floor(uniforms[1:3] * (image_size - side + 1))
     rows, columns = height / image_size, width / image_size
     return top * rows, left * columns, side * rows, side * columns
 
 
 def inception_box(
-    draws: Any,
+    uniforms: Any,
     *,
     height: int,
     width: int,
@@ -96,7 +96,7 @@ def inception_box(
     bounds and that fit the picture; the corner is uniform over the places that fit, the last one left out.
 
     Args:
-        draws: numbers in [0, 1): for the aspect, the height, top and left.
+        uniforms: numbers in [0, 1): for the aspect, the height, top and left.
         height: of the picture, pixels.
         width: of the picture, pixels.
         xp: `jax.numpy` or `numpy`.
@@ -110,7 +110,7 @@ def inception_box(
         Szegedy et al. 2015, section 6; TensorFlow's kernel of sample_distorted_bounding_box. Its rare redraw, for crops
         that rounding puts out of bounds, is replaced by a clip to the picture.
     """
-    aspect = aspect_range[0] + (aspect_range[1] - aspect_range[0]) * draws[0]
+    aspect = aspect_range[0] + (aspect_range[1] - aspect_range[0]) * uniforms[0]
     smallest_area, largest_area = (share * height * width for share in area_range)
 
     def width_of(rows: Any) -> Any:
@@ -120,12 +120,12 @@ def inception_box(
     largest = xp.where(width_of(largest) > width, xp.floor((width + 0.4999) / aspect), largest)
     largest = xp.minimum(largest, height)
     smallest = xp.minimum(xp.round(xp.sqrt(smallest_area / aspect)), largest)
-    rows = smallest + xp.floor(draws[1] * (largest - smallest + 1))
+    rows = smallest + xp.floor(uniforms[1] * (largest - smallest + 1))
     rows = xp.where(rows * width_of(rows) < smallest_area, rows + 1, rows)
     rows = xp.where(rows * width_of(rows) > largest_area, rows - 1, rows)
     rows = xp.clip(rows, 1, height)
     columns = xp.clip(width_of(rows), 1, width)
-    return xp.floor(draws[2] * (height - rows)), xp.floor(draws[3] * (width - columns)), rows, columns
+    return xp.floor(uniforms[2] * (height - rows)), xp.floor(uniforms[3] * (width - columns)), rows, columns
 
 
 def resize_weights(start: Any, length: Any, *, input_size: int, output_size: int, xp: Any) -> Any:

@@ -22,6 +22,9 @@ from vit_jax.program import Program, create_program
 from vit_jax.progress import progress_bar
 from vit_jax.types import Dataset, Params, Split
 
+_FEATURE_BATCH_SIZE = 128
+"""Images per batch of cached features. Not a config key that a resumed run may change: the last bits depend on it."""
+
 Arrays = tuple[jax.Array, jax.Array]
 """Pictures, or features of them, and their labels."""
 
@@ -69,13 +72,12 @@ class Job:
         params = optim.merge_params(state.trainable, state.frozen)
         batch_size, alpha = config.eval_batch_size, config.lora.alpha
         if program.cached:
-            # Not in batches of eval_batch_size, which a resumed run may change: the last bits depend on the shape.
             compute = functools.partial(
                 features.apply_to_all,
                 features.backbone(program.model),
                 params,
                 mesh=program.mesh,
-                batch_size=config.batch_size // config.accumulation_steps,
+                batch_size=_FEATURE_BATCH_SIZE,
             )
             whole, views = program.pictures_forward, config.feature_views
             images = crop_on_host(config, dataset.train.images, config.augment, num_views=views, seed=config.seed)
@@ -126,8 +128,8 @@ def create_job(
     if distributed.largest(not dataset.train.in_memory) and dataset.train.in_memory:
         dataset = load_dataset(config, storage="stream")  # another process has less memory
     fingerprint = data.fingerprint(dataset)
-    check_same_dataset(config.dataset.name, fingerprint)
-    if "dataset" in saved:  # checkpoints of older versions do not say
+    check_same_dataset(fingerprint)
+    if "dataset" in saved:  # not in checkpoints of older versions
         was = {"class_names": saved["class_names"], **saved["dataset"]}
         check_unchanged_dataset(config.dataset.name, fingerprint, was)
     model = build.create_model(config, source, num_classes=len(dataset.class_names))
@@ -154,7 +156,7 @@ def create_job(
     return Job(config, program, dataset, about), create_state
 
 
-def check_same_dataset(name: str, found: dict[str, Any]) -> None:
+def check_same_dataset(found: dict[str, Any]) -> None:
     """Raises the same UserError in every process unless their `data.fingerprint`s agree; a collective call."""
     summaries = distributed.gather(
         f"{found['num_train']:,} training and {found['num_test']:,} test images of {len(found['class_names'])} classes "
@@ -163,8 +165,8 @@ def check_same_dataset(name: str, found: dict[str, Any]) -> None:
     for number, summary in enumerate(summaries):
         if summary != summaries[0]:
             raise UserError(
-                f"process {number} read {summary} from {name}, the first process read {summaries[0]}; all processes "
-                "must read the same classes and files, so give them the same copy of the dataset"
+                f"process {number} read {summary}, the first process read {summaries[0]}; all processes must read the "
+                "same classes and files, so give them the same copy of the dataset"
             )
 
 
@@ -175,7 +177,7 @@ def check_unchanged_dataset(name: str, found: dict[str, Any], saved: dict[str, A
     new, old = found["class_names"], saved["class_names"]
     if new != old:
         added, removed = (", ".join(sorted(set(a) - set(b))[:5]) or "none" for a, b in ((new, old), (old, new)))
-        difference = f"{len(new)} classes instead of {len(old)}; new: {added}; missing: {removed}"
+        difference = f"other classes (new: {added}; missing: {removed})"
     elif any(found[key] != saved[key] for key in ("num_train", "num_test")):
         counts = (
             f"{counted['num_train']:,} training and {counted['num_test']:,} test images" for counted in (found, saved)
@@ -225,9 +227,9 @@ def crop_on_host(config: ConfigDict, images: Any, augment: str, *, num_views: in
     if not isinstance(images, data.Encoded) or augment not in CROPS:
         return images
     rows = np.arange(num_views * len(images))
-    draws = jax.jit(lambda rows: preprocess.sample_draws(sampling.row_keys(rows, seed=seed)))(rows)
-    outside = preprocess.margin_color(config.pixel_mean)
-    return images.crop(rows % len(images), augment=augment, draws=np.asarray(draws), outside=outside)
+    uniforms = jax.jit(lambda rows: preprocess.sample_uniforms(sampling.row_keys(rows, seed=seed)))(rows)
+    color = preprocess.margin_color(config.pixel_mean)
+    return images.crop(rows % len(images), augment=augment, uniforms=np.asarray(uniforms), margin_color=color)
 
 
 def repeat(images: Any, labels: np.ndarray, mesh: Mesh) -> Generator[Arrays, None, None]:
@@ -244,7 +246,7 @@ def stream(config: ConfigDict, split: Split, mesh: Mesh, *, step: int) -> Genera
     batches = training_batches(
         split,
         augment=config.augment,
-        outside=preprocess.margin_color(config.pixel_mean),
+        margin_color=preprocess.margin_color(config.pixel_mean),
         batch_size=config.batch_size,
         seed=config.seed,
         first_step=step,

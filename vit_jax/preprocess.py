@@ -55,12 +55,12 @@ def prepare(
     if augment in CROPS:
         margins = (height // 8, width // 8) if augment == "pad_crop" else (0, 0)
 
-        def crop(image: jax.Array, draws: jax.Array) -> jax.Array:
-            top, left, *size = random_box(augment, draws, height=height, width=width, image_size=image_size, xp=jnp)
+        def crop(image: jax.Array, uniforms: jax.Array) -> jax.Array:
+            top, left, *size = random_box(augment, uniforms, height=height, width=width, image_size=image_size, xp=jnp)
             image = _pad(image, margins, margin_color(mean))
             return _resize(image, (top + margins[0], left + margins[1], *size), image_size=image_size, xp=jnp)
 
-        images = jax.vmap(crop)(images, sample_draws(keys))
+        images = jax.vmap(crop)(images, sample_uniforms(keys))
     elif (height, width) != (image_size, image_size):
         resize = functools.partial(_resize, box=(0, 0, height, width), image_size=image_size, xp=np)
         images = jax.vmap(resize)(images)
@@ -70,7 +70,7 @@ def prepare(
     return normalize(images, mean=mean, deviation=deviation)
 
 
-def sample_draws(keys: jax.Array) -> jax.Array:
+def sample_uniforms(keys: jax.Array) -> jax.Array:
     """Returns what `crops.random_box` needs: [b] random keys -> float32 [b 4] in [0, 1)."""
     return jax.vmap(lambda key: jax.random.uniform(jax.random.split(key)[0], (4,)))(keys)
 
@@ -153,9 +153,10 @@ def _resize(image: jax.Array, box: Box, *, image_size: int, xp: Any) -> jax.Arra
 
 
 def _apply_weights(subscripts: str, weights: jax.Array, image: jax.Array) -> jax.Array:
-    """Multiplies an image by fixed-point weights and rounds to integers, exactly.
+    """Multiplies an image by fixed-point weights and rounds to integers.
 
-    float32 holds 24 bits: products of 8-bit pixels with either half of a 22-bit weight, and their sums, fit in.
+    float32 holds 24 bits: products of 8-bit pixels with either half of a 22-bit weight fit in, and so do their sums
+    unless an axis shrinks more than 16 times.
     """
     half_bits = WEIGHT_BITS // 2
     pixels = image.astype(jnp.float32)

@@ -208,8 +208,8 @@ def check_gradients(trainable: Params, frozen: Params, model: Any) -> None:
     paths = flatten_dict(trainable, sep="/").keys()
     if model.head_init == "zeros" and not paths & {"head/kernel", "lora/head/kernel/b"}:
         raise UsageError(
-            "config.trainable does not match head/kernel, which starts at zero and passes no gradient to other "
-            "parameters; add 'head/.*', or set config.model.head_init to 'xavier'"
+            "config.trainable does not match head/kernel, which starts at zero, so that no parameter below the head "
+            "would get a gradient; add 'head/.*', or set config.model.head_init to 'xavier'"
         )
     has_lora = "lora" in trainable or "lora" in frozen
     if has_lora and not any(path.startswith("lora/") and path.endswith("/b") for path in paths):

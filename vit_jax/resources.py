@@ -52,7 +52,7 @@ def available_cpus(root: Path = Path("/")) -> int:
 
 
 def _memory_limits(root: Path) -> list[tuple[int, int]]:
-    """(limit, used) in bytes of every control group of this process that has a limit; file caches count as free."""
+    """Returns (limit, used) in bytes of every control group with a limit; file caches count as free."""
     limits = []
     for directory in _control_groups(root, "memory"):
         limit = _read(directory / "memory.max") or _read(directory / "memory.limit_in_bytes")
@@ -64,7 +64,7 @@ def _memory_limits(root: Path) -> list[tuple[int, int]]:
 
 
 def _control_groups(root: Path, controller: str) -> Iterator[Path]:
-    """Directories of this process's control group and its parents, of version 2 or of one controller of version 1."""
+    """Yields the directories of the control group and its parents: of version 2, or of a controller of version 1."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", maxsplit=2)
         if controllers and controller not in controllers.split(","):
@@ -76,7 +76,7 @@ def _control_groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _read(path: Path) -> str:
-    """The text of a file without its last line break; empty where there is none."""
+    """Reads a file; "" if there is none."""
     try:
         return path.read_text().strip()
     except OSError:

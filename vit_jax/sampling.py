@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 class Stream(enum.IntEnum):
-    """What is folded into the run's key first."""
+    """Number that is folded into the run's key first."""
 
     ORDER = 0
     STEP = 1

@@ -198,7 +198,7 @@ def load_config(workdir: Path, *, saved: dict[str, Any] | None = None) -> Config
 
     Args:
         workdir: of the run.
-        saved: the config in a checkpoint, as JSON values; replaces a missing config.json.
+        saved: the config in a checkpoint, as JSON values; replaces a config.json that is missing or damaged.
 
     Raises:
         UserError: it is missing, not JSON, or lacks keys.
@@ -214,7 +214,9 @@ def load_config(workdir: Path, *, saved: dict[str, Any] | None = None) -> Config
             ) from error
         tree = saved
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} could not be read: {one_line(error)}; give the --workdir of a run") from error
+        if saved is None:
+            raise UserError(f"{path} could not be read: {one_line(error)}; give the --workdir of a run") from error
+        tree = saved
     return _complete(tree, path)
 
 

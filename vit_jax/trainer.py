@@ -187,7 +187,7 @@ def load_run(workdir: str | Path, *, step: int | None = None, averages: bool = T
         params, about = checkpoint.restore_params(checkpoints, step, sharding.replicated(mesh), averages=averages)
     config = settings.load_config(workdir, saved=about.pop("config", None))  # out of `about`, which exports write
     params = lora.merge_factors(params, alpha=config.lora.alpha)
-    about = {"dtype": config.dtype} | about  # checkpoints of older versions do not say
+    about = {"dtype": config.dtype} | about  # not in checkpoints of older versions
     model = build.rebuild_model(about, params)
     return Run(**classifier.fields(model, params, about), config=config, step=step, mesh=mesh, about=about)
 

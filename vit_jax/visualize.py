@@ -135,11 +135,13 @@ def draw_all(
     if not has_attention(run.model):
         print(f"a {type(run.model).__name__} has no attention, positions or patches to draw")
         return
-    if not pictures:
+    if pictures:
+        images = np.stack([image for _, image in pictures])
+        said = trainer.predict(run, images).argmax(axis=-1)
+    else:
         chosen = np.random.default_rng(run.config.seed).permutation(len(test))[:num_images]
         pictures = [(names[test.labels[i]], test.images[i]) for i in chosen]
-    images = np.stack([image for _, image in pictures])
-    said = trainer.predict(run, images).argmax(axis=-1)
+        images, said = np.stack([image for _, image in pictures]), predictions[chosen]
     titles = [f"{Path(name).name}\nsays {names[i]}" for (name, _), i in zip(pictures, said, strict=True)]
     forward = steps.from_pictures(run.model, **{**test_options(run.config), "test_augment": "none"})
     inputs = forward.prepare(jnp.zeros((len(images), 2), jnp.uint32), jnp.asarray(images))  # keys that draw nothing

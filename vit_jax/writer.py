@@ -14,7 +14,7 @@ from vit_jax.progress import progress_bar
 
 
 def read_records(path: Path, *, last_step: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a truncated last line, left by a kill, is ignored.
+    """Reads the lines of a metrics.jsonl; a truncated last line, left by a kill, is ignored.
 
     Args:
         path: need not exist.
@@ -46,7 +46,7 @@ def read_results(workdir: Path, step: int) -> tuple[list[dict[str, Any]], dict[s
     path = workdir / "metrics.jsonl"
     records = read_records(path, last_step=step)
     for record in reversed(records):
-        if record["step"] == step and "test/accuracy" in record:
+        if record["step"] == step and record.keys() >= {"test/loss", "test/accuracy", "test/accuracy_top5"}:
             return records, record
     reason = "has no evaluation of that step" if path.exists() else "is missing"
     raise UserError(

@@ -32,7 +32,7 @@ def decode_picture(
     *,
     size: tuple[int, int] | None = None,
     sample_box: Callable[[int, int], Box] | None = None,
-    outside: tuple[int, ...] = (127, 127, 127),
+    margin_color: tuple[int, ...] = (127, 127, 127),
 ) -> "Image.Image":
     """Decodes one image file of any mode to upright RGB.
 
@@ -44,7 +44,7 @@ def decode_picture(
         source: path of an image, or an open binary file.
         size: (width, height) in pixels to resize to; None keeps the image's own.
         sample_box: (height, width) in pixels -> the box to resize; None takes the whole image. Needs `size`.
-        outside: color of what a box covers outside of the image.
+        margin_color: color of what a box covers outside of the image.
 
     Returns:
         The image, mode "RGB".
@@ -67,11 +67,11 @@ def decode_picture(
     if not sample_box:
         return _resize(rgb, (0, 0, *rgb.size), size)
     top, left, rows, columns = map(float, sample_box(rgb.height, rgb.width))
-    return _crop_and_resize(rgb, (left, top, left + columns, top + rows), size, outside)
+    return _crop_and_resize(rgb, (left, top, left + columns, top + rows), size, margin_color)
 
 
 def _crop_and_resize(
-    rgb: "Image.Image", box: tuple[float, ...], size: tuple[int, int], outside: tuple[int, ...]
+    rgb: "Image.Image", box: tuple[float, ...], size: tuple[int, int], margin_color: tuple[int, ...]
 ) -> "Image.Image":
     """Resizes a box (left, top, right, bottom) of an image; the pixels around the box do not contribute."""
     from PIL import ImageOps
@@ -80,7 +80,7 @@ def _crop_and_resize(
     right, bottom = (math.ceil(edge - EDGE_SLACK) for edge in box[2:])
     margin = max(0, -left, -top, right - rgb.width, bottom - rgb.height)
     if margin:
-        rgb = ImageOps.expand(rgb, margin, outside)
+        rgb = ImageOps.expand(rgb, margin, margin_color)
     part = rgb.crop((left + margin, top + margin, right + margin, bottom + margin))
     inner = (
         max(0, box[0] - left),
@@ -119,16 +119,16 @@ class Encoded:
         numbers: int [n], those of the images.
         size: (width, height) in pixels that every image is resized to.
         augment: how images are cropped before, see `crops.random_box`; "none" reads whole images.
-        draws: float32 [n 4], random numbers in [0, 1) of each image's box; None where nothing is cropped.
-        outside: color of what a box covers outside of an image.
+        uniforms: float32 [n 4], random numbers in [0, 1) of each image's box; None where nothing is cropped.
+        margin_color: color of what a box covers outside of an image.
     """
 
     open_picture: Callable[[int], str | BinaryIO]
     numbers: np.ndarray
     size: tuple[int, int] = (0, 0)
     augment: str = "none"
-    draws: np.ndarray | None = None
-    outside: tuple[int, ...] = (127, 127, 127)
+    uniforms: np.ndarray | None = None
+    margin_color: tuple[int, ...] = (127, 127, 127)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -147,30 +147,33 @@ class Encoded:
 
     def take(self, rows: np.ndarray, axis: int = 0) -> "Encoded":
         """Selects images and decodes none; as `numpy.ndarray.take` along axis 0."""
-        draws = None if self.draws is None else self.draws.take(rows, axis)
-        return dataclasses.replace(self, numbers=self.numbers.take(rows, axis), draws=draws)
+        uniforms = None if self.uniforms is None else self.uniforms.take(rows, axis)
+        return dataclasses.replace(self, numbers=self.numbers.take(rows, axis), uniforms=uniforms)
 
-    def crop(self, rows: np.ndarray, *, augment: str, draws: np.ndarray, outside: tuple[int, ...]) -> "Encoded":
+    def crop(self, rows: np.ndarray, *, augment: str, uniforms: np.ndarray, margin_color: tuple[int, ...]) -> "Encoded":
         """Selects images to be cropped, and decodes none.
 
         Args:
             rows: int [m]; an image may be selected several times.
             augment: how they are cropped.
-            draws: float32 [m 4].
-            outside: color of what a box covers outside of an image.
+            uniforms: float32 [m 4].
+            margin_color: color of what a box covers outside of an image.
         """
-        return dataclasses.replace(self.take(rows), augment=augment, draws=draws, outside=outside)
+        return dataclasses.replace(self.take(rows), augment=augment, uniforms=uniforms, margin_color=margin_color)
 
     def _decode(self, row: int) -> np.ndarray:
-        draws = None if self.draws is None else self.draws[row]
+        uniforms = None if self.uniforms is None else self.uniforms[row]
 
         def sample_box(height: int, width: int) -> Box:
-            return random_box(self.augment, draws, height=height, width=width, image_size=self.size[0], xp=np)
+            return random_box(self.augment, uniforms, height=height, width=width, image_size=self.size[0], xp=np)
 
         source = self.open_picture(self.numbers[row])
         return np.asarray(
             decode_picture(
-                source, size=self.size, sample_box=None if draws is None else sample_box, outside=self.outside
+                source,
+                size=self.size,
+                sample_box=None if uniforms is None else sample_box,
+                margin_color=self.margin_color,
             )
         )
 
@@ -238,15 +241,15 @@ def decode_splits(
 ) -> list[Split]:
     """Decodes images into memory, or leaves them to be decoded whenever they are indexed; the pixels are the same.
 
-    Images in memory have one common size: their own, if all have the same and it is at most twice the model's or crops
-    need it; otherwise the model's. Images of different sizes that are cropped are always streamed.
+    Images in memory have one common size: their own, if all have the same, at most twice the model's; otherwise
+    the model's. Cropped images need their own resolution: larger ones, and those of different sizes, are streamed.
 
     Args:
         splits: of arrays, which are returned as they are, or of `Encoded` images.
         image_size: pixels, square, that the model sees.
         crops: whether images will be cropped.
-        storage: "memory": decoded now; "stream": decoded later; "auto": in memory where images take at most half of
-            the available memory of host and device.
+        storage: "memory": decoded now, large images to be cropped at their own size; "stream": decoded later; "auto":
+            in memory if the images take at most half of the available memory of host and device.
         device_bytes: memory of a device; None sets no limit.
 
     Raises:
@@ -263,14 +266,15 @@ def decode_splits(
     if storage != "stream":
         sizes = set().union(*(_read_sizes(split.images) for split in splits))
         common = sizes.pop() if len(sizes) == 1 else None
-        if crops and not common:
-            if storage == "memory":
-                raise UsageError(
-                    "config.dataset.storage is 'memory', which cannot crop images of different sizes; set it to "
-                    "'auto' or 'stream', or augment to 'none' or 'flip'"
-                )
+        small = common is not None and max(common) <= 2 * image_size
+        if crops and storage == "memory" and not common:
+            raise UsageError(
+                "images of different sizes cannot be cropped in memory; set config.dataset.storage to 'auto' or "
+                "'stream', or augment to 'none' or 'flip'"
+            )
+        if crops and storage == "auto" and not small:
             storage = "stream"
-        if common and (crops or max(common) <= 2 * image_size):
+        if common and (crops or small):
             size = common
     if storage != "stream":
         needed = sum(len(split) for split in splits) * math.prod(size) * 3

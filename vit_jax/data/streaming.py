@@ -27,7 +27,7 @@ def training_batches(
     split: Split,
     *,
     augment: str,
-    outside: tuple[int, ...],
+    margin_color: tuple[int, ...],
     batch_size: int,
     seed: int,
     first_step: int,
@@ -41,7 +41,7 @@ def training_batches(
     Args:
         split: of encoded images.
         augment: how they are cropped, see `crops.random_box`.
-        outside: color of what a crop covers outside of an image.
+        margin_color: color of what a crop covers outside of an image.
         batch_size: of all parts together; the remainder of an epoch is dropped.
         seed: of the run.
         first_step: the first batch's number, counted from 0.
@@ -61,7 +61,7 @@ def training_batches(
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, in notebooks and tests, too
-    read = _ReadBatch(split.images, split.labels, augment, outside, batch_size, seed, part, num_parts)
+    read = _ReadBatch(split.images, split.labels, augment, margin_color, batch_size, seed, part, num_parts)
     batches = grain.MapDataset.range(first_step, num_steps).map(read)
     options = grain.MultiprocessingOptions(num_workers or resources.available_cpus(), per_worker_buffer_size=2)
     stream = iter(
@@ -101,7 +101,7 @@ class _ReadBatch:
     images: Encoded
     labels: np.ndarray
     augment: str
-    outside: tuple[int, ...]
+    margin_color: tuple[int, ...]
     batch_size: int
     seed: int
     part: int
@@ -114,8 +114,8 @@ class _ReadBatch:
         rows = _epoch_order(self.seed, epoch, len(self.labels))[start : start + size]
         images = self.images.take(rows)
         if self.augment in CROPS:
-            draws = _step_draws(self.seed, int(step), self.batch_size)[self.part * size :][:size]
-            images = self.images.crop(rows, augment=self.augment, draws=draws, outside=self.outside)
+            uniforms = _step_uniforms(self.seed, int(step), self.batch_size)[self.part * size :][:size]
+            images = self.images.crop(rows, augment=self.augment, uniforms=uniforms, margin_color=self.margin_color)
         return np.stack([images[i] for i in range(size)]), self.labels[rows]
 
 
@@ -124,13 +124,13 @@ def _epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
     return np.asarray(sampling.epoch_order(jax.random.PRNGKey(seed), epoch, num_images))
 
 
-def _step_draws(seed: int, step: int, batch_size: int) -> np.ndarray:
-    return np.asarray(_jitted_step_draws(jax.random.PRNGKey(seed), step, batch_size))
+def _step_uniforms(seed: int, step: int, batch_size: int) -> np.ndarray:
+    return np.asarray(_jitted_step_uniforms(jax.random.PRNGKey(seed), step, batch_size))
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _jitted_step_draws(key: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:
-    return preprocess.sample_draws(sampling.step_keys(key, step, batch_size)[0])
+def _jitted_step_uniforms(key: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:
+    return preprocess.sample_uniforms(sampling.step_keys(key, step, batch_size)[0])
 
 
 def _start_worker(worker: int, num_workers: int) -> None:

@@ -114,6 +114,8 @@ def load_huggingface(folder: Path) -> tuple[Params, dict[str, Any]]:
     tensors = _read_tensors(folder / "model.safetensors")
     try:
         about = _describe(config, _read_json(folder / "preprocessor_config.json", default={}))
+        # Parameters are float32 always; `export` writes the dtype of the computation beside their two files.
+        about["dtype"] = _read_json(folder / "about.json", default={}).get("dtype", "float32")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder}/config.json does not describe a ViT ({one_line(error)}); download it again"
@@ -160,7 +162,6 @@ def _describe(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dic
             "layer_norm_epsilon": config.get("layer_norm_eps", 1e-12),
             "num_classes": len(names),
         },
-        "dtype": "float32",
         "image_size": config.get("image_size", 224),
         "pixel_mean": preprocessor.get("image_mean", [0.5] * 3),
         "pixel_deviation": preprocessor.get("image_std", [0.5] * 3),
