@@ -4,7 +4,7 @@
     python train.py --config configs/cifar10_micro.py:eight    without cats and dogs, 8 epochs
 
 AdamW, pad-and-crop and flip, 16 epochs: 0.667 test accuracy, one seed, on a copy of CIFAR-10 saved once as JPEG; 73
-minutes on two CPU cores (benchmarks/RESULTS.md). Eight classes: 0.676 of their pictures, one seed, 15 minutes. On the
+minutes on two CPU cores (benchmarks/RESULTS.md). Eight classes: 0.677 of their images, one seed, 15 minutes. On the
 original pictures: not yet measured.
 """
 

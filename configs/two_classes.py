@@ -6,8 +6,8 @@
     python train.py --config configs/two_classes.py:scratch     all parameters, from random ones
 
 Needs `runs/ViT-micro_4-eight.npz`, made from `configs/cifar10_micro.py:eight` (README, "The micro ViT"); two CPU cores.
-10,000 pictures train, 2,000 test, 3 epochs; at most three minutes. Three seeds on a JPEG copy of the pictures: full
-0.682 ± 0.007, mlp 0.667 ± 0.003, head 0.659 ± 0.002, scratch 0.614 ± 0.002. `:full-MISTAKE` makes one mistake of
+10,000 images train, 2,000 test, 3 epochs; at most three minutes. Three seeds on a JPEG copy of the images: full
+0.685 ± 0.009, mlp 0.659 ± 0.003, head 0.660 ± 0.001, scratch 0.612 ± 0.001. `:full-MISTAKE` takes one setting of
 `cifar100_seed.py`: MISTAKE is a key of `MISTAKES` below, or "all". More results: benchmarks/RESULTS.md.
 """
 
