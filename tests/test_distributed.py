@@ -167,7 +167,7 @@ def test_create_job_refuses_processes_that_read_different_datasets(tmp_path):
     last, same = (text.splitlines()[-1] for text in read_both(tmp_path / "run"))
     assert last == same
     assert last.startswith("error: process 1 read 150 training and 44 test images of 10 classes (digest ")
-    assert "from digits, the first process read 160 training and 44 test images of 10 classes (digest " in last
+    assert "the first process read 160 training and 44 test images of 10 classes (digest " in last
 
 
 def test_a_peer_that_never_comes_is_one_line(tmp_path, run_command):
