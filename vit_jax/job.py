@@ -64,8 +64,8 @@ class Job:
             step: that training goes on from.
 
         Returns:
-            (arrays, evaluate): for one call of the training steps after the other what they read, which is always the
-            same where it lies on the devices; and `state -> {"test": totals}` over the test images, see
+            (arrays, evaluate): what each call of the training steps reads, always the same arrays if they are on the
+            devices; and `state -> {"test": totals}` over the test images, see
             `metrics.means`. Where EMA parameters are kept, "test" is theirs and "test_raw" is without them.
         """
         config, program, dataset = self.config, self.program, self.dataset
