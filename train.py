@@ -6,7 +6,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from vit_jax.errors import UsageError, one_line, run_command
+from vit_jax.runtime.errors import UsageError, one_line, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,12 +16,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{__doc__}\n{create_flags([]).main_module_help()}")
         return 0
     values = parse_flags(argv)
-    from vit_jax import distributed
+    from vit_jax.runtime import distributed
 
     with distributed.joined(
         values.coordinator, values.num_processes, values.process_id, wait_seconds=values.wait_seconds
     ):
-        from vit_jax import dry_run, report, trainer
+        from vit_jax import report, trainer
+        from vit_jax.training import dry_run
 
         if values.dry_run:
             dry_run.dry_run(values.config)

@@ -35,8 +35,9 @@ from jax.experimental import topologies
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs import cifar100, models
-from vit_jax import build, program, sharding
-from vit_jax.errors import UsageError, UserError, parse_arguments, run_command
+from vit_jax.runtime import sharding
+from vit_jax.runtime.errors import UsageError, UserError, parse_arguments, run_command
+from vit_jax.training import build, program
 
 GIB = 2**30
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")

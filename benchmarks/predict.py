@@ -23,10 +23,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import vit_jax
-from vit_jax import data, predict, sharding, steps
+from vit_jax import data, predict
 from vit_jax.classifier import Classifier
-from vit_jax.errors import UsageError, UserError, parse_arguments, run_command
-from vit_jax.job import create_evaluate
+from vit_jax.runtime import sharding
+from vit_jax.runtime.errors import UsageError, UserError, parse_arguments, run_command
+from vit_jax.training import steps
+from vit_jax.training.job import create_evaluate
 from vit_jax.types import Split
 
 LEAST_RATIO = 0.8

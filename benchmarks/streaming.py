@@ -22,9 +22,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs import digits
-from vit_jax import data, job
+from vit_jax import data
 from vit_jax.data.streaming import training_batches
-from vit_jax.errors import UsageError, parse_arguments, run_command
+from vit_jax.runtime.errors import UsageError, parse_arguments, run_command
+from vit_jax.training import job
 from vit_jax.types import Split
 
 _READY_BATCHES = 8  # at least as many as lie ready: the first ones are not timed

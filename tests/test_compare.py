@@ -4,7 +4,8 @@ import pytest
 from conftest import set_keys
 
 from configs import digits
-from vit_jax import compare, report, settings, trainer
+from vit_jax import compare, report, trainer
+from vit_jax import config as settings
 
 
 @pytest.fixture(scope="module")

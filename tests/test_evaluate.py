@@ -11,7 +11,7 @@ from PIL import Image
 import vit_jax
 from configs import digits
 from vit_jax import evaluate, pretrained, trainer
-from vit_jax.errors import UsageError, UserError
+from vit_jax.runtime.errors import UsageError, UserError
 
 SIZES = {"patch_size": 8, "hidden_size": 12, "num_layers": 1, "num_heads": 2, "mlp_dim": 8}
 NUMBERS_AND_LABELS = {"n02099601": 207, "n01440764": 0, "n11939491": 985}  # golden retriever, tench, daisy

@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 
 import vit_jax
 from configs import digits
-from vit_jax import build, checkpoint, export, pretrained, trainer
-from vit_jax.errors import UserError
+from vit_jax import export, pretrained, trainer
+from vit_jax.runtime.errors import UserError
+from vit_jax.training import build, checkpoint
 
 FORMATS = ("npz", "orbax", "safetensors", "stablehlo")
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 import train
 from vit_jax import evaluate, export, predict, pretrained
-from vit_jax.errors import run_command
+from vit_jax.runtime.errors import run_command
 
 NUM_CASES = {"npz": 200, "picture": 140, "config": 160}
 SIZES = {"patch_size": 4, "hidden_size": 24, "num_layers": 1, "num_heads": 3, "mlp_dim": 40}

@@ -14,8 +14,10 @@ from conftest import set_keys
 from flax.traverse_util import flatten_dict
 
 from configs import digits
-from vit_jax import optim, plotting, trainer
+from vit_jax import trainer
 from vit_jax.models import VisionTransformer
+from vit_jax.training import optim
+from vit_jax.visualization import plotting
 
 MODEL = {"patch_size": 4, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 256}
 DEEP = {**MODEL, "num_layers": 2, "dropout_rate": 0.1, "stochastic_depth_rate": 0.3}

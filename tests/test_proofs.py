@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 
 from configs import cifar10_micro
 from vit_jax import trainer
-from vit_jax.job import create_job
+from vit_jax.training.job import create_job
 
 pytestmark = pytest.mark.slow
 

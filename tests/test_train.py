@@ -13,8 +13,9 @@ import pytest
 from conftest import ROOT, command_env, command_line
 
 from configs import digits
-from vit_jax import optim, trainer
-from vit_jax.errors import UserError
+from vit_jax import trainer
+from vit_jax.runtime.errors import UserError
+from vit_jax.training import optim
 
 SMALL = (
     "--config.model.hidden_size=32",

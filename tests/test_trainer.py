@@ -7,7 +7,7 @@ import pytest
 
 from configs import digits
 from vit_jax import trainer
-from vit_jax.errors import UsageError, UserError
+from vit_jax.runtime.errors import UsageError, UserError
 
 
 def small_config(**changes):
@@ -100,7 +100,7 @@ def test_evaluate_run_refuses_other_classes(tmp_path):
 
 def test_steps_compiled_once_serve_a_resumed_run(tmp_path, monkeypatch):
     """A run interrupted in one process and resumed in another number of devices goes on from its step."""
-    from vit_jax import sharding
+    from vit_jax.runtime import sharding
 
     trainer.train_and_evaluate(small_config(), tmp_path / "whole")
     everything = sharding.create_mesh

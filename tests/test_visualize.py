@@ -8,7 +8,7 @@ from PIL import Image
 
 from configs import digits
 from vit_jax import report, trainer, visualize
-from vit_jax.errors import UserError
+from vit_jax.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax import build, preprocess, pretrained, sharding
-from vit_jax.errors import UserError
+from vit_jax import pretrained
+from vit_jax.data import preprocess
+from vit_jax.runtime import sharding
+from vit_jax.runtime.errors import UserError
+from vit_jax.training import build
 from vit_jax.types import Params
 
 

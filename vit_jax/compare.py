@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.errors import UserError, parse_arguments, run_command
+from vit_jax.runtime.errors import UserError, parse_arguments, run_command
 
 _TEST_SETTINGS = ("image size", "image mean", "image std", "test augment", "data directory")
 """Columns that are shown where the runs differ in them: their tests were not alike."""
@@ -52,7 +52,8 @@ def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) ->
     Raises:
         UserError: a folder holds no finished run, or the runs were not tested on the same pictures.
     """
-    from vit_jax import checkpoint, settings, writer
+    from vit_jax import config as settings
+    from vit_jax.training import checkpoint, writer
 
     rows, tested, recipes = [], {}, []
     for workdir in map(Path, workdirs):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.errors import UsageError, UserError, parse_arguments, run_command
+from vit_jax.runtime.errors import UsageError, UserError, parse_arguments, run_command
 from vit_jax.types import Split
 
 
@@ -72,8 +72,9 @@ def evaluate_on_dataset(arguments: argparse.Namespace) -> tuple[dict[str, int], 
     import jax
 
     import vit_jax
-    from vit_jax import data, sharding, trainer
+    from vit_jax import data, trainer
     from vit_jax.classifier import check_head
+    from vit_jax.runtime import sharding
 
     workdir = arguments.workdir
     model: Any = trainer.load_run(workdir, step=arguments.step) if is_run(workdir) else vit_jax.load(workdir)
@@ -126,8 +127,10 @@ def evaluate_split(classifier: Any, split: Split, *, batch_size: int) -> dict[st
         split: its labels are columns of the logits.
         batch_size: a wish; rounded up to the devices.
     """
-    from vit_jax import metrics, sharding, steps, trainer
-    from vit_jax.job import create_evaluate
+    from vit_jax import trainer
+    from vit_jax.runtime import sharding
+    from vit_jax.training import metrics, steps
+    from vit_jax.training.job import create_evaluate
 
     mesh = sharding.create_mesh()
     params = sharding.place(classifier.params, sharding.replicated(mesh))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vit_jax.errors import UserError, one_line, parse_arguments, run_command
+from vit_jax.runtime.errors import UserError, one_line, parse_arguments, run_command
 
 
 def main(argv: list[str] | None = None) -> int:

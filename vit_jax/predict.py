@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.errors import UsageError, UserError, one_line, parse_arguments, run_command
+from vit_jax.runtime.errors import UsageError, UserError, one_line, parse_arguments, run_command
 
 _BATCH_SIZE = 128
 
@@ -93,10 +93,10 @@ def predict_files(classifier: Any, paths: Sequence[str]) -> Iterator[tuple[str, 
     Yields:
         (path, float32 [classes] of probabilities), or (path, why it could not be read), in the order of `paths`.
     """
-    from vit_jax import resources
     from vit_jax.classifier import softmax
     from vit_jax.data import decode_picture
-    from vit_jax.progress import progress_bar
+    from vit_jax.runtime import resources
+    from vit_jax.runtime.progress import progress_bar
 
     size = (classifier.image_size, classifier.image_size)
     batch_size = classifier.round_up(_BATCH_SIZE, len(paths))

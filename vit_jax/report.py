@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vit_jax.errors import UserError, parse_arguments, run_command
+from vit_jax.runtime.errors import UserError, parse_arguments, run_command
 
 # (dataset, architecture, mode) -> what others reached. The study is the one that this project carries on; its settings
 # are configs/cifar100_seed.py's.
@@ -78,7 +78,8 @@ def write_report(workdir: Path, *, data_dir: str | None = None) -> Path:
     Raises:
         UserError: the run is not finished, its metrics are missing or damaged, or its data cannot be read.
     """
-    from vit_jax import trainer, visualize, writer
+    from vit_jax import trainer, visualize
+    from vit_jax.training import writer
 
     run = trainer.load_run(workdir)
     if data_dir is not None:

@@ -15,24 +15,16 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_jax import (
-    build,
-    checkpoint,
-    classifier,
-    distributed,
-    features,
-    lora,
-    metrics,
-    settings,
-    sharding,
-    steps,
-)
+from vit_jax import classifier
+from vit_jax import config as settings
 from vit_jax.classifier import Classifier
-from vit_jax.errors import UserError, one_line
-from vit_jax.job import create_evaluate, create_job, crop_on_host, load_dataset
-from vit_jax.program import Program, test_options
+from vit_jax.runtime import distributed, sharding
+from vit_jax.runtime.errors import UserError, one_line
+from vit_jax.training import build, checkpoint, features, lora, metrics, steps
+from vit_jax.training.job import create_evaluate, create_job, crop_on_host, load_dataset
+from vit_jax.training.program import Program, test_options
+from vit_jax.training.writer import Writer, format_number, read_records, read_results
 from vit_jax.types import Dataset, Split
-from vit_jax.writer import Writer, format_number, read_records, read_results
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -345,7 +337,7 @@ def summarize(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """
     if not distributed.is_first():
         return {}
-    from vit_jax import plotting  # matplotlib takes long to import, and who only loads a run needs none
+    from vit_jax.visualization import plotting  # matplotlib takes long to import, and who only loads a run needs none
 
     records, results = read_results(workdir, config.num_steps)
     plotting.plot_curves(records, title=workdir.name).savefig(workdir / "curves.png", dpi=120)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vit_jax.errors import UsageError, UserError, parse_arguments, run_command
+from vit_jax.runtime.errors import UsageError, UserError, parse_arguments, run_command
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,8 +97,10 @@ def draw_all(
     """
     import jax.numpy as jnp
 
-    from vit_jax import analysis, plotting, steps, trainer, writer
-    from vit_jax.program import test_options
+    from vit_jax import trainer
+    from vit_jax.training import steps, writer
+    from vit_jax.training.program import test_options
+    from vit_jax.visualization import analysis, plotting
 
     records = writer.read_records(workdir / "metrics.jsonl", last_step=run.step)
     if records:

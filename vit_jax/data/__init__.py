@@ -12,10 +12,10 @@ import numpy as np
 
 from vit_jax.data.cifar import CIFARS, cifar_shapes, load_cifar
 from vit_jax.data.fingerprint import fingerprint
-from vit_jax.data.pictures import PICTURE_SUFFIXES, Encoded, decode_picture, decode_splits, list_folder
+from vit_jax.data.images import PICTURE_SUFFIXES, Encoded, decode_picture, decode_splits, list_folder
 from vit_jax.data.splits import check_disjoint, nearest_first, parse_split, slice_split
-from vit_jax.data.tfds_sets import open_tfds
-from vit_jax.errors import UsageError, UserError
+from vit_jax.data.tfds import open_tfds
+from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.types import Dataset, Split
 
 __all__ = [

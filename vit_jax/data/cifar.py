@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_jax import download
-from vit_jax.errors import UserError
+from vit_jax.runtime import download
+from vit_jax.runtime.errors import UserError
 from vit_jax.types import Split
 
 

@@ -5,7 +5,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
-from vit_jax.errors import UsageError, UserError
+from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.types import Split
 
 

@@ -16,10 +16,12 @@ from collections.abc import Generator
 import jax
 import numpy as np
 
-from vit_jax import preprocess, resources, sampling
-from vit_jax.crops import CROPS
-from vit_jax.data.pictures import Encoded
-from vit_jax.errors import UserError
+from vit_jax.data import preprocess
+from vit_jax.data.crops import CROPS
+from vit_jax.data.images import Encoded
+from vit_jax.runtime import resources
+from vit_jax.runtime import rng as sampling
+from vit_jax.runtime.errors import UserError
 from vit_jax.types import Split
 
 

@@ -1,11 +1,11 @@
 """Released parameter files: found by name, read, checked, fitted to a model, and written again. Host NumPy only."""
 
 from vit_jax.pretrained.adapt import Grid, Report, adapt_params, resample_position_embeddings
-from vit_jax.pretrained.architecture import POSITION_KEY, infer_architecture
 from vit_jax.pretrained.bit import infer_resnet
-from vit_jax.pretrained.folder import read_model, save_folder
+from vit_jax.pretrained.formats import to_original
 from vit_jax.pretrained.imagenet import canonical_name, imagenet_classes
-from vit_jax.pretrained.layouts import to_original
+from vit_jax.pretrained.infer import POSITION_KEY, infer_architecture
+from vit_jax.pretrained.load import read_model, save_folder
 from vit_jax.pretrained.npz import load_npz, read_about, save_npz
 from vit_jax.pretrained.released import RELEASED, is_name, resolve
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.errors import UserError
-from vit_jax.pretrained.architecture import BLOCK, POSITION_KEY, block_numbers, differences, foreign_layout
+from vit_jax.pretrained.infer import BLOCK, POSITION_KEY, block_numbers, differences, foreign_layout
 from vit_jax.pretrained.npz import decode_bfloat16
+from vit_jax.runtime.errors import UserError
 from vit_jax.types import Params
 
 Grid = tuple[int, int]

@@ -6,8 +6,8 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from vit_jax.errors import UserError
-from vit_jax.pretrained.architecture import differences, foreign_layout
+from vit_jax.pretrained.infer import differences, foreign_layout
+from vit_jax.runtime.errors import UserError
 from vit_jax.types import Params
 
 _HEAD = "resnet/head/conv2d/"

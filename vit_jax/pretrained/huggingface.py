@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.errors import UserError, one_line
-from vit_jax.pretrained.architecture import POSITION_KEY, differences, expected_shapes
+from vit_jax.pretrained.infer import POSITION_KEY, differences, expected_shapes
+from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.types import Params
 
 _LAYERS = {  # in a block, ours -> theirs

@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.errors import UserError, one_line
+from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.types import FlatParams, Params
 
 _MOST_COMPRESSED = 100

@@ -10,12 +10,12 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
-from vit_jax import download
-from vit_jax.errors import UsageError, UserError
-from vit_jax.pretrained.architecture import infer_architecture
 from vit_jax.pretrained.bit import infer_resnet
-from vit_jax.pretrained.layouts import to_original
+from vit_jax.pretrained.formats import to_original
+from vit_jax.pretrained.infer import infer_architecture
 from vit_jax.pretrained.npz import load_npz
+from vit_jax.runtime import download
+from vit_jax.runtime.errors import UsageError, UserError
 
 _FOLDERS = {
     "imagenet21k": "B_16 B_32 L_16 L_32 H_14 R50+B_16 R50+L_32 R26+B_32",

@@ -1,0 +1,84 @@
+"""The geometry of random crops, on uniform random numbers of NumPy and of JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax.data import crops
+
+
+def original_crop(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
+    """The original's rejection sampler, written from its description with plain Python numbers."""
+    while True:
+        aspect = rng.uniform(0.75, 1.33)
+        smallest, largest = 0.05 * height * width, 1.0 * height * width
+        rows, most = round((smallest / aspect) ** 0.5), round((largest / aspect) ** 0.5)
+        if round(most * aspect) > width:
+            most = int((width + 0.5 - 1e-7) / aspect)
+        most = min(most, height)
+        rows = min(rows, most)
+        rows += rng.integers(0, most - rows + 1)
+        columns = round(rows * aspect)
+        if rows * columns < smallest:
+            rows += 1
+            columns = round(rows * aspect)
+        if rows * columns > largest:
+            rows -= 1
+            columns = round(rows * aspect)
+        if not (smallest <= rows * columns <= largest and 0 < rows <= height and 0 < columns <= width):
+            continue
+        top = rng.integers(0, height - rows) if rows < height else 0
+        left = rng.integers(0, width - columns) if columns < width else 0
+        return top, left, rows, columns
+
+
+def boxes_of(augment, xp, count, **sizes):
+    """[count 4] boxes, by NumPy one at a time or by JAX all at once."""
+    uniforms = np.random.default_rng(1).uniform(size=(count, 4)).astype(np.float32)
+    if xp is np:
+        return np.array([crops.random_box(augment, row, xp=np, **sizes) for row in uniforms])
+    return np.stack(jax.jit(jax.vmap(lambda row: crops.random_box(augment, row, xp=jnp, **sizes)))(uniforms), axis=1)
+
+
+def test_padded_box_reaches_an_eighth_of_each_side_outside():
+    boxes = boxes_of("pad_crop", np, 2000, height=32, width=40, image_size=16)
+    for column, margin in ((0, 4), (1, 5)):
+        values, counts = np.unique(boxes[:, column], return_counts=True)
+        assert values.tolist() == list(range(-margin, margin + 1))
+        expected = 2000 / len(values)
+        assert counts.min() > expected - 5 * expected**0.5  # uniform, within five standard deviations
+    assert np.unique(boxes[:, 2:], axis=0).tolist() == [[32, 40]]
+
+
+@pytest.mark.parametrize("augment", ["pad_crop", "square_crop", "inception"])
+def test_numpy_and_jax_draw_the_same_boxes(augment):
+    sizes = {"height": 300, "width": 401, "image_size": 224}
+    ours, theirs = boxes_of(augment, np, 500, **sizes), boxes_of(augment, jnp, 500, **sizes)
+    # Rounding of 32 bits may put a box one pixel further, in few cases.
+    assert np.mean(np.abs(ours - theirs).max(axis=1) > 1e-3) < 0.02
+
+
+def test_a_square_is_drawn_in_whole_pixels_of_the_resized_picture():
+    top, left, rows, columns = boxes_of("square_crop", np, 4000, height=32, width=16, image_size=224).T
+    side = rows * 224 / 32
+    np.testing.assert_allclose(side, np.round(side), atol=1e-4)
+    np.testing.assert_allclose(columns, rows / 2, rtol=1e-6)
+    area = (side / 224) ** 2
+    assert area.min() > 0.635 and area.max() <= 1
+    assert np.abs(np.quantile(area, [0.25, 0.5, 0.75]) - [0.73, 0.82, 0.91]).max() < 0.02
+    assert top.min() == left.min() == 0
+    assert (top + rows).max() == pytest.approx(32) and (left + columns).max() == pytest.approx(16)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 48)])
+def test_crops_follow_the_original_distribution(height, width):
+    count = 20_000
+    ours = boxes_of("inception", jnp, count, height=height, width=width, image_size=32).astype(int)
+    rng = np.random.default_rng(0)
+    theirs = np.array([original_crop(rng, height, width) for _ in range(count)])
+    assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
+    for column, size in enumerate((height, width, height, width)):
+        histograms = [np.bincount(boxes[:, column], minlength=size + 1) / count for boxes in (ours, theirs)]
+        # Largest gap between the cumulative distributions; 0.0195 is the 0.1 % point of Kolmogorov and Smirnov.
+        assert np.abs(np.cumsum(histograms[0] - histograms[1])).max() < 1.95 * (2 / count) ** 0.5

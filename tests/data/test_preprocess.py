@@ -1,0 +1,158 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax import data
+from vit_jax.data import crops, preprocess
+from vit_jax.runtime import rng as sampling
+
+
+def test_normalize_maps_the_ends_of_uint8_to_minus_one_and_one():
+    pixels = jnp.array([[0, 255, 0]], jnp.uint8)
+    np.testing.assert_array_equal(preprocess.normalize(pixels), [[-1.0, 1.0, -1.0]])
+
+
+def test_normalize_takes_each_channel_by_its_own_mean_and_deviation():
+    pixels = jnp.array([[51, 102, 255]], jnp.uint8)  # 0.2, 0.4, 1
+    result = preprocess.normalize(pixels, mean=(0.1, 0.4, 0.5), deviation=(0.1, 0.5, 0.25))
+    np.testing.assert_allclose(result, [[1.0, 0.0, 2.0]], atol=1e-6)
+
+
+def test_prepare_leaves_pixels_alone_at_their_own_size():
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
+    result = preprocess.prepare(None, images, image_size=8)
+    np.testing.assert_allclose(result, (images - 127.5) / 127.5, rtol=1e-6)
+
+
+def test_prepare_doubles_a_row_as_worked_out_by_hand():
+    # Half-pixel centres: outputs read inputs at -1/4, 1/4, 3/4, 5/4; the first and last are clamped to the edge.
+    row = np.array([0, 200], np.uint8)
+    images = np.tile(row[None, None, :, None], (1, 2, 1, 3))
+    result = preprocess.prepare(None, images, image_size=4)
+    expected = (np.array([0, 50, 150, 200]) - 127.5) / 127.5
+    np.testing.assert_allclose(result[0, :, :, 0], np.tile(expected, (4, 1)), atol=1e-6)
+
+
+def test_resize_of_a_crop_never_reads_beyond_its_edge():
+    image = jnp.arange(36.0).reshape(6, 6, 1)
+    result = preprocess._resize(image, (1, 2, 2, 2), image_size=4, xp=np)
+    crop = image[1:3, 2:4, 0]  # 8 9 / 14 15
+    assert float(result.min()) == pytest.approx(float(crop.min()))
+    assert float(result.max()) == pytest.approx(float(crop.max()))
+    np.testing.assert_array_equal(result[0, :, 0], [8, 8, 9, 9])  # 8, 8.25, 8.75, 9
+    np.testing.assert_array_equal(result[:, 0, 0], [8, 10, 13, 14])  # 8, 9.5, 12.5, 14
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "image_size"),
+    [(32, 32, 224), (8, 8, 16), (60, 60, 32), (180, 180, 32), (64, 48, 32), (31, 20, 24), (10, 400, 32)],
+)
+def test_prepare_gives_the_pixels_of_pillow(height, width, image_size):
+    """Enlarging, shrinking with antialiasing, or one along each axis."""
+    images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3)).astype(np.uint8)
+    result = preprocess.prepare(None, images, image_size=image_size)
+    pixels = np.round(np.asarray(result) * 127.5 + 127.5)
+    for ours, image in zip(pixels, images, strict=True):
+        pillow = Image.fromarray(image)
+        columns_first = pillow.resize((image_size, height), Image.Resampling.BILINEAR).resize((image_size,) * 2, 2)
+        np.testing.assert_array_equal(ours, columns_first)
+        at_once = np.asarray(pillow.resize((image_size,) * 2, Image.Resampling.BILINEAR), int)
+        assert np.abs(ours - at_once).max() <= 1  # rows first in some versions
+
+
+@pytest.mark.parametrize("augment", crops.CROPS)
+@pytest.mark.parametrize(("height", "width"), [(61, 45), (16, 24)])
+def test_prepare_crops_the_pixels_of_pillow(tmp_path, augment, height, width):
+    """Crops on the device are those of worker processes but for ties: in rounding a box, and in rounding to 8 bits."""
+    images = np.random.default_rng(0).integers(0, 256, (64, height, width, 3)).astype(np.uint8)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    keys = sampling.row_keys(np.arange(64))
+    encoded = data.Encoded(lambda number: str(tmp_path / f"{number}.png"), np.arange(64), (20, 20))
+    uniforms = np.asarray(preprocess.sample_uniforms(keys))
+    theirs = encoded.crop(
+        np.arange(64), augment=augment, uniforms=uniforms, margin_color=preprocess.margin_color((0.5, 0.4, 0.3))
+    )
+    options = {"image_size": 20, "mean": (0.5, 0.4, 0.3), "deviation": (1, 1, 1)}
+    ours = np.asarray(preprocess.prepare(keys, images, augment=augment, **options))
+    expected = np.asarray(preprocess.prepare(keys, theirs[:], augment="flip", **options))
+    gaps = np.round(np.abs(ours - expected) * 255)
+    assert np.mean(gaps > 0) < 0.06
+    assert np.mean(gaps > 1) <= 1 / 64  # the box of one image may be rounded to the next pixel
+
+
+def test_flip_mirrors_left_and_right_only():
+    images = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 3)).astype(np.uint8)
+    keys = jax.random.split(jax.random.PRNGKey(0), 64)
+    result = np.asarray(preprocess.prepare(keys, images, image_size=4, augment="flip"))
+    plain = np.asarray(preprocess.normalize(images))
+    same = np.isclose(result, plain, atol=1e-6).all(axis=(1, 2, 3))
+    mirrored = np.isclose(result, plain[:, :, ::-1], atol=1e-6).all(axis=(1, 2, 3))
+    assert (same ^ mirrored).all()
+    assert 16 < mirrored.sum() < 48  # half of 64, within four standard deviations
+
+
+def test_pad_crop_gives_every_shift_and_grey_margins():
+    images = np.full((400, 8, 8, 3), 255, np.uint8)
+    keys = jax.random.split(jax.random.PRNGKey(1), 400)
+    result = np.asarray(preprocess.prepare(keys, images, image_size=8, augment="pad_crop"))
+    grey = np.float32(0.5 / 127.5)  # of 127.5, rounded to 128
+    assert set(np.unique(result)) == {grey, 1.0}  # margin, white image
+    white_rows = (result[:, :, 4, 0] == 1).sum(axis=1)
+    first_row_grey = result[:, 0, 4, 0] == grey
+    assert set(white_rows) == {7, 8}  # margin of one pixel: shifted up or down by one, or not
+    assert 0 < first_row_grey.sum() < (white_rows == 7).sum()
+
+
+def test_a_pictures_draw_depends_on_its_key_alone():
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
+    keys = jax.random.split(jax.random.PRNGKey(0), 8)
+    whole = preprocess.prepare(keys, images, image_size=8, augment="inception")
+    half = preprocess.prepare(keys[4:], images[4:], image_size=8, augment="inception")
+    np.testing.assert_allclose(whole[4:], half, atol=1e-6)
+
+
+def test_square_crop_of_everything_is_the_picture_or_its_mirror_image(monkeypatch):
+    monkeypatch.setattr(crops, "square_box", lambda uniforms, **_: (0.0, 0.0, 8.0, 8.0))
+    images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3)).astype(np.uint8)
+    result = preprocess.prepare(jax.random.split(jax.random.key(0), 16), images, image_size=8, augment="square_crop")
+    plain = np.asarray(preprocess.normalize(images))
+    mirrored = [np.allclose(ours, theirs[:, ::-1], atol=1e-6) for ours, theirs in zip(result, plain, strict=True)]
+    same = [np.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(result, plain, strict=True)]
+    assert np.all(np.logical_xor(same, mirrored)) and 0 < sum(same) < 16
+
+
+def mix_black_and_white(count, **alphas):
+    """Black pictures mixed with white ones: what is white is the partner's."""
+    keys = jax.random.split(jax.random.PRNGKey(0), count)
+    black, white = jnp.zeros((count, 8, 8, 3)), jnp.ones((count, 8, 8, 3))
+    options = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0} | alphas
+    return tuple(map(np.asarray, preprocess.mix(keys, black, white, **options)))
+
+
+def test_mixup_blends_by_the_share_that_the_label_keeps():
+    mixed, share = mix_black_and_white(500, mixup_alpha=0.5)
+    np.testing.assert_allclose(mixed, np.broadcast_to((1 - share)[:, None, None, None], mixed.shape), atol=1e-6)
+    # Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)): here 1/8; five standard deviations of 500 draws
+    assert share.mean() == pytest.approx(0.5, abs=5 * (1 / 8 / 500) ** 0.5)
+    assert share.var() == pytest.approx(1 / 8, abs=0.02)
+
+
+def test_cutmix_pastes_a_box_whose_area_the_label_loses():
+    mixed, share = mix_black_and_white(300, cutmix_alpha=1.0)
+    assert set(np.unique(mixed)) == {0.0, 1.0}
+    np.testing.assert_allclose(1 - mixed[..., 0].mean(axis=(1, 2)), share, atol=1e-6)
+    for picture in mixed[..., 0]:
+        rows, columns = picture.any(axis=1), picture.any(axis=0)
+        assert (picture == np.outer(rows, columns)).all()  # a box, and nothing else
+        assert np.abs(np.diff(np.r_[0, rows.astype(int), 0])).sum() in (0, 2)  # of rows that follow each other
+    assert len(np.unique(share)) > 10
+
+
+def test_with_both_every_picture_is_mixed_in_one_of_two_ways():
+    mixed, share = mix_black_and_white(400, mixup_alpha=1.0, cutmix_alpha=1.0)
+    blended = ((mixed > 0) & (mixed < 1)).any(axis=(1, 2, 3))
+    assert 150 < blended.sum() < 250
+    np.testing.assert_allclose(1 - mixed.mean(axis=(1, 2, 3)), share, atol=1e-6)

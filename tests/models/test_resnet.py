@@ -1,0 +1,193 @@
+"""ResNet (BiT): names, numbers against a float64 reference, and the same way through trainer and commands."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_resnet as reference
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+from reference_resnet import UNITS, WIDTH, released_params, released_shapes
+
+from configs import cifar100_resnet50, digits
+from vit_jax import data, pretrained, trainer
+from vit_jax.data import preprocess
+from vit_jax.models import ResNet
+from vit_jax.runtime.errors import UsageError
+from vit_jax.training import build, dry_run, features
+
+PARAMS = pretrained.to_original(released_params())
+
+
+def random_images(*shape):
+    return np.random.default_rng(1).uniform(-1, 1, (*shape, 3)).astype(np.float32)
+
+
+# ---- names and numbers
+
+
+@pytest.mark.parametrize(("num_classes", "num_params"), [(21843, 68_256_659), (1000, 25_549_352)])
+def test_names_are_those_of_the_file_but_for_the_head(num_classes, num_params):
+    """The counts are those that timm gives for BiT-M and BiT-S R50x1, 68.3 and 25.5 million."""
+    tree = jax.eval_shape(ResNet(num_classes).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    ours = {key: leaf.shape for key, leaf in flatten_dict(tree, sep="/").items()}
+    assert sum(map(np.prod, ours.values())) == num_params
+    expected = released_shapes((3, 4, 6, 3), 64, num_classes)
+    assert ours.pop("head/kernel") == expected.pop("resnet/head/conv2d/kernel")[2:]
+    assert ours.pop("head/bias") == expected.pop("resnet/head/conv2d/bias")
+    assert ours == expected
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 40, 24), (1, 7, 7)])
+def test_float64_reaches_the_reference_to_rounding(shape):
+    """Ten digits: what float32 hides, such as another epsilon, would show here."""
+    images, params = random_images(*shape), released_params()
+    for kernel in (leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 4):
+        kernel[..., ::4] *= 1e-5  # channels that are nearly constant, where the kernels' epsilon matters
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), pretrained.to_original(params))
+        logits = jax.jit(ResNet(7, UNITS, WIDTH, dtype=jnp.float64).apply)({"params": wide}, jnp.float64(images))
+        assert logits.dtype == jnp.float64
+        np.testing.assert_allclose(logits, reference.forward(params, images), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-4), (jnp.bfloat16, 0.05)])
+def test_narrower_types_stay_near_the_reference(dtype, tolerance):
+    images = random_images(3, 32, 32)
+    expected = reference.forward(released_params(), images)
+    logits = jax.jit(ResNet(7, UNITS, WIDTH, dtype=dtype).apply)({"params": PARAMS}, images)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected, atol=tolerance * np.abs(expected).max())
+
+
+def test_bfloat16_reaches_every_submodule():
+    model = ResNet(7, UNITS, WIDTH, dtype=jnp.bfloat16)
+
+    def apply(images):
+        variables = model.init(jax.random.key(0), images)
+        return variables, model.apply(variables, images, capture_intermediates=True, mutable=["intermediates"])
+
+    variables, (_, state) = jax.eval_shape(apply, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32))
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    outputs = flatten_dict(state["intermediates"], sep="/")
+    inner = [key for key in outputs if key not in ("__call__", "head/__call__") and "GroupNorm_0" not in key]
+    assert len(inner) > 25
+    for key in inner:
+        assert {leaf.dtype for leaf in jax.tree.leaves(outputs[key])} == {jnp.dtype("bfloat16")}, key
+
+
+def test_a_fresh_head_gives_zeros_and_every_parameter_has_a_gradient():
+    images, model = random_images(2, 32, 32), ResNet(7, UNITS, WIDTH)
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+
+    def loss(params):
+        logits = model.apply({"params": params}, images)
+        return jnp.sum(jnp.sin(3 + logits)), logits
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    assert not np.any(gradient(params)[1])
+    params["head"]["kernel"] = np.random.default_rng(2).normal(size=params["head"]["kernel"].shape)
+    for key, leaf in flatten_dict(gradient(params)[0], sep="/").items():
+        assert np.all(np.isfinite(leaf)) and np.mean(np.asarray(leaf) != 0) > 0.4, key
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(remat):
+    images = random_images(2, 16, 16)
+
+    def gradient(model):
+        return jax.jit(jax.grad(lambda params: jnp.sum(model.apply({"params": params}, images) ** 2)))(PARAMS)
+
+    ours, expected = gradient(ResNet(7, UNITS, WIDTH, remat=remat)), gradient(ResNet(7, UNITS, WIDTH))
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * np.abs(other).max())
+
+
+def test_features_are_what_the_head_sees():
+    model, images = ResNet(7, UNITS, WIDTH), data.load_dataset("digits", image_size=16).test.images[:9]
+    ours = features.extract_features(model, PARAMS, images, image_size=16, batch_size=8)
+    assert ours.shape == (9, 256) and ours.dtype == np.float32
+    logits = jax.jit(model.apply)({"params": PARAMS}, preprocess.prepare(None, images, image_size=16))
+    np.testing.assert_allclose(model.create_head(7).apply({"params": PARAMS["head"]}, ours), logits, atol=1e-3)
+
+
+# ---- the same trainer and commands
+
+
+def config_with(*, model=None, **changes):
+    config = digits.get_config("scratch")
+    config.architecture = "resnet50"
+    config.model = ConfigDict(model or {"units": (1, 1), "width": WIDTH})
+    config.dataset.train_split, config.dataset.test_split = "train[:320]", "test[:80]"
+    config.update(num_steps=5, warmup_steps=0, log_every_steps=5, eval_every_steps=5, checkpoint_every_steps=5)
+    for key, value in changes.items():
+        config[key] = ConfigDict(config[key].to_dict() | value) if isinstance(value, dict) else value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("trainable", "moving", "mesh"),
+    [
+        ("full", ("",), {}),
+        ("head", ("head/",), {}),
+        (("resnet/block2/.*", "head/.*"), ("resnet/block2/", "head/"), {"fsdp": 8}),
+    ],
+)
+def test_a_run_from_a_file_trains_what_it_should_and_evaluates(tmp_path, trainable, moving, mesh):
+    pretrained.save_npz(tmp_path / "BiT.npz", released_params(units=(1, 1)))
+    config = config_with(pretrained=str(tmp_path / "BiT.npz"), trainable=trainable, mesh=mesh)
+    results = trainer.train_and_evaluate(config, tmp_path / "run")
+    run = trainer.load_run(tmp_path / "run")
+    assert run.model == ResNet(10, (1, 1), WIDTH)
+    assert trainer.evaluate_run(run) == pytest.approx(results, abs=1e-5)
+    before = flatten_dict(released_params(units=(1, 1)), sep="/")
+    for key, leaf in flatten_dict(run.params, sep="/").items():
+        moved = np.any(leaf) if key.startswith("head/") else not np.array_equal(leaf, before[key])
+        assert moved == key.startswith(moving), key
+
+
+def test_a_run_from_scratch_learns(tmp_path):
+    config = config_with(num_steps=60, eval_every_steps=60, log_every_steps=20)
+    config.dataset.train_split = "train"
+    results = trainer.train_and_evaluate(config, tmp_path)
+    losses = [json.loads(line).get("train/loss") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert losses[0] > losses[2] and results["test/accuracy"] > 0.5  # chance: 0.1
+
+
+@pytest.mark.parametrize("trainable", ["full", "head"])
+def test_a_dry_run_says_what_a_run_costs(capsys, trainable):
+    dry_run.dry_run(config_with(trainable=trainable))
+    out = capsys.readouterr().out
+    num_params = sum(map(np.prod, released_shapes((1, 1), WIDTH, 10).values()))
+    assert f"of {num_params:,}\n" in out and "memory per device" in out
+    assert ("features being stored" in out) == (trainable == "head")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"units": UNITS, "width": 48}}, "config.model.width 48 is not a multiple of 32"),
+        ({"model": {"units": (3, 0)}}, "config.model.units is (3, 0); expected a tuple of whole"),
+        ({"model": {"units": 50}}, "config.model.units is 50; expected a tuple of whole"),
+        ({"model": {"patch_size": 4}}, "config.model.patch_size: ResNet has no such argument"),
+        ({"architecture": "resnet"}, "config.architecture is 'resnet'; expected one of vit, resnet50"),
+        ({"trainable": "mlp"}, "'.*/MlpBlock_3/.*' matches no parameter"),
+        ({"trainable": ("resnet/head/.*",)}, "'resnet/head/.*' matches no parameter"),
+        ({"trainable": "lora"}, "config.lora.targets: '.*/query/kernel' matches no parameter"),
+        ({"optimizer": {"layer_decay": 0.9}}, "config.optimizer.layer_decay is for the layers of a ViT"),
+    ],
+)
+def test_what_does_not_fit_a_resnet_is_refused(tmp_path, changes, message):
+    with pytest.raises(UsageError) as caught:
+        trainer.train_and_evaluate(config_with(**changes), tmp_path)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("arg", ["scratch", "pretrained", "head"])
+def test_the_recipe_is_a_resnet_50(arg):
+    config = cifar100_resnet50.get_config(arg)
+    assert build.create_model(config, None, num_classes=100) == ResNet(100, dtype=jnp.bfloat16)
+    assert not build.needs_file(config)
+    assert config.pretrained in ("", *pretrained.RELEASED)

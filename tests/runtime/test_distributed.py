@@ -1,0 +1,332 @@
+"""Two real processes of four devices each, on loopback."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command_env, command_line
+from PIL import Image
+
+from vit_jax import data
+from vit_jax.runtime import distributed
+from vit_jax.runtime.errors import UsageError
+
+SMALL = (
+    "--config.model.hidden_size=32",
+    "--config.model.num_layers=1",
+    "--config.model.num_heads=2",
+    "--config.model.mlp_dim=128",
+    "--config.dataset.train_split=train[:160]",
+    "--config.dataset.test_split=test[:44]",
+    "--config.batch_size=32",
+    "--config.num_steps=12",
+    "--config.warmup_steps=1",
+    "--config.log_every_steps=2",
+    "--config.eval_every_steps=12",
+    "--config.checkpoint_every_steps=4",
+    "--config.mesh.fsdp=8",
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def start_two(log: Path, *arguments: object, each=((), ()), env=({}, {}), stdout=None) -> list[subprocess.Popen]:
+    """Starts a command twice, with what only the first and only the second gets; their output goes to log.0, log.1.
+
+    `stdout` sends their standard output elsewhere.
+    """
+    processes = []
+    for i in range(2):
+        variables = command_env({"XLA_FLAGS": "--xla_force_host_platform_device_count=4", **env[i]})
+        with log.with_suffix(f".{i}").open("w") as output:
+            command = command_line(*arguments, *each[i])
+            process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=stdout or output, stderr=output)
+            processes.append(process)
+    return processes
+
+
+def start_training(workdir: Path, *both: str, second: tuple[str, ...] = ()) -> list[subprocess.Popen]:
+    flags = ("--coordinator", f"localhost:{free_port()}", "--num_processes", 2, "--wait_seconds", 100)
+    ids = (("--process_id", 0), ("--process_id", 1, *second))
+    return start_two(workdir, *training(workdir), *both, *flags, each=ids)
+
+
+def training(workdir: Path) -> list[object]:
+    return ["train.py", "--config", "configs/digits.py:scratch", "--workdir", workdir, *SMALL, "--noreport"]
+
+
+def wait(processes: list[subprocess.Popen], timeout: float = 240) -> list[int]:
+    try:
+        return [process.wait(timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def wait_for(path: Path, processes: list[subprocess.Popen]) -> None:
+    deadline = time.time() + 200
+    while not path.exists():
+        assert time.time() < deadline, f"{path} did not appear"
+        assert all(process.poll() is None for process in processes), "a process ended early"
+        time.sleep(0.05)
+
+
+def records(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_pair_goes_on_and_equals_one_process(tmp_path, run_command):
+    pair = start_training(tmp_path / "pair")
+    wait_for(tmp_path / "pair/checkpoints/4", pair)
+    pair[1].send_signal(signal.SIGKILL)
+    pair[1].wait()
+    pair[0].kill()
+    pair[0].wait()
+
+    codes = wait(start_training(tmp_path / "pair"))
+    first, second = ((tmp_path / f"pair.{i}").read_text() for i in range(2))
+    assert codes == [0, 0], first + second
+    assert "going on from step" in first
+    assert "2 processes, 8 devices, 4 of them here" in first
+    assert "test accuracy" in first
+    assert "test accuracy" not in second
+
+    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    alone = run_command(*training(tmp_path / "alone"), env=eight)
+    assert alone.returncode == 0, alone.stderr
+    for ours, theirs in zip(records(tmp_path / "pair"), records(tmp_path / "alone"), strict=True):
+        ours.pop("images_per_second", None), theirs.pop("images_per_second", None)
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+    evaluated = run_command("-m", "vit_jax.evaluate", "--workdir", tmp_path / "pair", "--json")  # one device
+    assert evaluated.returncode == 0, evaluated.stderr
+    results = json.loads(evaluated.stdout.splitlines()[-1])
+    assert results == pytest.approx(records(tmp_path / "pair")[-1], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_pair_that_streams_its_pictures_equals_one_process(tmp_path, run_command):
+    """Each process decodes its half of every batch, and of the test pictures."""
+    dataset = data.load_dataset("digits", image_size=8)
+    for name, split, count in (("train", dataset.train, 160), ("test", dataset.test, 44)):
+        for i in range(count):
+            folder = tmp_path / "pictures" / name / str(split.labels[i])
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(split.images[i]).save(folder / f"{i:03}.png")
+    words = [f"--config.dataset.name=folder:{tmp_path}/pictures", "--config.dataset.storage=stream"]
+    words += [
+        "--config.dataset.num_workers=1",
+        "--config.dataset.train_split=train",
+        "--config.dataset.test_split=test",
+    ]
+    words += ["--config.augment=square_crop", "--config.mixup_alpha=0.2"]
+    codes = wait(start_training(tmp_path / "pair", *words))
+    assert codes == [0, 0], (tmp_path / "pair.0").read_text() + (tmp_path / "pair.1").read_text()
+    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    alone = run_command(*training(tmp_path / "alone"), *words, env=eight)
+    assert alone.returncode == 0, alone.stderr
+    for ours, theirs in zip(records(tmp_path / "pair"), records(tmp_path / "alone"), strict=True):
+        ours.pop("images_per_second", None), theirs.pop("images_per_second", None)
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_a_signal_to_one_of_them_stops_both_at_one_step(tmp_path):
+    pair = start_training(tmp_path / "run", "--config.num_steps=2000")
+    wait_for(tmp_path / "run/checkpoints/4", pair)
+    pair[1].send_signal(signal.SIGTERM)
+    assert wait(pair) == [0, 0]
+    text = (tmp_path / "run.0").read_text()
+    assert "stopped by SIGTERM; saved step" in text
+    step = int(text.split("saved step ")[1].split()[0])
+    assert step % 2 == 0
+    assert (tmp_path / f"run/checkpoints/{step}").is_dir()
+    assert records(tmp_path / "run")[-1]["step"] == step
+
+
+def test_a_process_that_fails_does_not_wait_for_the_other(tmp_path):
+    pair = start_training(tmp_path / "run", second=("--config.dataset.data_dir=/nowhere",))
+    try:
+        assert pair[1].wait(60) == 2
+    finally:
+        wait(pair[1:]), pair[0].kill(), pair[0].wait()
+    last = (tmp_path / "run.1").read_text().splitlines()[-1]
+    assert last == "error: dataset 'digits' does not read data_dir, got '/nowhere'; leave it empty"
+
+
+def test_create_job_refuses_processes_that_read_different_datasets(tmp_path):
+    pair = start_training(tmp_path / "run", second=("--config.dataset.train_split=train[:150]",))
+    assert wait(pair, 100) == [1, 1]
+    last, same = (text.splitlines()[-1] for text in read_both(tmp_path / "run"))
+    assert last == same
+    assert last.startswith("error: process 1 read 150 training and 44 test images of 10 classes (digest ")
+    assert "the first process read 160 training and 44 test images of 10 classes (digest " in last
+
+
+def test_a_peer_that_never_comes_is_one_line(tmp_path, run_command):
+    port = free_port()
+    for process_id in range(2):
+        flags = ("--coordinator", f"localhost:{port}", "--num_processes", 2, "--process_id", process_id)
+        result = run_command(*training(tmp_path), *flags, "--wait_seconds", 3)
+        assert result.returncode == 1
+        assert result.stderr.splitlines() == [
+            f"error: process {process_id} of 2 waited 3 seconds at localhost:{port}; "
+            "start all processes, with one --coordinator that each can reach"
+        ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("localhost:1234", None, None), "--coordinator, --num_processes and --process_id belong together"),
+        ((None, 2, 0), "belong together; give all three or none"),
+        (("localhost", 2, 0), "--coordinator is 'localhost'; expected HOST:PORT"),
+        (("localhost:http", 2, 0), "--coordinator is 'localhost:http'; expected HOST:PORT"),
+        (("localhost:1234", 2, 2), "--process_id is 2; expected 0 to 1 of 2 processes"),
+        (("localhost:1234", 2, -1), "--process_id is -1; expected 0 to 1 of 2 processes"),
+        (("localhost:1234", 0, 0), "--num_processes is 0; expected at least 1"),
+    ],
+)
+def test_flags_that_do_not_belong_together_are_refused(flags, message):
+    with pytest.raises(UsageError) as error, distributed.joined(*flags):
+        pass
+    assert message in str(error.value)
+
+
+FAIL = """
+import os, sys, time
+from vit_jax.runtime import distributed, watch
+from vit_jax.runtime.errors import UserError, run_command
+
+def fail(how):
+    import jax.numpy as jnp
+    if how == "out of memory":
+        jnp.ones(10**14).block_until_ready()  # 400 TB
+    if how == "bug":
+        raise KeyError("ours")
+    if how == "user error":
+        raise UserError("the disk is full")
+    if how == "kill":
+        os.kill(os.getpid(), 9)
+
+def main():
+    coordinator, count, how, which, process_id = sys.argv[1:]
+    watch.SILENT_SECONDS = 5
+    with distributed.joined(coordinator, int(count), int(process_id)):
+        distributed.largest(1)
+        if how == "late":
+            if process_id == which:
+                time.sleep(3)
+                raise UserError("the disk is full")
+            return 0
+        if process_id == which or which == "all":
+            fail(how)
+        distributed.largest(1)
+    return 0
+
+sys.exit(run_command(main))
+"""
+RESUME = "; rerun the same command to resume from the last checkpoint"
+
+
+def start_failing(log: Path, how: str, which: object) -> list[subprocess.Popen]:
+    """Starts two processes of which one, or "all", fail between two collective operations; logs standard error."""
+    arguments = ("-c", FAIL, f"localhost:{free_port()}", 2, how, which)
+    return start_two(log, *arguments, each=((0,), (1,)), stdout=subprocess.DEVNULL)
+
+
+def read_both(log: Path) -> list[str]:
+    return [log.with_suffix(f".{i}").read_text() for i in range(2)]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_joined_ends_all_processes_when_one_is_out_of_memory(tmp_path, which):
+    assert wait(start_failing(tmp_path / "log", "out of memory", which), 60) == [1, 1]
+    said = read_both(tmp_path / "log")
+    message = "RESOURCE_EXHAUSTED: Out of memory allocating 400000000000000 bytes."
+    assert said[which].startswith(f"error: {message} raise --config.accumulation_steps")
+    assert said[which].count("\n") == 1
+    assert said[1 - which] == f"error: process {which} of 2 failed: {message}{RESUME}\n"
+
+
+def test_joined_prints_the_traceback_of_a_bug_in_its_own_process_only(tmp_path):
+    assert wait(start_failing(tmp_path / "log", "bug", 1), 60) == [1, 1]
+    said = read_both(tmp_path / "log")
+    assert said[0] == f"error: process 1 of 2 failed: KeyError: 'ours'{RESUME}\n"
+    assert said[1].startswith("Traceback") and "in fail" in said[1]
+    assert said[1].endswith("KeyError: 'ours'\n")
+
+
+def test_joined_reports_in_each_process_an_error_that_all_have(tmp_path):
+    assert wait(start_failing(tmp_path / "log", "user error", "all"), 60) == [1, 1]
+    assert read_both(tmp_path / "log") == ["error: the disk is full\n"] * 2
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_joined_ends_a_process_that_waits_for_one_that_fails_late(tmp_path, which):
+    assert wait(start_failing(tmp_path / "log", "late", which), 60) == [1, 1]
+    said = read_both(tmp_path / "log")
+    assert said[which] == "error: the disk is full\n"
+    assert said[1 - which] == f"error: process {which} of 2 failed: the disk is full{RESUME}\n"
+
+
+def test_joined_ends_the_first_process_when_another_is_killed(tmp_path):
+    assert wait(start_failing(tmp_path / "log", "kill", 1), 60) == [1, -signal.SIGKILL]
+    assert read_both(tmp_path / "log")[0] == f"error: process 1 of 2 has not responded for 5 seconds{RESUME}\n"
+
+
+TALK = """
+import sys, time
+from vit_jax.runtime import distributed
+with distributed.joined():
+    import jax
+    me = jax.process_index()
+    largest = distributed.largest(7 + me)
+    texts = distributed.gather("grün"[:3 + me])
+    with distributed.first_one_first():
+        if me == 0:
+            time.sleep(1)
+        with open(sys.argv[1], "a") as file:
+            file.write(f"{me} of {jax.process_count()}, {largest}, {texts}\\n")
+"""
+
+
+def test_tasks_of_slurm_find_each_other(tmp_path):
+    """The variables that `srun --ntasks=2` gives its tasks."""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    env = tuple({**job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2))
+    said = tmp_path / "said"
+    pair = start_two(tmp_path / "log", "-c", TALK, said, env=env)
+    assert wait(pair, 100) == [0, 0]
+    assert said.read_text() == "0 of 2, 8, ['grü', 'grün']\n1 of 2, 8, ['grü', 'grün']\n"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"},  # a batch script, outside srun
+        {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},  # any pod
+    ],
+)
+def test_a_process_that_a_cluster_runs_alone_stays_alone(variables, run_command):
+    script = "from vit_jax import distributed\nwith distributed.joined():\n    import jax; print(jax.process_count())"
+    result = run_command("-c", script, env=variables)
+    assert (result.returncode, result.stdout) == (0, "1\n"), result.stderr
+
+
+def test_a_pod_without_jaxs_kubernetes_extra_is_told_what_to_do(tmp_path, run_command):
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+    result = run_command(*training(tmp_path), env=pod)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: process 1 of its job could not join")
+    assert "pip install 'jax[k8s]'" in last

@@ -1,0 +1,70 @@
+import argparse
+import io
+
+import jax.numpy as jnp
+import pytest
+
+from vit_jax.runtime.errors import UsageError, UserError, one_line, parse_arguments, run_command
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UsageError("--x is 3;\n  expected 4"), 2, "error: --x is 3; expected 4\n"),
+        (UserError("the file is damaged"), 1, "error: the file is damaged\n"),
+        (MemoryError("Unable to allocate 4 PiB"), 1, "error: out of memory: Unable to allocate 4 PiB\n"),
+        (PermissionError(13, "Permission denied", "a"), 1, "error: [Errno 13] Permission denied: 'a'\n"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from the last checkpoint\n"),
+    ],
+)
+def test_run_command_makes_one_line_and_an_exit_code(capsys, error, code, line):
+    assert run_command(raising(error)) == code
+    assert capsys.readouterr().err == line
+
+
+def test_run_command_prints_names_that_are_no_text(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert run_command(lambda: print("\udcff.png") or 0) == 0
+    stdout.flush()
+    assert stdout.buffer.getvalue() == b"\\udcff.png\n"
+
+
+def test_run_command_passes_the_code_of_a_command_that_ends_well():
+    assert run_command(lambda: 0) == 0
+
+
+def test_run_command_lets_our_own_bugs_through():
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 // 0)
+    with pytest.raises(RuntimeError, match="ours"):
+        run_command(raising(RuntimeError("ours")))
+
+
+def test_run_command_gives_advice_where_the_device_is_out_of_memory(capsys):
+    def main():
+        jnp.ones(10**14).block_until_ready()  # 400 TB
+        return 0
+
+    assert run_command(main) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: RESOURCE_EXHAUSTED") and "accumulation_steps" in line and line.count("\n") == 1
+
+
+def test_parse_arguments_makes_one_usage_error():
+    parser = argparse.ArgumentParser(prog="tool")
+    parser.add_argument("--number", type=int)
+    with pytest.raises(UsageError, match="argument --number: invalid int value: 'x' .see `tool --help`."):
+        parse_arguments(parser, ["--number", "x"])
+
+
+def test_one_line_joins_lines_and_never_is_empty():
+    assert one_line("a\n  b") == "a b"
+    assert one_line(KeyError()) == "KeyError"

@@ -1,0 +1,63 @@
+import os
+
+import pytest
+
+from vit_jax.runtime import resources
+
+GIB = 2**30
+
+
+def write_files(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+
+
+VERSION_2 = {
+    "proc/meminfo": "MemTotal: 99 kB\nMemAvailable:   16777216 kB",
+    "proc/self/cgroup": "0::/job/step",
+    "sys/fs/cgroup/job/memory.max": 4 * GIB,
+    "sys/fs/cgroup/job/memory.current": 3 * GIB,
+    "sys/fs/cgroup/job/memory.stat": f"anon 5\ninactive_file {GIB}",
+    "sys/fs/cgroup/job/cpu.max": "150000 100000",
+    "sys/fs/cgroup/job/step/memory.max": "max",
+    "sys/fs/cgroup/job/step/cpu.max": "max 100000",
+}
+VERSION_1 = {
+    "proc/meminfo": "MemAvailable:   16777216 kB",
+    "proc/self/cgroup": "5:cpu,cpuacct:/a\n4:memory:/docker/0123\n3:pids:/b",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": 4 * GIB,  # the path is the host's: the mount is the container's
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": 3 * GIB,
+    "sys/fs/cgroup/memory/memory.stat": f"total_inactive_file {GIB}",
+    "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": 150000,
+    "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": 100000,
+}
+
+
+@pytest.mark.parametrize("files", [VERSION_2, VERSION_1], ids=["version_2", "version_1"])
+def test_available_memory_and_cpus_obey_control_groups(tmp_path, monkeypatch, files):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    write_files(tmp_path, files)
+    assert resources.total_memory(tmp_path) == 4 * GIB
+    assert resources.available_memory(tmp_path) == 2 * GIB  # 4 - (3 - 1 of file cache)
+    assert resources.available_cpus(tmp_path) == 2  # 1.5, rounded up
+
+
+UNLIMITED = {
+    **VERSION_1,
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": 9223372036854771712,
+    "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": -1,
+}
+
+
+def test_available_memory_and_cpus_without_limits_are_those_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
+    write_files(tmp_path, UNLIMITED)
+    assert resources.available_memory(tmp_path) == 16 * GIB
+    assert resources.available_cpus(tmp_path) == 2
+
+
+def test_available_memory_and_cpus_are_known_without_proc(tmp_path):
+    assert resources.available_memory(tmp_path) == resources.total_memory(tmp_path) > 0
+    assert resources.available_cpus(tmp_path) >= 1

@@ -1,0 +1,88 @@
+import re
+
+import jax
+import pytest
+from conftest import set_keys
+
+from configs import digits
+from vit_jax.runtime import sharding
+from vit_jax.runtime.errors import UserError
+from vit_jax.training import dry_run
+
+
+def config_with(**changes):
+    config = digits.get_config("scratch")
+    config.model = dict(patch_size=4, hidden_size=64, num_layers=1, num_heads=4, mlp_dim=256)
+    config.eval_batch_size = 8
+    return set_keys(config, changes)
+
+
+@pytest.fixture
+def cost(monkeypatch):
+    """Config changes and a number of devices -> what the compiler says of the training step."""
+    measured = []
+    measure = dry_run.measure
+    monkeypatch.setattr(dry_run, "measure", lambda *args: measured.append(measure(*args)) or measured[-1])
+    create_mesh = sharding.create_mesh
+
+    def run(num_devices=1, **changes):
+        monkeypatch.setattr(sharding, "create_mesh", lambda **mesh: create_mesh(jax.devices()[:num_devices], **mesh))
+        measured.clear()
+        dry_run.dry_run(config_with(**changes))
+        return measured[0]
+
+    return run
+
+
+def test_arithmetic_is_that_of_the_layers(cost):
+    """Two FLOPs for each product's factor, three passes but in the first layer: no gradient of pictures."""
+    tokens, width, hidden = 17, 64, 256
+    block = 4 * tokens * width * width + 2 * tokens * tokens * width + 2 * tokens * width * hidden
+    embedding, head = 16 * 4 * 4 * 3 * width, width * 10
+    products = 3 * (block + head) + 2 * embedding
+    assert cost().flops == pytest.approx(2 * products, rel=0.2)  # the rest: norms, softmax, GELU, optimizer
+
+
+def test_what_saves_memory_is_seen(cost):
+    plain = cost(batch_size=64)
+    parts = cost(batch_size=64, accumulation_steps=4)
+    assert parts.temporaries < 0.6 * plain.temporaries
+    assert parts.flops == pytest.approx(plain.flops, rel=0.1)
+    again = cost(batch_size=64, remat="full")  # a CPU's compiler pays for it and saves nothing; see test_aot.py
+    assert 1.2 * plain.flops < again.flops < 1.5 * plain.flops
+    several = cost(num_devices=8, batch_size=64)
+    assert several.temporaries < 0.6 * plain.temporaries
+    assert several.flops == pytest.approx(plain.flops, rel=0.1)
+    shared = cost(num_devices=8, batch_size=64, **{"mesh.fsdp": 8})
+    kernels = 4 * 64 * 64 + 2 * 64 * 256  # of the attention and the MLP: all that is large enough to be shared
+    assert several.arguments - shared.arguments == 3 * 4 * kernels * 7 // 8  # with two moments, float32
+
+
+def test_a_run_that_does_not_fit_is_told_what_to_do(monkeypatch, capsys):
+    monkeypatch.setattr(sharding, "memory_of", lambda device: (2**20, "a device's figure"))
+    with pytest.raises(UserError) as error:
+        dry_run.dry_run(config_with(remat="dots"))
+    assert re.fullmatch(
+        r"the run needs 0\.\d\d GiB per device, there are 0.00 GiB: raise accumulation_steps \(now 1\), set remat to "
+        r"'full' \(now 'dots'\), share the parameters between devices with mesh.fsdp \(now 1\), or lower "
+        r"eval_batch_size \(now 8\)",
+        str(error.value),
+    )
+    assert "as the compiler for cpu says, jax" in capsys.readouterr().out
+
+
+def test_stored_features_are_counted_instead_of_pictures(capsys):
+    dry_run.dry_run(config_with(trainable="head"))
+    text = capsys.readouterr().out
+    assert "its features being stored" in text
+    assert "head/.*       2           650" in text
+
+
+def test_nothing_is_downloaded_or_left_behind(tmp_path, run_command):
+    command = ["train.py", "--config", "configs/cifar100.py", "--dry_run", "--workdir", tmp_path / "run"]
+    nowhere = {"VIT_JAX_CACHE": str(tmp_path / "cache"), "https_proxy": "http://localhost:9"}
+    result = run_command(*command, "--config.model.num_layers=1", "--config.batch_size=8", env=nowhere)
+    assert result.returncode == 0, result.stderr
+    assert "cifar100: 50,000 training and 10,000 test pictures of 32 × 32 pixels, 100 classes" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+    assert result.stderr == ""

@@ -1,0 +1,1 @@
+"""What every layer uses: errors, progress bars, files, downloads, processes, devices."""

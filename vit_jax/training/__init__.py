@@ -1,0 +1,1 @@
+"""Training: the optimizer, the jitted steps, checkpoints and metrics."""

@@ -1,0 +1,205 @@
+"""Which parameters train, the learning rate over the steps, and the chain of gradient transformations."""
+
+import re
+import warnings
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vit_jax.runtime.errors import UsageError
+from vit_jax.types import Params
+
+MODES: dict[str, tuple[str, ...]] = {
+    "full": (r".*",),
+    "head": (r"head/.*",),
+    "mlp": (r".*/MlpBlock_3/.*", r"head/.*"),
+    "attention": (r".*/MultiHeadDotProductAttention_1/.*", r"head/.*"),
+    "bias": (r".*/bias", r".*/scale", r"head/.*"),
+    "lora": (r"lora/.*", r"head/.*"),
+}
+"""What each mode trains: regular expressions that match a whole parameter path."""
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("cosine", "linear", "constant")
+DECAYED = ("all", "kernels")
+
+
+def trainable_patterns(trainable: str | Sequence[str]) -> tuple[str, ...]:
+    """A mode's name, or regular expressions, as regular expressions.
+
+    Raises:
+        UsageError: no such mode, not a text or texts, or not a regular expression.
+    """
+    if isinstance(trainable, str):
+        if trainable not in MODES:
+            raise UsageError(
+                f"config.trainable: no mode {trainable!r}; modes are {', '.join(MODES)}, "
+                "or give a tuple of regular expressions over parameter paths"
+            )
+        return MODES[trainable]
+    check_patterns(trainable, key="trainable")
+    return tuple(trainable)
+
+
+def check_patterns(patterns: Sequence[str], *, key: str) -> None:
+    """Raises UsageError for what is no regular expression; `key` of the config holds the patterns."""
+    for pattern in patterns:
+        try:
+            with warnings.catch_warnings(action="error", category=FutureWarning):  # "[[:alpha:]]" is not known here
+                re.compile(pattern)
+        except (re.error, TypeError, OverflowError, RecursionError, FutureWarning) as error:
+            raise UsageError(f"config.{key}: {pattern!r} is not a regular expression: {error}") from error
+
+
+def split_params(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
+    """Parts parameters into those that train and those that stay as they are.
+
+    Only the first part is differentiated and has optimizer state, so frozen leaves cost nothing and stay
+    bit-identical. (`optax.masked` alone would pass the other gradients through unchanged.)
+
+    Args:
+        params: nested dictionary.
+        patterns: regular expressions that match whole paths such as "head/kernel".
+
+    Returns:
+        (trainable, frozen): nested dictionaries; `merge_params` puts them together again.
+
+    Raises:
+        UsageError: a pattern matches no parameter, or there is none.
+    """
+    flat = flatten_dict(params, sep="/")
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, path) for path in flat):
+            raise UsageError(
+                f"config.trainable: {pattern!r} matches no parameter; paths look like {', '.join(list(flat)[-4:])}"
+            )
+    if not patterns:
+        raise UsageError("config.trainable is empty: name a mode or at least one regular expression")
+    chosen = {path for path in flat if any(re.fullmatch(pattern, path) for pattern in patterns)}
+    trainable = {path: leaf for path, leaf in flat.items() if path in chosen}
+    frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
+    return unflatten_dict(trainable, sep="/"), unflatten_dict(frozen, sep="/")
+
+
+def merge_params(trainable: Params, frozen: Params) -> Params:
+    """The inverse of `split_params`; of paths in both, the leaf of the first is taken."""
+    return unflatten_dict({**flatten_dict(frozen), **flatten_dict(trainable)})
+
+
+def describe_trainable(params: Params, patterns: Sequence[str]) -> str:
+    """A table: for each pattern the arrays and numbers it trains, then the total."""
+    sizes = {path: leaf.size for path, leaf in flatten_dict(params, sep="/").items()}
+    rows = [(p, [size for path, size in sizes.items() if re.fullmatch(p, path)]) for p in patterns]
+    chosen = [size for path, size in sizes.items() if any(re.fullmatch(p, path) for p in patterns)]
+    width = max(len("trains"), *(len(pattern) for pattern in patterns))
+    lines = [f"{'trains':<{width}}  {'arrays':>6}  {'parameters':>12}"]
+    lines += [f"{pattern:<{width}}  {len(hits):>6}  {sum(hits):>12,}" for pattern, hits in rows]
+    lines += [f"{'together':<{width}}  {len(chosen):>6}  {sum(chosen):>12,}  of {sum(sizes.values()):,}"]
+    return "\n".join(lines)
+
+
+def make_schedule(
+    name: str, *, learning_rate: float, warmup_steps: int, num_steps: int, hold_steps: int = 1
+) -> optax.Schedule:
+    """Returns the learning rate of update i, counted from 0.
+
+    `learning_rate * min(1, i / warmup_steps) * decay(p)` with p = (i - warmup_steps) / (num_steps - warmup_steps)
+    clipped to [0, 1]; decay is (1 + cos(pi * p)) / 2, 1 - p, or 1. The first update of a warmed-up run has rate 0.
+
+    Args:
+        name: "cosine", "linear" or "constant".
+        learning_rate: peak.
+        warmup_steps: updates until the peak; 0 starts there.
+        num_steps: updates until the end of the decay.
+        hold_steps: updates between two changes of the decay; the warm-up changes at every update.
+    """
+
+    def schedule(count: jax.Array) -> jax.Array:
+        warmup = jnp.minimum(1.0, count / warmup_steps) if warmup_steps else 1.0
+        held = count // hold_steps * hold_steps
+        progress = jnp.clip((held - warmup_steps) / max(1, num_steps - warmup_steps), 0.0, 1.0)
+        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        decay = {"cosine": cosine, "linear": 1.0 - progress, "constant": jnp.ones(())}[name]
+        return jnp.asarray(learning_rate * warmup * decay, jnp.result_type(float))
+
+    return schedule
+
+
+def create_optimizer(
+    name: str,
+    *,
+    schedule: optax.Schedule,
+    momentum: float = 0.9,
+    momentum_dtype: str = "float32",
+    weight_decay: float = 0.0,
+    decayed: str = "all",
+    clip_norm: float = 0.0,
+    layer_decay: float = 1.0,
+    num_layers: int = 0,
+) -> optax.GradientTransformation:
+    """The chain: clip, then L2, then momentum or Adam, then the learning rate, scaled layer by layer; or AdamW.
+
+    Args:
+        name: "sgd", "adam" (Kingma and Ba 2015) or "adamw".
+        schedule: count -> learning rate.
+        momentum: of sgd.
+        momentum_dtype: sgd's accumulator, "float32" or "bfloat16".
+        weight_decay: sgd, adam: added to the gradient (L2); adamw: decoupled (Loshchilov and Hutter 2019).
+        decayed: what the decay acts on: "all", or "kernels", which spares norms, biases, position embeddings and cls.
+        clip_norm: bound on the global norm of the gradient; 0 leaves it.
+        layer_decay: see `scale_by_layer`; 1 leaves the rates equal.
+        num_layers: encoder blocks of the model; needed where `layer_decay` is not 1.
+    """
+    mask = _kernels if decayed == "kernels" else None
+    chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    if weight_decay and name != "adamw":
+        chain.append(optax.add_decayed_weights(weight_decay, mask=mask))
+    chain.append(
+        {
+            "sgd": lambda: optax.sgd(schedule, momentum=momentum, accumulator_dtype=jnp.dtype(momentum_dtype)),
+            "adam": lambda: optax.adam(schedule),
+            "adamw": lambda: optax.adamw(schedule, weight_decay=weight_decay, mask=mask),
+        }[name]()
+    )
+    if layer_decay != 1.0:
+        chain.append(scale_by_layer(layer_decay, num_layers=num_layers))
+    return optax.chain(*chain)
+
+
+def scale_by_layer(layer_decay: float, *, num_layers: int) -> optax.GradientTransformation:
+    """Multiplies updates by `layer_decay ** (num_layers + 1 - layer)`: the deeper, the slower.
+
+    The embeddings, with a hybrid's ResNet, are layer 0, `encoderblock_i` is layer i + 1, and whatever comes after the
+    blocks is not slowed.
+
+    Args:
+        layer_decay: at most 1.
+        num_layers: encoder blocks.
+
+    Source:
+        Bao et al. 2022, "BEiT", appendix; Clark et al. 2020, "ELECTRA".
+    """
+
+    def layer(path: str) -> int:
+        block = re.search(r"encoderblock_(\d+)/", path)
+        if block:
+            return int(block[1]) + 1
+        first = re.search(r"(^|/)(cls|embedding|pos_embedding|conv_root|gn_root|block\d+)(/|$)", path)
+        return 0 if first else num_layers + 1
+
+    def scale(updates: Params) -> Params:
+        flat = flatten_dict(updates, sep="/")
+        return unflatten_dict(
+            {path: leaf * layer_decay ** (num_layers + 1 - layer(path)) for path, leaf in flat.items()}, sep="/"
+        )
+
+    return optax.stateless(lambda updates, params: scale(updates))
+
+
+def _kernels(params: Params) -> Params:
+    """True for the leaves that are matrices or kernels, the factors of low-rank adaptation among them."""
+    flat = flatten_dict(params)
+    return unflatten_dict({path: path[-1] == "kernel" or path[0] == "lora" for path in flat})

@@ -1,0 +1,1 @@
+"""Figures: arrays to arrays, arrays to figures, figures to a page."""
