@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     values = parse_flags(argv)
     from vit_jax.runtime import distributed
 
-    with distributed.joined(
+    with distributed.initialize_processes(
         values.coordinator, values.num_processes, values.process_id, wait_seconds=values.wait_seconds
     ):
         from vit_jax import report, trainer
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
             workdir = Path(values.workdir or default_workdir(values))
             results = trainer.train_and_evaluate(values.config, workdir)
             if results and values.report:
-                report.leave_report(workdir)
+                report.write_report_of_finished_run(workdir)
     return 0
 
 

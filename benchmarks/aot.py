@@ -130,7 +130,7 @@ def create_step(variant: str, *, data: int, fsdp: int, batch: int, num_layers: i
     config.batch_size = batch * num_devices
     model = build.create_model(config, None, num_classes=100)
     mesh = sharding.create_mesh(devices, data=data, fsdp=fsdp)
-    return program.create_program(config, model, mesh, num_pictures=50_000, picture_shape=(32, 32, 3))
+    return program.create_program(config, model, mesh, num_images=50_000, image_shape=(32, 32, 3))
 
 
 def count_collectives(text: str) -> dict[str, int]:

@@ -68,12 +68,12 @@ def make_evaluate(classifier: Classifier, images: np.ndarray) -> Callable[[], ob
     """What `evaluate` times: all pictures, which lie on the device, through the model, and the sums."""
     mesh = sharding.create_mesh()
     split = Split(images=images, labels=np.zeros(len(images), np.int32))
-    params = sharding.place(classifier.params, sharding.replicated(mesh))
-    forward = steps.from_pictures(
+    params = sharding.device_put(classifier.params, sharding.replicated(mesh))
+    forward = steps.image_forward(
         classifier.model,
         image_size=classifier.image_size,
-        mean=classifier.pixel_mean,
-        deviation=classifier.pixel_deviation,
+        mean=classifier.image_mean,
+        std=classifier.image_std,
     )
     evaluate = create_evaluate(forward, split, mesh, batch_size=256)
     return lambda: jax.block_until_ready(evaluate(params))

@@ -34,8 +34,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.dataset.num_workers = 0  # processes that decode what is streamed; 0: one per available processor
     config.image_size = 224  # pixels, square: what the model sees
     # Pixels are (pixel / 255 - mean) / deviation, in red, green, blue; these take them to [-1, 1].
-    config.pixel_mean = (0.5, 0.5, 0.5)
-    config.pixel_deviation = (0.5, 0.5, 0.5)
+    config.image_mean = (0.5, 0.5, 0.5)
+    config.image_std = (0.5, 0.5, 0.5)
     config.augment = "none"  # of training pictures: "none" | "flip" | "pad_crop" | "square_crop" | "inception"
     config.test_augment = "none"  # of test pictures; anything else is a mistake, to be able to show what it does
 

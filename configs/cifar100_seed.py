@@ -10,7 +10,7 @@ What it did otherwise than `cifar100.py`, and the option that sets it right alon
 
     test pictures are cropped and flipped at random         --config.test_augment=none
     pixels are normalized by CIFAR-100's statistics, while the file was made with [-1, 1]
-                               --config.pixel_mean='(0.5,0.5,0.5)' --config.pixel_deviation='(0.5,0.5,0.5)'
+                               --config.image_mean='(0.5,0.5,0.5)' --config.image_std='(0.5,0.5,0.5)'
     the cosine lasts 100 epochs whatever the run's length   --config.schedule_steps=0
     and moves once an epoch only                            --config.schedule_every_steps=1
     no warm-up                                              --config.warmup_steps=500
@@ -55,8 +55,8 @@ def get_config(arg: str = "full") -> ConfigDict:
     config.pretrained = "imagenet21k/ViT-B_16"
     config.dataset.name = "cifar100"
     config.image_size = 224
-    config.pixel_mean = (0.5071, 0.4867, 0.4408)
-    config.pixel_deviation = (0.2675, 0.2565, 0.2761)
+    config.image_mean = (0.5071, 0.4867, 0.4408)
+    config.image_std = (0.2675, 0.2565, 0.2761)
     config.augment = config.test_augment = "square_crop"
     config.trainable = trainable
     config.frozen_dropout = True

@@ -18,7 +18,7 @@ from configs import base, models
 _EPOCH = 156  # whole batches of 64 pictures
 MISTAKES = {
     "test_augment": {"test_augment": "square_crop"},
-    "pixels": {"pixel_mean": (0.4914, 0.4822, 0.4465), "pixel_deviation": (0.247, 0.2435, 0.2616)},
+    "pixels": {"image_mean": (0.4914, 0.4822, 0.4465), "image_std": (0.247, 0.2435, 0.2616)},
     "schedule": {"schedule_steps": 100 * _EPOCH, "schedule_every_steps": _EPOCH},
     "warmup": {"warmup_steps": 0},
     "clip": {"optimizer.clip_norm": 0.0},

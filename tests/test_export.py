@@ -54,7 +54,7 @@ def logits_of(source, images):
     [
         ("image_size", 20, r"image_size 20 \(parameters: 16\)"),
         ("image_size", "16", "image_size is '16'; expected a whole number"),
-        ("pixel_mean", [127, 127, 127], r"pixel_mean is \[127, 127, 127\]; expected three numbers from 0 to 1"),
+        ("image_mean", [127, 127, 127], r"image_mean is \[127, 127, 127\]; expected three numbers from 0 to 1"),
         ("class_names", ["0"] * 9, r"number of class_names 9 \(parameters: 10\)"),
         ("class_names", None, "class_names is None; expected a list of texts"),
         ("architecture", "vgg", "architecture is 'vgg'; expected one of vit"),
@@ -83,7 +83,7 @@ def test_what_is_loaded_again_is_the_run_to_the_bit(workdir, exported, images, n
         np.testing.assert_array_equal(leaf, theirs[key])
     np.testing.assert_array_equal(run.logits(images), loaded.logits(images))
     assert loaded.class_names == run.class_names and loaded.image_size == 16
-    assert (loaded.pixel_mean, loaded.pixel_deviation) == (run.pixel_mean, run.pixel_deviation)
+    assert (loaded.image_mean, loaded.image_std) == (run.image_mean, run.image_std)
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +172,9 @@ def test_an_npz_has_the_keys_of_the_released_layout_and_starts_another_run(workd
 
 
 def test_averages_are_exported_unless_asked_otherwise(workdir, exported, images, tmp_path):
-    words = ["--workdir", str(workdir), "--format", "npz", "--no_averages", "--out", str(tmp_path / "raw.npz")]
+    words = ["--workdir", str(workdir), "--format", "npz", "--no_ema", "--out", str(tmp_path / "raw.npz")]
     assert export.main(words) == 0
-    raw = trainer.load_run(workdir, averages=False)
+    raw = trainer.load_run(workdir, use_ema=False)
     np.testing.assert_array_equal(logits_of(tmp_path / "raw.npz", images), raw.logits(images))
     assert np.abs(raw.logits(images) - logits_of(exported / "npz", images)).max() > 1e-3
 

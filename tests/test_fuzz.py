@@ -87,8 +87,8 @@ def about() -> dict:
         "architecture": "vit",
         "model": {**SIZES, "num_classes": 3},
         "image_size": 16,
-        "pixel_mean": [0.5, 0.5, 0.5],
-        "pixel_deviation": [0.5, 0.5, 0.5],
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
         "class_names": ["cat", "dog", "fox"],
     }
 
@@ -510,7 +510,7 @@ architecture dtype augment test_augment features optimizer.name optimizer.moment
 remat
 """
 TEXT = "pretrained dataset.name dataset.data_dir dataset.train_split dataset.test_split"
-TUPLE = "pixel_mean pixel_deviation trainable lora.targets dataset.classes"
+TUPLE = "image_mean image_std trainable lora.targets dataset.classes"
 FLAG = "frozen_dropout"
 NINES = "9" * 30
 # Words apart by blanks; what holds blanks or is made stands behind.

@@ -267,6 +267,6 @@ def test_evaluate_run_gives_what_the_run_logged(whole, name):
     folder = whole(name)[0]
     expected = {"step": 13, **trainer.evaluate_run(trainer.load_run(folder))}
     if "ema_decay" in RUNS[name]:
-        expected |= trainer.evaluate_run(trainer.load_run(folder, averages=False), prefix="test_raw")
+        expected |= trainer.evaluate_run(trainer.load_run(folder, use_ema=False), prefix="test_raw")
         assert expected["test/loss"] != pytest.approx(expected["test_raw/loss"], abs=1e-4)
     assert records(folder)[-1] == pytest.approx(expected, rel=1e-5)

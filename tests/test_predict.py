@@ -164,5 +164,5 @@ def test_every_way_to_predict_sees_the_same_pixels(tmp_path, size):
         results = evaluate.evaluate_split(classifier, split, batch_size=4)
         assert results["test/loss"] == pytest.approx(expected, abs=1e-4)
     exported = [np.asarray(Image.open(path).resize((32, 32), Image.Resampling.BILINEAR), int) for path in paths]
-    decoded = [np.asarray(data.decode_picture(path, size=(32, 32)), int) for path in paths]
+    decoded = [np.asarray(data.decode_image(path, size=(32, 32)), int) for path in paths]
     assert np.abs(np.stack(exported) - np.stack(decoded)).max() <= 1  # Hugging Face's preprocessor resizes in one call

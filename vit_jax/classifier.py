@@ -25,16 +25,16 @@ class Classifier:
         params: of the model: its whole tree.
         class_names: `class_names[i]` names column i of the logits; "0", "1", … where a file does not say.
         image_size: pixels, square, that the model sees.
-        pixel_mean: of the channels, from 0 to 1.
-        pixel_deviation: of the channels, on the same scale.
+        image_mean: of the channels, from 0 to 1.
+        image_std: of the channels, on the same scale.
     """
 
     model: Any
     params: Params
     class_names: tuple[str, ...]
     image_size: int
-    pixel_mean: tuple[float, ...]
-    pixel_deviation: tuple[float, ...]
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
 
     def predict(self, images: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
         """Probabilities of the classes.
@@ -66,14 +66,12 @@ class Classifier:
     def forward(self, params: Params, images: jax.Array) -> jax.Array:
         """The whole way as a pure function: uint8 [b h w 3] -> float32 [b classes] before the softmax."""
         keys = jnp.zeros((images.shape[0], 2), jnp.uint32)  # nothing is drawn
-        inputs = preprocess.prepare(
-            keys, images, image_size=self.image_size, mean=self.pixel_mean, deviation=self.pixel_deviation
-        )
+        inputs = preprocess.prepare(keys, images, image_size=self.image_size, mean=self.image_mean, std=self.image_std)
         return self.model.apply({"params": params}, inputs).astype(jnp.float32)
 
-    def round_up(self, batch_size: int, num_pictures: int) -> int:
+    def round_up(self, batch_size: int, num_images: int) -> int:
         """`batch_size`, or fewer where there are fewer pictures, as a multiple of the devices."""
-        return sharding.round_up(batch_size, max(1, num_pictures), self._mesh)
+        return sharding.pad_to_devices(batch_size, max(1, num_images), self._mesh)
 
     def start(self, images: np.ndarray, batch_size: int) -> jax.Array:
         """Begins a batch and does not wait: pictures, up to `batch_size` of them -> float32 [batch_size classes].
@@ -81,7 +79,7 @@ class Classifier:
         Missing pictures are black; `batch_size` is a multiple of the devices.
         """
         missing = [(0, batch_size - len(images)), *[(0, 0)] * 3]
-        batch = jax.device_put(np.pad(images, missing), sharding.over_batch(self._mesh))
+        batch = jax.device_put(np.pad(images, missing), sharding.batch_sharding(self._mesh))
         return self._forward(self._placed, batch)
 
     @functools.cached_property
@@ -122,7 +120,7 @@ def load_exported(name_or_path: str) -> Classifier:
         raise UserError(f"{name_or_path}: {error}") from error
 
 
-def check_head(classifier: Classifier, name: str) -> None:
+def require_trained_head(classifier: Classifier, name: str) -> None:
     """Raises UserError where a head is of zeros, as in the files of ImageNet-21k: `name` is whose it is."""
     if not np.any(np.asarray(classifier.params["head"]["kernel"])):
         raise UserError(f"{name} has a head of zeros, which says nothing; fine-tune the model first")
@@ -135,6 +133,6 @@ def fields(model: Any, params: Params, about: dict[str, Any]) -> dict[str, Any]:
         "params": params,
         "class_names": tuple(about["class_names"]),
         "image_size": about["image_size"],
-        "pixel_mean": tuple(about["pixel_mean"]),
-        "pixel_deviation": tuple(about["pixel_deviation"]),
+        "image_mean": tuple(about["image_mean"]),
+        "image_std": tuple(about["image_std"]),
     }

@@ -98,8 +98,8 @@ def _test_settings(config: Any) -> dict[str, str]:
     data_dir = config.dataset.data_dir
     values = (
         str(config.image_size),
-        ", ".join(f"{mean:g}" for mean in config.pixel_mean),
-        ", ".join(f"{std:g}" for std in config.pixel_deviation),
+        ", ".join(f"{mean:g}" for mean in config.image_mean),
+        ", ".join(f"{std:g}" for std in config.image_std),
         config.test_augment,
         str(Path(data_dir).resolve()) if data_dir else "default",
     )

@@ -12,7 +12,7 @@ from vit_jax import models
 from vit_jax.data import preprocess
 from vit_jax.runtime.errors import UsageError, UserError, one_line
 from vit_jax.training import optim
-from vit_jax.training.writer import write_beside
+from vit_jax.training.writer import write_atomically
 
 _LARGEST_WHOLE = 2**31 - 1
 """Steps and the like are 32 bits wide on the device."""
@@ -64,8 +64,8 @@ _RULES = {
     "dataset.storage": _one_of("auto", "memory", "stream"),
     "dataset.num_workers": _whole(0, 1024),
     "image_size": _whole(1, 16_384),
-    "pixel_mean": _Rule((tuple, list), "three numbers from 0 to 1", _are_shares),
-    "pixel_deviation": _Rule(
+    "image_mean": _Rule((tuple, list), "three numbers from 0 to 1", _are_shares),
+    "image_std": _Rule(
         (tuple, list), "three numbers above 0, at most 1", lambda value: _are_shares(value) and min(value) > 0
     ),
     "augment": _one_of(*preprocess.AUGMENTATIONS),
@@ -192,7 +192,7 @@ def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | Non
 
 def save_config(config: ConfigDict, workdir: Path) -> None:
     """Writes `workdir/config.json`."""
-    write_beside(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+    write_atomically(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def load_config(workdir: Path, *, saved: dict[str, Any] | None = None) -> ConfigDict:

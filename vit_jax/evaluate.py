@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         test = trainer.load_test_dataset(run).test
         facts, results = {"step": run.step}, trainer.evaluate_run(run, test=test)
         if run.config.ema_decay:
-            raw = trainer.load_run(arguments.workdir, step=run.step, averages=False)
+            raw = trainer.load_run(arguments.workdir, step=run.step, use_ema=False)
             results |= trainer.evaluate_run(raw, test=test, prefix="test_raw")
     else:
         facts, results = evaluate_on_dataset(arguments)
@@ -73,18 +73,18 @@ def evaluate_on_dataset(arguments: argparse.Namespace) -> tuple[dict[str, int], 
 
     import vit_jax
     from vit_jax import data, trainer
-    from vit_jax.classifier import check_head
+    from vit_jax.classifier import require_trained_head
     from vit_jax.runtime import sharding
 
     workdir = arguments.workdir
     model: Any = trainer.load_run(workdir, step=arguments.step) if is_run(workdir) else vit_jax.load(workdir)
-    check_head(model, workdir)
+    require_trained_head(model, workdir)
     test, class_names = data.load_split(
         arguments.dataset,
         data_dir=arguments.data_dir or "",
         split=arguments.test_split or "test",
         image_size=model.image_size,
-        device_bytes=sharding.memory_of(jax.local_devices()[0])[0],
+        device_bytes=sharding.device_memory(jax.local_devices()[0])[0],
     )
     columns = match_classes(class_names, model.class_names)
     results = evaluate_split(
@@ -133,12 +133,12 @@ def evaluate_split(classifier: Any, split: Split, *, batch_size: int) -> dict[st
     from vit_jax.training.job import create_evaluate
 
     mesh = sharding.create_mesh()
-    params = sharding.place(classifier.params, sharding.replicated(mesh))
-    forward = steps.from_pictures(
+    params = sharding.device_put(classifier.params, sharding.replicated(mesh))
+    forward = steps.image_forward(
         classifier.model,
         image_size=classifier.image_size,
-        mean=classifier.pixel_mean,
-        deviation=classifier.pixel_deviation,
+        mean=classifier.image_mean,
+        std=classifier.image_std,
     )
     evaluate = create_evaluate(forward, split, mesh, batch_size=batch_size)
     return metrics.means(trainer.fetch(evaluate(params)))

@@ -20,9 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--format", required=True, choices=sorted(FORMATS), help="of what is written")
     parser.add_argument("--out", required=True, help="a file for npz, a new folder for the others")
     parser.add_argument("--step", type=int, help="which checkpoint; the latest unless given")
-    parser.add_argument(
-        "--no_averages", action="store_true", help="the parameters themselves, where averages were kept"
-    )
+    parser.add_argument("--no_ema", action="store_true", help="the parameters themselves, where averages were kept")
     arguments = parse_arguments(parser, argv)
     out = Path(arguments.out)
     if out.exists():
@@ -32,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from vit_jax import trainer
 
-    run = trainer.load_run(arguments.workdir, step=arguments.step, averages=not arguments.no_averages)
+    run = trainer.load_run(arguments.workdir, step=arguments.step, use_ema=not arguments.no_ema)
     FORMATS[arguments.format](run, out)
     print(out)
     return 0

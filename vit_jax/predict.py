@@ -33,10 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     paths = list_pictures(arguments.pictures)
 
     import vit_jax
-    from vit_jax.classifier import check_head
+    from vit_jax.classifier import require_trained_head
 
     classifier = vit_jax.load(arguments.workdir)
-    check_head(classifier, arguments.workdir)
+    require_trained_head(classifier, arguments.workdir)
     num_failed = 0
     for path, answer in predict_files(classifier, paths):
         if isinstance(answer, UserError):
@@ -65,7 +65,7 @@ def list_pictures(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: a folder or pattern has no picture.
     """
-    from vit_jax.data import PICTURE_SUFFIXES
+    from vit_jax.data import IMAGE_SUFFIXES
 
     paths: list[str] = []
     for word in words:
@@ -74,11 +74,11 @@ def list_pictures(words: Sequence[str]) -> list[str]:
             found = [line for line in sys.stdin.read().splitlines() if line]
         elif os.path.isdir(word):
             files = sorted(Path(word).rglob("*"))
-            found = [str(path) for path in files if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()]
+            found = [str(path) for path in files if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
         elif not os.path.exists(word) and glob.has_magic(word):
             found = sorted(glob.glob(word, recursive=True))
         if not found:
-            raise UserError(f"{word} names no picture; expected files such as {', '.join(PICTURE_SUFFIXES)}")
+            raise UserError(f"{word} names no picture; expected files such as {', '.join(IMAGE_SUFFIXES)}")
         paths += found
     return paths
 
@@ -94,7 +94,7 @@ def predict_files(classifier: Any, paths: Sequence[str]) -> Iterator[tuple[str, 
         (path, float32 [classes] of probabilities), or (path, why it could not be read), in the order of `paths`.
     """
     from vit_jax.classifier import softmax
-    from vit_jax.data import decode_picture
+    from vit_jax.data import decode_image
     from vit_jax.runtime import resources
     from vit_jax.runtime.progress import progress_bar
 
@@ -103,7 +103,7 @@ def predict_files(classifier: Any, paths: Sequence[str]) -> Iterator[tuple[str, 
 
     def decode(path: str) -> np.ndarray | UserError:
         try:
-            return np.asarray(decode_picture(Path(path), size=size))
+            return np.asarray(decode_image(Path(path), size=size))
         except UserError as error:
             return error
 

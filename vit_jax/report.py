@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def leave_report(workdir: Path) -> None:
+def write_report_of_finished_run(workdir: Path) -> None:
     """Writes the page of a run that has just finished, unless it is there, and prints its place.
 
     Several processes are told the command instead: it needs one alone.
@@ -89,7 +89,7 @@ def write_report(workdir: Path, *, data_dir: str | None = None) -> Path:
     _, results = writer.read_results(workdir, run.step)
     figures = visualize.draw_all(run, workdir, pictures=[], num_images=8, layer=None, head=None)
     pictures = [(name, _png(figure)) for name, figure in figures]
-    writer.write_beside(workdir / "report.html", format_page(workdir.name, run, results, pictures))
+    writer.write_atomically(workdir / "report.html", format_page(workdir.name, run, results, pictures))
     return workdir / "report.html"
 
 

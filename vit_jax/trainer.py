@@ -47,7 +47,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
     workdir = Path(workdir)
     settings.check_config(config)
     check_writable(workdir)
-    with lock_workdir(workdir) if distributed.is_first() else contextlib.nullcontext():
+    with lock_workdir(workdir) if distributed.is_main_process() else contextlib.nullcontext():
         return _train_and_evaluate(config, workdir)
 
 
@@ -57,7 +57,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, float]:
     about = {} if restored_step is None else checkpoint.read_about(workdir)
     if restored_step is not None or (workdir / "config.json").exists():
         settings.check_same(config, workdir, saved=about.get("config"))
-    distributed.wait_for_all("every process has seen where the run stands")
+    distributed.sync_processes("every process has seen where the run stands")
     if restored_step == config.num_steps:
         return summarize(config, workdir)
     read_records(workdir / "metrics.jsonl")  # raises here, before compilation, if a line is damaged
@@ -69,14 +69,14 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, float]:
         if restored_step is not None:
             print(f"going on from step {restored_step}")
             state = checkpoint.restore(checkpoints, state, restored_step)
-        if distributed.is_first():
+        if distributed.is_main_process():
             settings.save_config(config, workdir)
         train_steps = job.compile_train_steps()
         step = restored_step or 0
         arrays, evaluate = job.open_arrays(state, step=step)
         permutation = job.program.permute(state)
 
-        silent = not distributed.is_first()
+        silent = not distributed.is_main_process()
         with (
             contextlib.closing(arrays),
             Writer(workdir, step=step, num_steps=config.num_steps, silent=silent) as writer,
@@ -108,7 +108,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, float]:
                     writer.start_clock(step)
                 if stopping and not last:
                     checkpoint.finish(checkpoints)
-                    return say_stopped(signal.Signals(stopping), step, workdir)
+                    return report_interruption(signal.Signals(stopping), step, workdir)
             if config.num_steps == 0:
                 results = means_of(fetch(evaluate(state)))
                 writer.log_evaluation(0, results)
@@ -157,13 +157,13 @@ class Run(Classifier):
     about: dict[str, Any]
 
 
-def load_run(workdir: str | Path, *, step: int | None = None, averages: bool = True) -> Run:
+def load_run(workdir: str | Path, *, step: int | None = None, use_ema: bool = True) -> Run:
     """Reads config, model and parameters of a run from its folder alone.
 
     Args:
         workdir: of the run.
         step: which checkpoint; None takes the latest.
-        averages: whether averages of parameters, where the run kept them, stand in for what they average.
+        use_ema: whether averages of parameters, where the run kept them, stand in for what they average.
 
     Raises:
         UserError: no run there, no such checkpoint, or a damaged one.
@@ -176,9 +176,9 @@ def load_run(workdir: str | Path, *, step: int | None = None, averages: bool = T
         there = sorted(checkpoints.all_steps())
         if step not in there:
             raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, there))}")
-        params, about = checkpoint.restore_params(checkpoints, step, sharding.replicated(mesh), averages=averages)
+        params, about = checkpoint.restore_params(checkpoints, step, sharding.replicated(mesh), use_ema=use_ema)
     config = settings.load_config(workdir, saved=about.pop("config", None))  # out of `about`, which exports write
-    params = lora.merge_factors(params, alpha=config.lora.alpha)
+    params = lora.merge_lora_weights(params, alpha=config.lora.alpha)
     about = {"dtype": config.dtype} | about  # not in checkpoints of older versions
     model = build.rebuild_model(about, params)
     return Run(**classifier.fields(model, params, about), config=config, step=step, mesh=mesh, about=about)
@@ -196,7 +196,7 @@ def evaluate_run(run: Run, *, test: Split | None = None, prefix: str = "test") -
         UserError: the dataset cannot be read, or its classes are not those of the run.
     """
     test = load_test_dataset(run).test if test is None else test
-    forward = steps.from_pictures(run.model, **test_options(run.config, in_memory=test.in_memory))
+    forward = steps.image_forward(run.model, **test_options(run.config, in_memory=test.in_memory))
     test = dataclasses.replace(test, images=crop_on_host(run.config, test.images, run.config.test_augment))
     evaluate = create_evaluate(forward, test, run.mesh, batch_size=run.config.eval_batch_size)
     return metrics.means(fetch(evaluate(run.params)), prefix=prefix)
@@ -225,12 +225,12 @@ def predict(run: Run, images: np.ndarray) -> np.ndarray:
 
     Args:
         run: of `load_run`.
-        images: uint8 [n h w 3], or `data.Encoded`.
+        images: uint8 [n h w 3], or `data.EncodedImages`.
 
     Returns:
         float32 [n classes]: probabilities.
     """
-    forward = steps.from_pictures(run.model, **test_options(run.config, in_memory=isinstance(images, np.ndarray)))
+    forward = steps.image_forward(run.model, **test_options(run.config, in_memory=isinstance(images, np.ndarray)))
     logits = features.apply_to_all(
         run.model,
         run.params,
@@ -268,7 +268,7 @@ def stop_asked(signals: list[signal.Signals], *, now: bool) -> int:
     number = int(signals[0]) if signals else 0  # one may come at any moment: read once a step
     if jax.process_count() == 1:
         return number
-    return distributed.largest(number) if now else 0
+    return distributed.process_max(number) if now else 0
 
 
 def stop_if_nonfinite(nonfinite_step: int, saved_step: int | None) -> None:
@@ -281,7 +281,7 @@ def stop_if_nonfinite(nonfinite_step: int, saved_step: int | None) -> None:
         )
 
 
-def say_stopped(number: signal.Signals, step: int, workdir: Path) -> dict[str, float]:
+def report_interruption(number: signal.Signals, step: int, workdir: Path) -> dict[str, float]:
     """Says what a signal led to; SIGTERM is a wish fulfilled, Ctrl-C goes on as KeyboardInterrupt."""
     print(f"stopped by {number.name}; saved step {step} in {workdir}: the same command goes on from there")
     if number == signal.SIGINT:
@@ -335,7 +335,7 @@ def summarize(config: ConfigDict, workdir: Path) -> dict[str, float]:
     Raises:
         UserError: metrics.jsonl is missing or damaged.
     """
-    if not distributed.is_first():
+    if not distributed.is_main_process():
         return {}
     from vit_jax.visualization import plotting  # matplotlib takes long to import, and who only loads a run needs none
 

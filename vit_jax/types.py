@@ -17,7 +17,7 @@ class Split:
     """Pictures of one split.
 
     Attributes:
-        images: uint8 [n h w 3], RGB, in host memory; or what reads like it and decodes files (`data.Encoded`).
+        images: uint8 [n h w 3], RGB, in host memory; or what reads like it and decodes files (`data.EncodedImages`).
         labels: int32 [n], indices into the dataset's class names.
         ids: uint64 [n], the same in memory and streamed: hashes of the file names relative to the split's directory, or
             the record numbers of TFDS; None for a dataset that is always read whole.

@@ -73,7 +73,7 @@ def read_picture(path: str, image_size: int) -> np.ndarray:
     """A picture file as uint8 [image_size image_size 3]."""
     from vit_jax import data
 
-    return np.asarray(data.decode_picture(Path(path), size=(image_size, image_size)))
+    return np.asarray(data.decode_image(Path(path), size=(image_size, image_size)))
 
 
 def draw_all(
@@ -123,10 +123,10 @@ def draw_all(
     accuracy = np.trace(counts) / counts.sum()
     title = f"{workdir.name}: {accuracy:.2%} of {len(test):,} test pictures are right"
     yield "confusion", plotting.plot_confusion(counts, analysis.most_confused(counts), names, title=title)
-    wrong = analysis.surest_mistakes(probabilities, test.labels)
+    wrong = analysis.most_confident_errors(probabilities, test.labels)
     yield (
         "mistakes",
-        plotting.plot_mistakes(
+        plotting.plot_errors(
             test.images[wrong],
             [names[label] for label in test.labels[wrong]],
             [names[prediction] for prediction in predictions[wrong]],
@@ -145,7 +145,7 @@ def draw_all(
         pictures = [(names[test.labels[i]], test.images[i]) for i in chosen]
         images, said = np.stack([image for _, image in pictures]), predictions[chosen]
     titles = [f"{Path(name).name}\nsays {names[i]}" for (name, _), i in zip(pictures, said, strict=True)]
-    forward = steps.from_pictures(run.model, **{**test_options(run.config), "test_augment": "none"})
+    forward = steps.image_forward(run.model, **{**test_options(run.config), "test_augment": "none"})
     inputs = forward.prepare(jnp.zeros((len(images), 2), jnp.uint32), jnp.asarray(images))  # keys that draw nothing
     weights = analysis.attention_weights(run.model, run.params, inputs)  # [l b k n n]
     class_token = run.model.pool == "cls"

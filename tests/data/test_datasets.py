@@ -80,9 +80,9 @@ def archive(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     """Two classes, cat and dog: two pictures each to train on, one each to test on; red is 10 * class + number."""
-    for split, num_pictures in {"train": 2, "test": 1}.items():
+    for split, num_images in {"train": 2, "test": 1}.items():
         for label, name in enumerate(["cat", "dog"]):
-            for i in range(num_pictures):
+            for i in range(num_images):
                 write_picture(tmp_path / "pets" / split / name / f"{i}.png", color=(10 * label + i, 0, 0))
     return tmp_path / "pets"
 
@@ -502,9 +502,9 @@ def test_pictures_that_are_decoded_later_read_like_an_array(folder):
 def test_a_box_of_a_picture_is_cut_out_and_resized(tmp_path):
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    cut = pictures.decode_picture(tmp_path / "a.png", size=(2, 2), sample_box=lambda height, width: (1, 2, 2, 2))
+    cut = pictures.decode_image(tmp_path / "a.png", size=(2, 2), sample_box=lambda height, width: (1, 2, 2, 2))
     np.testing.assert_array_equal(cut, pixels[1:3, 2:4])
-    shifted = pictures.decode_picture(
+    shifted = pictures.decode_image(
         tmp_path / "a.png", size=(4, 4), sample_box=lambda height, width: (-1, 2, 4, 4), margin_color=(9, 8, 7)
     )
     np.testing.assert_array_equal(np.asarray(shifted)[1:, :2], pixels[:3, 2:])
@@ -525,8 +525,8 @@ def test_a_box_of_a_large_jpeg_or_a_turned_one_is_cut_where_it_lies(tmp_path):
         sizes.append((height, width))
         return 0, width / 2, height, width / 2
 
-    assert np.asarray(pictures.decode_picture(tmp_path / "a.jpg", size=(8, 8), sample_box=right_half)).max() < 10
-    turned = np.asarray(pictures.decode_picture(tmp_path / "turned.jpg", size=(8, 8), sample_box=right_half))
+    assert np.asarray(pictures.decode_image(tmp_path / "a.jpg", size=(8, 8), sample_box=right_half)).max() < 10
+    turned = np.asarray(pictures.decode_image(tmp_path / "turned.jpg", size=(8, 8), sample_box=right_half))
     assert turned[:3].min() > 190 and turned[5:].max() < 10
     assert sizes == [(400, 800), (800, 400)]
 
@@ -557,7 +557,7 @@ def test_folder_shows_progress_where_it_takes_long_only(folder, monkeypatch, cap
     ],
 )
 def test_decode_picture_turns_any_mode_into_rgb(tmp_path, mode, color, rgb):
-    picture = data.decode_picture(write_picture(tmp_path / "0.png", mode=mode, color=color))
+    picture = data.decode_image(write_picture(tmp_path / "0.png", mode=mode, color=color))
     assert picture.mode == "RGB"
     assert np.asarray(picture)[0, 0].tolist() == rgb
 
@@ -567,12 +567,12 @@ def test_decode_picture_reads_a_palette_with_transparency(tmp_path):
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
     image.save(tmp_path / "0.png", transparency=bytes([255, 0]))
-    assert np.asarray(data.decode_picture(tmp_path / "0.png")).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    assert np.asarray(data.decode_image(tmp_path / "0.png")).tolist() == [[[10, 20, 30], [255, 255, 255]]]
 
 
 def test_decode_picture_reads_cmyk(tmp_path):
     path = write_picture(tmp_path / "0.jpg", mode="CMYK", color=(0, 0, 0, 0))
-    assert np.asarray(data.decode_picture(path))[0, 0].tolist() == [255, 255, 255]
+    assert np.asarray(data.decode_image(path))[0, 0].tolist() == [255, 255, 255]
 
 
 def test_decode_picture_turns_it_upright(tmp_path):
@@ -581,41 +581,41 @@ def test_decode_picture_turns_it_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise: black above white
     image.save(tmp_path / "0.png", exif=exif)
-    assert np.asarray(data.decode_picture(tmp_path / "0.png"))[..., 0].tolist() == [[0], [255]]
+    assert np.asarray(data.decode_image(tmp_path / "0.png"))[..., 0].tolist() == [[0], [255]]
 
 
 def test_decode_picture_reads_an_open_file():
     file = io.BytesIO()
     Image.new("RGB", (2, 3)).save(file, "png")
     file.seek(0)
-    assert data.decode_picture(file).size == (2, 3)
+    assert data.decode_image(file).size == (2, 3)
 
 
 def test_decode_picture_averages_when_it_shrinks(tmp_path):
     checkered = np.indices((64, 64)).sum(axis=0) % 2 * 255
     Image.fromarray(checkered.astype(np.uint8)).save(tmp_path / "0.png")
-    pixels = np.asarray(data.decode_picture(tmp_path / "0.png", size=(4, 4)))
+    pixels = np.asarray(data.decode_image(tmp_path / "0.png", size=(4, 4)))
     np.testing.assert_allclose(pixels[1:3, 1:3], 127.5, atol=2)
 
 
 def test_decode_picture_shrinks_a_big_jpeg_as_without_shortcut(tmp_path):
     ramp = np.linspace(0, 255, 1024).astype(np.uint8)
     Image.fromarray(np.tile(ramp, (1024, 1))).save(tmp_path / "0.jpg", quality=95)
-    direct = data.decode_picture(tmp_path / "0.jpg").resize((16, 16), Image.Resampling.BILINEAR)
-    pixels = np.asarray(data.decode_picture(tmp_path / "0.jpg", size=(16, 16)))
+    direct = data.decode_image(tmp_path / "0.jpg").resize((16, 16), Image.Resampling.BILINEAR)
+    pixels = np.asarray(data.decode_image(tmp_path / "0.jpg", size=(16, 16)))
     np.testing.assert_allclose(pixels.astype(int), np.asarray(direct), atol=2)
 
 
 def test_decode_picture_names_a_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"0.png: no such file"):
-        data.decode_picture(tmp_path / "0.png")
+        data.decode_image(tmp_path / "0.png")
 
 
 def test_decode_picture_names_a_truncated_file(tmp_path):
     path = write_picture(tmp_path / "0.jpg", size=(64, 64))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"0.jpg cannot be decoded \(.*[Tt]runcated.*\); replace or remove it"):
-        data.decode_picture(path)
+        data.decode_image(path)
 
 
 # TFDS
@@ -656,8 +656,8 @@ PREPARE = """
         def _split_generators(self, download_manager):
             return {"train": self._generate_examples(4), "test": self._generate_examples(2)}
 
-        def _generate_examples(self, num_pictures):
-            for i in range(num_pictures):
+        def _generate_examples(self, num_images):
+            for i in range(num_images):
                 file = io.BytesIO()
                 Image.new("RGB", (6 + ("wide" in sys.argv) * i, 5), (10 * i, 0, 0)).save(file, "png")
                 file.seek(0)
@@ -831,7 +831,7 @@ def test_decode_picture_applies_an_orientation_of_xmp_or_late_exif(tmp_path):
     for name in ("xmp.webp", "late.png"):
         with Image.open(tmp_path / name) as image:
             assert pictures.upright_size(image) == (4, 8), name
-        decoded = np.asarray(pictures.decode_picture(tmp_path / name, size=(4, 8)))
+        decoded = np.asarray(pictures.decode_image(tmp_path / name, size=(4, 8)))
         assert decoded[:4].min() == 255 and decoded[4:].max() == 0, name
 
 

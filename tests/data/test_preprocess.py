@@ -16,7 +16,7 @@ def test_normalize_maps_the_ends_of_uint8_to_minus_one_and_one():
 
 def test_normalize_takes_each_channel_by_its_own_mean_and_deviation():
     pixels = jnp.array([[51, 102, 255]], jnp.uint8)  # 0.2, 0.4, 1
-    result = preprocess.normalize(pixels, mean=(0.1, 0.4, 0.5), deviation=(0.1, 0.5, 0.25))
+    result = preprocess.normalize(pixels, mean=(0.1, 0.4, 0.5), std=(0.1, 0.5, 0.25))
     np.testing.assert_allclose(result, [[1.0, 0.0, 2.0]], atol=1e-6)
 
 
@@ -70,7 +70,7 @@ def test_prepare_crops_the_pixels_of_pillow(tmp_path, augment, height, width):
     for i, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     keys = sampling.row_keys(np.arange(64))
-    encoded = data.Encoded(lambda number: str(tmp_path / f"{number}.png"), np.arange(64), (20, 20))
+    encoded = data.EncodedImages(lambda number: str(tmp_path / f"{number}.png"), np.arange(64), (20, 20))
     uniforms = np.asarray(preprocess.sample_uniforms(keys))
     theirs = encoded.crop(
         np.arange(64), augment=augment, uniforms=uniforms, margin_color=preprocess.margin_color((0.5, 0.4, 0.3))

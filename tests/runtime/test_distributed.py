@@ -196,7 +196,7 @@ def test_a_peer_that_never_comes_is_one_line(tmp_path, run_command):
     ],
 )
 def test_flags_that_do_not_belong_together_are_refused(flags, message):
-    with pytest.raises(UsageError) as error, distributed.joined(*flags):
+    with pytest.raises(UsageError) as error, distributed.initialize_processes(*flags):
         pass
     assert message in str(error.value)
 
@@ -220,8 +220,8 @@ def fail(how):
 def main():
     coordinator, count, how, which, process_id = sys.argv[1:]
     watch.SILENT_SECONDS = 5
-    with distributed.joined(coordinator, int(count), int(process_id)):
-        distributed.largest(1)
+    with distributed.initialize_processes(coordinator, int(count), int(process_id)):
+        distributed.process_max(1)
         if how == "late":
             if process_id == which:
                 time.sleep(3)
@@ -229,7 +229,7 @@ def main():
             return 0
         if process_id == which or which == "all":
             fail(how)
-        distributed.largest(1)
+        distributed.process_max(1)
     return 0
 
 sys.exit(run_command(main))
@@ -286,12 +286,12 @@ def test_joined_ends_the_first_process_when_another_is_killed(tmp_path):
 TALK = """
 import sys, time
 from vit_jax.runtime import distributed
-with distributed.joined():
+with distributed.initialize_processes():
     import jax
     me = jax.process_index()
-    largest = distributed.largest(7 + me)
-    texts = distributed.gather("grün"[:3 + me])
-    with distributed.first_one_first():
+    largest = distributed.process_max(7 + me)
+    texts = distributed.gather_strings("grün"[:3 + me])
+    with distributed.main_process_first():
         if me == 0:
             time.sleep(1)
         with open(sys.argv[1], "a") as file:
@@ -318,7 +318,10 @@ def test_tasks_of_slurm_find_each_other(tmp_path):
     ],
 )
 def test_a_process_that_a_cluster_runs_alone_stays_alone(variables, run_command):
-    script = "from vit_jax import distributed\nwith distributed.joined():\n    import jax; print(jax.process_count())"
+    script = (
+        "from vit_jax.runtime import distributed\n"
+        "with distributed.initialize_processes():\n    import jax; print(jax.process_count())"
+    )
     result = run_command("-c", script, env=variables)
     assert (result.returncode, result.stdout) == (0, "1\n"), result.stderr
 

@@ -372,7 +372,7 @@ def test_a_mirror_is_asked_for_host_and_path(path, monkeypatch):
 
 
 def test_two_processes_fetch_a_file_once(path):
-    script = "import sys; from vit_jax import download; download.fetch(sys.argv[1], sys.argv[2])"
+    script = "import sys; from vit_jax.runtime import download; download.fetch(sys.argv[1], sys.argv[2])"
     with serve({"delay": 1.5}) as server:
         command = [sys.executable, "-c", script, server.url, str(path)]
         both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -384,7 +384,7 @@ def test_two_processes_fetch_a_file_once(path):
 
 
 def test_a_process_that_is_killed_leaves_no_lock(path):
-    script = "import sys; from vit_jax import download; download.fetch(sys.argv[1], sys.argv[2])"
+    script = "import sys; from vit_jax.runtime import download; download.fetch(sys.argv[1], sys.argv[2])"
     with serve({"delay": 60}, {}) as server:
         first = subprocess.Popen([sys.executable, "-c", script, server.url, str(path)], cwd=ROOT)
         while not server.asked_ranges:

@@ -15,7 +15,7 @@ def create_state(params=PARAMS, *, num_devices=8, patterns=("head/.*",), seed=0)
     mesh = sharding.create_mesh(jax.devices()[:num_devices])
     create = lambda params: steps.create_train_state(params, patterns=patterns, tx=TX, seed=seed)  # noqa: E731
     everywhere = sharding.replicated(mesh)
-    return jax.jit(create, out_shardings=everywhere)(sharding.place(params, everywhere))
+    return jax.jit(create, out_shardings=everywhere)(sharding.device_put(params, everywhere))
 
 
 def abstract_state(*args, **kwargs) -> steps.TrainState:

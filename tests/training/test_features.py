@@ -95,7 +95,7 @@ def test_views_are_drawn_picture_by_picture_and_view_by_view():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (10, 8, 8, 3)).astype(np.uint8)
     model, params, _ = micro()
-    params = sharding.place(params, sharding.replicated(mesh))
+    params = sharding.device_put(params, sharding.replicated(mesh))
 
     def compute(**options):
         backbone = features.backbone(model)

@@ -19,7 +19,7 @@ KERNELS = (r".*/query/kernel", r".*/out/kernel", r"head/kernel")
 
 
 def add(params=PARAMS, *, rank=2, targets=KERNELS):
-    return lora.add_factors(jax.random.key(0), params, rank=rank, targets=targets)
+    return lora.add_lora_weights(jax.random.key(0), params, rank=rank, targets=targets)
 
 
 def test_factors_have_the_shapes_of_inputs_and_outputs():
@@ -35,7 +35,7 @@ def test_factors_have_the_shapes_of_inputs_and_outputs():
 
 
 def test_the_first_product_is_zero():
-    merged = lora.merge_factors(add(), alpha=16.0)
+    merged = lora.merge_lora_weights(add(), alpha=16.0)
     jax.tree.map(np.testing.assert_array_equal, merged, PARAMS)
 
 
@@ -44,7 +44,7 @@ def test_merge_adds_the_scaled_product():
         "w": {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]])},
         "lora": {"w": {"kernel": {"a": jnp.array([[1.0], [2.0]]), "b": jnp.array([[10.0, 20.0]])}}},
     }
-    merged = lora.merge_factors(tree, alpha=0.5)  # rank 1: W + 0.5 · [[10, 20], [20, 40]]
+    merged = lora.merge_lora_weights(tree, alpha=0.5)  # rank 1: W + 0.5 · [[10, 20], [20, 40]]
     np.testing.assert_array_equal(merged["w"]["kernel"], [[6.0, 12.0], [13.0, 24.0]])
     assert set(merged) == {"w"}
 
@@ -52,12 +52,12 @@ def test_merge_adds_the_scaled_product():
 def test_the_rank_divides_alpha():
     tree = add(rank=4, targets=("head/kernel",))
     tree["lora"]["head"]["kernel"] = {"a": jnp.ones((6, 4)), "b": jnp.ones((4, 4))}
-    merged = lora.merge_factors(tree, alpha=8.0)  # 1 + 8 / 4 · (a row of 4 ones times 4 ones)
+    merged = lora.merge_lora_weights(tree, alpha=8.0)  # 1 + 8 / 4 · (a row of 4 ones times 4 ones)
     np.testing.assert_array_equal(merged["head"]["kernel"], np.full((6, 4), 9.0))
 
 
 def test_a_tree_without_factors_stays_as_it_is():
-    assert lora.merge_factors(PARAMS, alpha=1.0) is PARAMS
+    assert lora.merge_lora_weights(PARAMS, alpha=1.0) is PARAMS
 
 
 def test_targets_that_match_nothing_are_refused():
@@ -89,7 +89,7 @@ def test_merged_parameters_give_the_logits_of_a_low_rank_branch():
     params = model.init(jax.random.key(2), images)["params"]
     tree = add(params, targets=("head/kernel",))
     tree["lora"]["head"]["kernel"]["b"] = jax.random.normal(jax.random.key(3), (2, 3))
-    logits = model.apply({"params": lora.merge_factors(tree, alpha=4.0)}, images)
+    logits = model.apply({"params": lora.merge_lora_weights(tree, alpha=4.0)}, images)
     factors = tree["lora"]["head"]["kernel"]
     tokens = model.apply({"params": params}, images, capture_intermediates=True)[1]["intermediates"]
     cls = tokens["Transformer"]["encoder_norm"]["__call__"][0][:, 0]

@@ -141,7 +141,7 @@ def test_modes_train_as_many_parameters_of_b16_as_published(mode, count):
     model = VisionTransformer(100)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
     if mode == "lora":
-        add = functools.partial(lora.add_factors, rank=8, targets=(r".*/query/kernel", r".*/value/kernel"))
+        add = functools.partial(lora.add_lora_weights, rank=8, targets=(r".*/query/kernel", r".*/value/kernel"))
         params = jax.eval_shape(add, jax.random.key(0), params)
     trainable, frozen = optim.split_params(params, optim.MODES[mode])
     assert sum(leaf.size for leaf in jax.tree.leaves(trainable)) == count

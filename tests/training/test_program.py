@@ -20,10 +20,10 @@ def config_with(**changes):
     return set_keys(config, changes)
 
 
-def create(config, *, num_devices=8, num_pictures=1437):
+def create(config, *, num_devices=8, num_images=1437):
     mesh = sharding.create_mesh(jax.devices()[:num_devices], **config.mesh)
     model = build.create_model(config, None, num_classes=10)
-    return program.create_program(config, model, mesh, num_pictures=num_pictures, picture_shape=(8, 8, 3))
+    return program.create_program(config, model, mesh, num_images=num_images, image_shape=(8, 8, 3))
 
 
 @pytest.mark.parametrize(

@@ -77,11 +77,11 @@ class Setup:
         def create(params):
             return steps.create_train_state(params, patterns=optim.MODES[mode], tx=tx, seed=0, ema=ema_decay > 0)
 
-        shardings = sharding.by_rule(jax.eval_shape(create, params), mesh)
-        self.state = jax.jit(create, out_shardings=shardings)(sharding.place(params, everywhere))
-        self.arrays = sharding.place((split.images, split.labels), everywhere)
+        shardings = sharding.param_shardings(jax.eval_shape(create, params), mesh)
+        self.state = jax.jit(create, out_shardings=shardings)(sharding.device_put(params, everywhere))
+        self.arrays = sharding.device_put((split.images, split.labels), everywhere)
         self.permute = jax.jit(steps.make_permutation(len(split), batch_size), out_shardings=everywhere)
-        forward = steps.from_pictures(model, image_size=8, augment=augment, dropout=True)
+        forward = steps.image_forward(model, image_size=8, augment=augment, dropout=True)
         train_step = steps.make_train_step(
             forward, tx, schedule, mesh, batch_size=batch_size, ema_decay=ema_decay, **options
         )
@@ -249,8 +249,8 @@ def test_the_state_is_donated(digits, params):
 def test_evaluation_counts_every_picture_once_whatever_the_batch_size(digits, params, num_devices, batch_size):
     split = first(digits, 20)
     mesh = sharding.create_mesh(jax.devices()[:num_devices])
-    place = lambda tree: sharding.place(tree, sharding.replicated(mesh))  # noqa: E731
-    eval_step = steps.make_eval_step(steps.from_pictures(MODEL, image_size=8), mesh, batch_size=batch_size)
+    place = lambda tree: sharding.device_put(tree, sharding.replicated(mesh))  # noqa: E731
+    eval_step = steps.make_eval_step(steps.image_forward(MODEL, image_size=8), mesh, batch_size=batch_size)
     totals, on_device, arrays = place(steps.start_totals()), place(params), place((split.images, split.labels))
     for _ in range(-(-20 // batch_size)):
         totals = eval_step(on_device, *arrays, totals)
@@ -268,7 +268,7 @@ MIXING = {"mixup_alpha": 0.3, "cutmix_alpha": 1.0, "label_smoothing": 0.1}
 def test_test_pictures_may_be_drawn_as_training_pictures_are(digits, params):
     """A mistake to be shown: the same draw at every evaluation, whatever the batch."""
     arrays = digits.images[:32], digits.labels[:32]
-    forward = steps.from_pictures(MODEL, image_size=8, test_augment="square_crop")
+    forward = steps.image_forward(MODEL, image_size=8, test_augment="square_crop")
 
     def loss(forward, batch_size):
         mesh = sharding.create_mesh(jax.devices()[:1])
@@ -279,7 +279,7 @@ def test_test_pictures_may_be_drawn_as_training_pictures_are(digits, params):
         return float(totals["loss"])
 
     assert loss(forward, 32) == pytest.approx(loss(forward, 8), rel=1e-6)
-    assert loss(forward, 32) != pytest.approx(loss(steps.from_pictures(MODEL, image_size=8), 32), rel=1e-4)
+    assert loss(forward, 32) != pytest.approx(loss(steps.image_forward(MODEL, image_size=8), 32), rel=1e-4)
 
 
 def test_accumulation_gives_the_update_of_the_large_batch_when_pictures_are_mixed(digits, params):

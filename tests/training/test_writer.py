@@ -3,7 +3,7 @@ import json
 import pytest
 
 from vit_jax.runtime.errors import UserError
-from vit_jax.training.writer import Writer, read_records, read_results, write_beside
+from vit_jax.training.writer import Writer, read_records, read_results, write_atomically
 
 
 def test_read_records_ignores_a_truncated_last_line(tmp_path):
@@ -41,7 +41,7 @@ def test_read_records_stops_at_a_step(tmp_path):
 
 
 def test_write_beside_leaves_no_other_file(tmp_path):
-    write_beside(tmp_path / "a.json", "{}")
+    write_atomically(tmp_path / "a.json", "{}")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 

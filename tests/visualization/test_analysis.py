@@ -139,5 +139,5 @@ def test_confusion_counts_what_is_said_of_what_is():
 def test_surest_mistakes_are_wrong_and_in_order():
     probabilities = np.array([[0.9, 0.1], [0.3, 0.7], [0.2, 0.8], [0.45, 0.55]])
     labels = np.array([0, 0, 0, 0])
-    np.testing.assert_array_equal(analysis.surest_mistakes(probabilities, labels), [2, 1, 3])
-    np.testing.assert_array_equal(analysis.surest_mistakes(probabilities, labels, count=1), [2])
+    np.testing.assert_array_equal(analysis.most_confident_errors(probabilities, labels), [2, 1, 3])
+    np.testing.assert_array_equal(analysis.most_confident_errors(probabilities, labels, count=1), [2])

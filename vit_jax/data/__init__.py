@@ -12,7 +12,7 @@ import numpy as np
 
 from vit_jax.data.cifar import CIFARS, cifar_shapes, load_cifar
 from vit_jax.data.fingerprint import fingerprint
-from vit_jax.data.images import PICTURE_SUFFIXES, Encoded, decode_picture, decode_splits, list_folder
+from vit_jax.data.images import IMAGE_SUFFIXES, EncodedImages, decode_image, decode_splits, list_folder
 from vit_jax.data.splits import check_disjoint, nearest_first, parse_split, slice_split
 from vit_jax.data.tfds import open_tfds
 from vit_jax.runtime.errors import UsageError, UserError
@@ -20,9 +20,9 @@ from vit_jax.types import Dataset, Split
 
 __all__ = [
     "KNOWN_DATASETS",
-    "PICTURE_SUFFIXES",
-    "Encoded",
-    "decode_picture",
+    "IMAGE_SUFFIXES",
+    "EncodedImages",
+    "decode_image",
     "fingerprint",
     "load_dataset",
     "load_split",
@@ -61,7 +61,7 @@ def load_dataset(
         shapes_only: CIFAR's images are neither fetched nor read; zeros that take no memory replace them.
 
     Returns:
-        Both splits, uint8 [n h w 3], or `Encoded` of that shape, and int32 [n], and the class names.
+        Both splits, uint8 [n h w 3], or `EncodedImages` of that shape, and int32 [n], and the class names.
 
     Raises:
         UsageError: an unknown name, split or class, a slice that cannot be read, or slices that overlap.

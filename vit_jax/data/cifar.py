@@ -170,8 +170,8 @@ def _parse_cifar_records(cifar: _Cifar, content: bytes, where: str) -> np.ndarra
 
 
 def _split_from_records(cifar: _Cifar, files: Sequence[np.ndarray]) -> Split:
-    num_pictures = sum(len(records) for records in files)
-    split = Split(images=np.empty((num_pictures, 32, 32, 3), np.uint8), labels=np.empty(num_pictures, np.int32))
+    num_images = sum(len(records) for records in files)
+    split = Split(images=np.empty((num_images, 32, 32, 3), np.uint8), labels=np.empty(num_images, np.int32))
     start = 0
     for records in files:
         stop = start + len(records)

@@ -1,4 +1,4 @@
-"""Encoded pictures -> uint8 arrays, at once or when they are asked for: decoding, folders of pictures, memory."""
+"""EncodedImages pictures -> uint8 arrays, at once or when they are asked for: decoding, folders of pictures, memory."""
 
 import dataclasses
 import hashlib
@@ -22,12 +22,12 @@ from vit_jax.types import Split
 if TYPE_CHECKING:
     from PIL import Image
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _PICTURES_PER_TASK = 64  # one future a picture would cost as much as decoding a small one
 _EXIF_ORIENTATION = 0x0112
 
 
-def decode_picture(
+def decode_image(
     source: str | Path | BinaryIO,
     *,
     size: tuple[int, int] | None = None,
@@ -111,11 +111,11 @@ def upright_size(image: "Image.Image") -> tuple[int, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoded:
+class EncodedImages:
     """Image files that are decoded when they are indexed; reads like an array uint8 [n h w 3].
 
     Attributes:
-        open_picture: number of an image -> its path, or a binary file.
+        open_image: number of an image -> its path, or a binary file.
         numbers: int [n], those of the images.
         size: (width, height) in pixels that every image is resized to.
         augment: how images are cropped before, see `crops.random_box`; "none" reads whole images.
@@ -123,7 +123,7 @@ class Encoded:
         margin_color: color of what a box covers outside of an image.
     """
 
-    open_picture: Callable[[int], str | BinaryIO]
+    open_image: Callable[[int], str | BinaryIO]
     numbers: np.ndarray
     size: tuple[int, int] = (0, 0)
     augment: str = "none"
@@ -145,12 +145,14 @@ class Encoded:
             return self._decode(rows)
         return decode_all(self.take(np.arange(len(self))[rows]))
 
-    def take(self, rows: np.ndarray, axis: int = 0) -> "Encoded":
+    def take(self, rows: np.ndarray, axis: int = 0) -> "EncodedImages":
         """Selects images and decodes none; as `numpy.ndarray.take` along axis 0."""
         uniforms = None if self.uniforms is None else self.uniforms.take(rows, axis)
         return dataclasses.replace(self, numbers=self.numbers.take(rows, axis), uniforms=uniforms)
 
-    def crop(self, rows: np.ndarray, *, augment: str, uniforms: np.ndarray, margin_color: tuple[int, ...]) -> "Encoded":
+    def crop(
+        self, rows: np.ndarray, *, augment: str, uniforms: np.ndarray, margin_color: tuple[int, ...]
+    ) -> "EncodedImages":
         """Selects images to be cropped, and decodes none.
 
         Args:
@@ -167,9 +169,9 @@ class Encoded:
         def sample_box(height: int, width: int) -> Box:
             return random_box(self.augment, uniforms, height=height, width=width, image_size=self.size[0], xp=np)
 
-        source = self.open_picture(self.numbers[row])
+        source = self.open_image(self.numbers[row])
         return np.asarray(
-            decode_picture(
+            decode_image(
                 source,
                 size=self.size,
                 sample_box=None if uniforms is None else sample_box,
@@ -179,7 +181,7 @@ class Encoded:
 
 
 def list_folder(root: Path, splits: Sequence[SplitSlice]) -> tuple[list[Split], tuple[str, ...]]:
-    """Lists DIR/SPLIT/CLASS/*.jpg and the like: splits of `Encoded` images, and class names."""
+    """Lists DIR/SPLIT/CLASS/*.jpg and the like: splits of `EncodedImages` images, and class names."""
     if not root.is_dir():
         raise UserError(f"dataset folder:{root}: no such directory")
     files = {split.name: _list_classes(root / split.name) for split in splits}
@@ -203,10 +205,10 @@ def _list_classes(split_dir: Path) -> dict[str, list[Path]]:
         if not class_dir.is_dir() or class_dir.name.startswith("."):
             continue
         files = sorted(entry for entry in class_dir.iterdir() if not entry.name.startswith("."))
-        classes[class_dir.name] = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
+        classes[class_dir.name] = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
         if not classes[class_dir.name]:
             others = f"; its {len(files)} other files are not read" if files else ""
-            raise UserError(f"class folder {class_dir} has no pictures ({', '.join(PICTURE_SUFFIXES)}){others}")
+            raise UserError(f"class folder {class_dir} has no pictures ({', '.join(IMAGE_SUFFIXES)}){others}")
     if not classes:
         raise UserError(f"{split_dir} has no class folders; a folder dataset is DIR/{{train,test}}/CLASS/PICTURE")
     return classes
@@ -222,7 +224,7 @@ def _select_files(classes: dict[str, list[Path]], class_names: Sequence[str], sp
     start, stop = split.bounds(len(paths))
     chosen = np.sort(np.random.RandomState(0).permutation(len(paths))[start:stop])
     ids = np.array([_hash_name(paths[i]) for i in chosen], np.uint64)
-    return Split(images=Encoded(paths.__getitem__, chosen), labels=labels[chosen], ids=ids)
+    return Split(images=EncodedImages(paths.__getitem__, chosen), labels=labels[chosen], ids=ids)
 
 
 def _hash_name(path: str) -> int:
@@ -245,7 +247,7 @@ def decode_splits(
     the model's. Cropped images need their own resolution: larger ones, and those of different sizes, are streamed.
 
     Args:
-        splits: of arrays, which are returned as they are, or of `Encoded` images.
+        splits: of arrays, which are returned as they are, or of `EncodedImages` images.
         image_size: pixels, square, that the model sees.
         crops: whether images will be cropped.
         storage: "memory": decoded now, large images to be cropped at their own size; "stream": decoded later; "auto":
@@ -292,14 +294,14 @@ def decode_splits(
     return [dataclasses.replace(split, images=decode_all(split.images)) for split in splits]
 
 
-def _read_sizes(images: Encoded) -> set[tuple[int, int]]:
+def _read_sizes(images: EncodedImages) -> set[tuple[int, int]]:
     """Returns all different (width, height), upright, mostly from headers alone."""
     from PIL import Image
 
     sizes: set[tuple[int, int]] = set()
 
     def read_size(i: int) -> None:
-        source = images.open_picture(images.numbers[i])
+        source = images.open_image(images.numbers[i])
         _check_regular(source)
         with Image.open(source) as image:
             sizes.add(upright_size(image))
@@ -308,7 +310,7 @@ def _read_sizes(images: Encoded) -> set[tuple[int, int]]:
     return sizes
 
 
-def decode_all(images: Encoded) -> np.ndarray:
+def decode_all(images: EncodedImages) -> np.ndarray:
     """Decodes every image: uint8 [n h w 3]."""
     decoded = np.empty(images.shape, np.uint8)
 
@@ -319,9 +321,9 @@ def decode_all(images: Encoded) -> np.ndarray:
     return decoded
 
 
-def _for_each_picture(images: Encoded, work: Callable[[int], None], title: str) -> None:
+def _for_each_picture(images: EncodedImages, work: Callable[[int], None], title: str) -> None:
     """Calls `work(i)` for every picture in a pool of threads, and names the first of those that fail."""
-    num_pictures = len(images)
+    num_images = len(images)
     failed: dict[int, Exception] = {}
 
     def work_on(chunk: range) -> int:
@@ -332,16 +334,16 @@ def _for_each_picture(images: Encoded, work: Callable[[int], None], title: str) 
                 failed[i] = error
         return len(chunk)
 
-    starts = range(0, num_pictures, _PICTURES_PER_TASK)
-    chunks = [range(start, min(start + _PICTURES_PER_TASK, num_pictures)) for start in starts]
-    with ThreadPoolExecutor(resources.available_cpus()) as pool, progress_bar(total=num_pictures, desc=title) as bar:
+    starts = range(0, num_images, _PICTURES_PER_TASK)
+    chunks = [range(start, min(start + _PICTURES_PER_TASK, num_images)) for start in starts]
+    with ThreadPoolExecutor(resources.available_cpus()) as pool, progress_bar(total=num_images, desc=title) as bar:
         for num_done in pool.map(work_on, chunks):
             bar.update(num_done)
     if failed:
         first = min(failed)
         error = failed[first]
         message = str(
-            error if isinstance(error, UserError) else _picture_error(images.open_picture(images.numbers[first]), error)
+            error if isinstance(error, UserError) else _picture_error(images.open_image(images.numbers[first]), error)
         )
         raise UserError(message + (f"; {len(failed) - 1} more pictures fail" if len(failed) > 1 else "")) from error
 

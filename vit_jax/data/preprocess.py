@@ -1,6 +1,6 @@
 """Preprocessing on the device, inside the jitted step: crop, resize, flip, mix, normalize.
 
-A resize gives the very pixels that `data.decode_picture` gets from Pillow: see `crops.resize_weights`.
+A resize gives the very pixels that `data.decode_image` gets from Pillow: see `crops.resize_weights`.
 """
 
 import functools
@@ -16,12 +16,12 @@ from vit_jax.data.crops import CROPS, WEIGHT_BITS, Box, random_box, resize_weigh
 AUGMENTATIONS = ("none", "flip", *CROPS)
 
 HALF = (0.5, 0.5, 0.5)
-"""Mean and deviation that take pixels to [-1, 1], as the released models were trained."""
+"""Mean and std that take pixels to [-1, 1], as the released models were trained."""
 
 
-def normalize(images: jax.Array, *, mean: Sequence[float] = HALF, deviation: Sequence[float] = HALF) -> jax.Array:
-    """Integers 0 to 255 [... 3] -> float32 [... 3]: (pixel / 255 - mean) / deviation, channel by channel."""
-    offset, scale = (255.0 * np.asarray(channels, np.float32) for channels in (mean, deviation))
+def normalize(images: jax.Array, *, mean: Sequence[float] = HALF, std: Sequence[float] = HALF) -> jax.Array:
+    """Integers 0 to 255 [... 3] -> float32 [... 3]: (pixel / 255 - mean) / std, channel by channel."""
+    offset, scale = (255.0 * np.asarray(channels, np.float32) for channels in (mean, std))
     return (images.astype(jnp.float32) - offset) / scale
 
 
@@ -32,7 +32,7 @@ def prepare(
     image_size: int,
     augment: str = "none",
     mean: Sequence[float] = HALF,
-    deviation: Sequence[float] = HALF,
+    std: Sequence[float] = HALF,
 ) -> jax.Array:
     """Crops, resizes, flips and normalizes, each image by a key of its own.
 
@@ -46,7 +46,7 @@ def prepare(
             mean's color, cropped to the image's size, flip); "square_crop" (a square of 64 to 100 % of the area,
             flip); "inception" (5 to 100 % of the area, flip). Boxes are those of `crops`.
         mean: of the channels, from 0 to 1.
-        deviation: of the channels, on the same scale.
+        std: of the channels, on the same scale.
 
     Returns:
         float32 [b image_size image_size 3].
@@ -67,7 +67,7 @@ def prepare(
     if augment != "none":
         flips = jax.vmap(lambda key: jax.random.bernoulli(jax.random.split(key)[1]))(keys)
         images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
-    return normalize(images, mean=mean, deviation=deviation)
+    return normalize(images, mean=mean, std=std)
 
 
 def sample_uniforms(keys: jax.Array) -> jax.Array:
@@ -148,7 +148,7 @@ def _resize(image: jax.Array, box: Box, *, image_size: int, xp: Any) -> jax.Arra
     top, left, height, width = box
     columns = resize_weights(left, width, input_size=image.shape[1], output_size=image_size, xp=xp)
     rows = resize_weights(top, height, input_size=image.shape[0], output_size=image_size, xp=xp)
-    image = _apply_weights("jw,hwc->hjc", columns, image)  # columns first, as `data.decode_picture`
+    image = _apply_weights("jw,hwc->hjc", columns, image)  # columns first, as `data.decode_image`
     return _apply_weights("ih,hwc->iwc", rows, image)
 
 

@@ -18,23 +18,23 @@ class SplitSlice:
     start: tuple[int, bool] | None
     stop: tuple[int, bool] | None
 
-    def bounds(self, num_pictures: int) -> tuple[int, int]:
+    def bounds(self, num_images: int) -> tuple[int, int]:
         """The first index and the one after the last; percentages are rounded to the closest picture as TFDS does."""
         start, stop = (
-            default if bound is None else self._absolute(*bound, num_pictures)
-            for bound, default in ((self.start, 0), (self.stop, num_pictures))
+            default if bound is None else self._absolute(*bound, num_images)
+            for bound, default in ((self.start, 0), (self.stop, num_images))
         )
         if start >= stop:
             raise UserError(
-                f"split {self.text!r} is empty: {num_pictures} pictures in {self.name!r}, asked for [{start}:{stop}]"
+                f"split {self.text!r} is empty: {num_images} pictures in {self.name!r}, asked for [{start}:{stop}]"
             )
         return start, stop
 
-    def _absolute(self, number: int, is_percent: bool, num_pictures: int) -> int:
-        index = round(number * num_pictures / 100) if is_percent else number
-        if abs(index) > num_pictures:
-            raise UsageError(f"split {self.text!r} reaches past the {num_pictures} pictures of {self.name!r}")
-        return index + num_pictures if number < 0 else index
+    def _absolute(self, number: int, is_percent: bool, num_images: int) -> int:
+        index = round(number * num_images / 100) if is_percent else number
+        if abs(index) > num_images:
+            raise UsageError(f"split {self.text!r} reaches past the {num_images} pictures of {self.name!r}")
+        return index + num_images if number < 0 else index
 
 
 _SPLIT_PATTERN = re.compile(r"(?P<name>[\w.\-]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")

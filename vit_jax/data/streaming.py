@@ -18,7 +18,7 @@ import numpy as np
 
 from vit_jax.data import preprocess
 from vit_jax.data.crops import CROPS
-from vit_jax.data.images import Encoded
+from vit_jax.data.images import EncodedImages
 from vit_jax.runtime import resources
 from vit_jax.runtime import rng as sampling
 from vit_jax.runtime.errors import UserError
@@ -100,7 +100,7 @@ def _copy(batch: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]
 class _ReadBatch:
     """Maps the number of a step to its images and labels."""
 
-    images: Encoded
+    images: EncodedImages
     labels: np.ndarray
     augment: str
     margin_color: tuple[int, ...]

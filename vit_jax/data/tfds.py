@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vit_jax.data.images import Encoded
+from vit_jax.data.images import EncodedImages
 from vit_jax.data.splits import SplitSlice, check_disjoint, nearest_first
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.types import Split
@@ -17,7 +17,7 @@ def open_tfds(name: str, data_dir: str, splits: Sequence[SplitSlice]) -> tuple[l
     """Opens a dataset that TFDS has prepared as array_record; reading needs no TensorFlow, preparing does.
 
     Returns:
-        The splits of `Encoded` images, and the class names.
+        The splits of `EncodedImages` images, and the class names.
     """
     builder = _create_tfds_builder(name, data_dir)
     features = dict(builder.info.features.items())
@@ -71,11 +71,11 @@ def _open_tfds_split(builder: Any, split: SplitSlice) -> Split:
     source = builder.as_data_source(split=split.name, decoders={"image": tfds.decode.SkipDecoding()})
     start, stop = split.bounds(len(source))
 
-    def open_picture(number: int) -> BinaryIO:
+    def open_image(number: int) -> BinaryIO:
         picture = io.BytesIO(source[int(number)]["image"])
         picture.name = f"{number} of tfds:{builder.name} {split.name}"
         return picture
 
     numbers = np.arange(start, stop)
     labels = np.fromiter((source[i]["label"] for i in range(start, stop)), np.int32, stop - start)
-    return Split(images=Encoded(open_picture, numbers), labels=labels, ids=numbers.astype(np.uint64))
+    return Split(images=EncodedImages(open_image, numbers), labels=labels, ids=numbers.astype(np.uint64))

@@ -16,7 +16,7 @@ REMAT_POLICIES = {
 """What a block keeps for its backward pass beside its input: the products with its kernels, or nothing."""
 
 
-def over_batch(x: jax.Array) -> jax.Array:
+def shard_batch(x: jax.Array) -> jax.Array:
     """Shards the batch axis of an activation over every axis of the mesh; does nothing without a mesh.
 
     Otherwise the compiler may move activations to the shards of a parameter instead of the reverse. An axis of one is

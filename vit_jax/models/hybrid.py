@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from vit_jax.models.common import over_batch
+from vit_jax.models.common import shard_batch
 from vit_jax.models.resnet import NUM_GROUPS, Block, StdConv
 
 
@@ -37,7 +37,7 @@ def apply_stem(images: jax.Array, *, units: Sequence[int], width: int, remat: st
         [b h/r w/r c], r of `stem_reduction`.
     """
     x = nn.relu(_norm(dtype, name="gn_root")(_conv(width, 7, 2, dtype, name="conv_root")(images)))
-    x = over_batch(nn.max_pool(x, (3, 3), (2, 2), padding="SAME"))
+    x = shard_batch(nn.max_pool(x, (3, 3), (2, 2), padding="SAME"))
     for i, num_units in enumerate(units):
         stride, name = 1 if i == 0 else 2, f"block{i + 1}"
         x = Block(num_units, width * 2**i, stride, remat, dtype, unit=Unit, unit_name="unit{}", name=name)(x)
@@ -71,7 +71,7 @@ class Unit(nn.Module):
         y = _conv(4 * self.width, 1, 1, self.dtype, name="conv3")(y)
         # A unit starts as its shortcut.
         y = _norm(self.dtype, name="gn3", scale_init=nn.initializers.zeros)(y)
-        return over_batch(nn.relu(shortcut + y))
+        return shard_batch(nn.relu(shortcut + y))
 
 
 _conv = functools.partial(StdConv, padding="SAME", variance_epsilon=0.0, deviation_epsilon=1e-5)

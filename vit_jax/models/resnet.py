@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models.common import REMAT_POLICIES, create_head, over_batch
+from vit_jax.models.common import REMAT_POLICIES, create_head, shard_batch
 
 NUM_GROUPS = 32
 
@@ -132,7 +132,7 @@ class Unit(nn.Module):
         y, shortcut = Branch(self.width, 1, 1, projection, self.dtype, name="a")(x)
         y, _ = Branch(self.width, 3, self.stride, None, self.dtype, name="b")(y)
         y, _ = Branch(4 * self.width, 1, 1, None, self.dtype, name="c")(y)
-        return over_batch(y + (x if shortcut is None else shortcut))
+        return shard_batch(y + (x if shortcut is None else shortcut))
 
 
 class Block(nn.Module):
@@ -177,7 +177,7 @@ class Root(nn.Module):
         """[b h w 3] -> [b h/4 w/4 width]."""
         x = StdConv(self.width, 7, 2, self.dtype, name="standardized_conv2d")(images)
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        return over_batch(nn.max_pool(x, (3, 3), (2, 2)))
+        return shard_batch(nn.max_pool(x, (3, 3), (2, 2)))
 
 
 class Backbone(nn.Module):
@@ -196,7 +196,7 @@ class Backbone(nn.Module):
             x = Block(num_units, self.width * 2**i, 1 if i == 0 else 2, self.remat, self.dtype, name=f"block{i + 1}")(x)
         x = nn.relu(GroupNorm(self.dtype, name="group_norm")(x))
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        return over_batch(jnp.mean(x, axis=(1, 2), dtype=wide).astype(self.dtype))
+        return shard_batch(jnp.mean(x, axis=(1, 2), dtype=wide).astype(self.dtype))
 
 
 class ResNet(nn.Module):

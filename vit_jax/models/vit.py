@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models.common import REMAT_POLICIES, create_head, over_batch
+from vit_jax.models.common import REMAT_POLICIES, create_head, shard_batch
 from vit_jax.models.hybrid import apply_stem, stem_reduction
 from vit_jax.models.resnet import NUM_GROUPS
 
@@ -108,12 +108,12 @@ class EncoderBlock(nn.Module):
         # Nothing is sown unless "intermediates" is mutable.
         y = attention(y, y, deterministic=deterministic, sow_weights=True)
         y = nn.Dropout(self.dropout_rate)(y, deterministic=deterministic)
-        x = over_batch(x + skip()(y, deterministic=deterministic))
+        x = shard_batch(x + skip()(y, deterministic=deterministic))
 
         y = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="LayerNorm_2")(x)
         mlp = MlpBlock(self.mlp_dim, self.dropout_rate, self.gelu_approximate, self.dtype, name="MlpBlock_3")
         y = mlp(y, deterministic=deterministic)
-        return over_batch(x + skip()(y, deterministic=deterministic))
+        return shard_batch(x + skip()(y, deterministic=deterministic))
 
 
 class PositionEmbedding(nn.Module):
@@ -263,7 +263,7 @@ class VisionTransformer(nn.Module):
         if self.pool == "cls":
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size)).astype(self.dtype)
             x = jnp.concatenate([jnp.tile(cls, (batch, 1, 1)), x], axis=1)  # [b 1+n d]
-        x = over_batch(x)
+        x = shard_batch(x)
 
         x = Encoder(
             self.num_layers,
@@ -278,7 +278,7 @@ class VisionTransformer(nn.Module):
             self.dtype,
             name="Transformer",
         )(x, deterministic=not train)
-        x = over_batch(self._pool(x))
+        x = shard_batch(self._pool(x))
 
         if self.representation_size is not None:
             x = jnp.tanh(nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x))

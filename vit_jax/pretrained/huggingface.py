@@ -89,8 +89,8 @@ def huggingface_config(about: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(about["pixel_mean"]),
-        "image_std": list(about["pixel_deviation"]),
+        "image_mean": list(about["image_mean"]),
+        "image_std": list(about["image_std"]),
     }
     return config, preprocessor
 
@@ -163,8 +163,8 @@ def _describe(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dic
             "num_classes": len(names),
         },
         "image_size": config.get("image_size", 224),
-        "pixel_mean": preprocessor.get("image_mean", [0.5] * 3),
-        "pixel_deviation": preprocessor.get("image_std", [0.5] * 3),
+        "image_mean": preprocessor.get("image_mean", [0.5] * 3),
+        "image_std": preprocessor.get("image_std", [0.5] * 3),
         "class_names": [names[key] for key in sorted(names, key=int)],
     }
 

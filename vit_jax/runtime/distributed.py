@@ -15,7 +15,7 @@ from vit_jax.runtime.watch import Watch
 
 
 @contextlib.contextmanager
-def joined(
+def initialize_processes(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
@@ -64,7 +64,7 @@ def joined(
     watch = Watch()
     try:
         print(f"{jax.process_count()} processes, {jax.device_count()} devices, {jax.local_device_count()} of them here")
-        if not is_first():
+        if not is_main_process():
             os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         yield
@@ -73,24 +73,24 @@ def joined(
         watch.fail(error)
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes metrics and pictures; always so where it is alone."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
-def first_one_first() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """The first process goes through the body, then all others do: what it fetches, they find."""
-    if not is_first():
-        wait_for_all("first_one_first")
+    if not is_main_process():
+        sync_processes("main_process_first")
     try:
         yield
     finally:
-        if is_first():
-            wait_for_all("first_one_first")
+        if is_main_process():
+            sync_processes("main_process_first")
 
 
-def wait_for_all(name: str) -> None:
+def sync_processes(name: str) -> None:
     """Returns when every process has come here."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -98,7 +98,7 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def largest(number: int) -> int:
+def process_max(number: int) -> int:
     """The largest of the numbers that the processes bring; each must call this at the same step."""
     if jax.process_count() == 1:
         return number
@@ -107,7 +107,7 @@ def largest(number: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
-def gather(text: str) -> list[str]:
+def gather_strings(text: str) -> list[str]:
     """Returns the strings of all processes in their order, cut after 256 bytes; a collective call."""
     if jax.process_count() == 1:
         return [text]

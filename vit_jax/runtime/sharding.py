@@ -49,12 +49,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def over_batch(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis is split over all devices."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
-def by_rule(tree: Any, mesh: Mesh) -> Any:
+def param_shardings(tree: Any, mesh: Mesh) -> Any:
     """Where parameters and all that has their shapes go.
 
     An array of at least 4,096 numbers is split over `fsdp` along its longest axis that divides; any other is
@@ -79,7 +79,7 @@ def by_rule(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place_of, tree)
 
 
-def abstract(tree: Any, shardings: Any) -> Any:
+def with_sharding(tree: Any, shardings: Any) -> Any:
     """Shapes and dtypes -> shapes, dtypes and places; `shardings`: one for all, or a tree of them."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -88,7 +88,7 @@ def abstract(tree: Any, shardings: Any) -> Any:
     )
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def device_put(tree: Any, shardings: Any) -> Any:
     """Puts host arrays on the mesh.
 
     Args:
@@ -106,7 +106,7 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, _for_each(tree, shardings))
 
 
-def place_rows(images: Any, rows: np.ndarray, mesh: Mesh) -> jax.Array:
+def shard_rows(images: Any, rows: np.ndarray, mesh: Mesh) -> jax.Array:
     """Puts some of a split's pictures on the mesh, split over all devices; each process reads only its own of them.
 
     Args:
@@ -121,15 +121,15 @@ def place_rows(images: Any, rows: np.ndarray, mesh: Mesh) -> jax.Array:
     def read(index: Any) -> np.ndarray:
         return images[rows[index[0]]]
 
-    return jax.make_array_from_callback((len(rows), *images.shape[1:]), over_batch(mesh), read)
+    return jax.make_array_from_callback((len(rows), *images.shape[1:]), batch_sharding(mesh), read)
 
 
-def place_part(part: np.ndarray, mesh: Mesh) -> jax.Array:
+def shard_local_batch(part: np.ndarray, mesh: Mesh) -> jax.Array:
     """Puts this process's equal part [b/p …] of a batch [b …] on the mesh, split over all devices."""
-    return jax.make_array_from_process_local_data(over_batch(mesh), part)
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), part)
 
 
-def memory_of(device: jax.Device) -> tuple[int, str]:
+def device_memory(device: jax.Device) -> tuple[int, str]:
     """(bytes that one device may use, whose figure that is); simulated devices of a CPU share its memory."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:
@@ -137,9 +137,9 @@ def memory_of(device: jax.Device) -> tuple[int, str]:
     return resources.total_memory() // jax.local_device_count(), "the machine's memory"
 
 
-def round_up(batch_size: int, num_pictures: int, mesh: Mesh) -> int:
+def pad_to_devices(batch_size: int, num_images: int, mesh: Mesh) -> int:
     """The smallest batch that the devices divide and that holds `batch_size` pictures, or all if there are fewer."""
-    return -(-min(batch_size, num_pictures) // mesh.size) * mesh.size
+    return -(-min(batch_size, num_images) // mesh.size) * mesh.size
 
 
 def _for_each(tree: Any, shardings: Any) -> Any:

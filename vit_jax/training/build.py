@@ -184,8 +184,8 @@ def describe(config: ConfigDict, model: Any, class_names: Sequence[str]) -> dict
         "model": arguments,
         "dtype": config.dtype,
         "image_size": config.image_size,
-        "pixel_mean": list(config.pixel_mean),
-        "pixel_deviation": list(config.pixel_deviation),
+        "image_mean": list(config.image_mean),
+        "image_std": list(config.image_std),
         "class_names": list(class_names),
     }
 
@@ -211,7 +211,7 @@ def check_about(about: dict[str, Any], params: Params) -> None:
         UserError: the description is none, or not that of the parameters.
     """
     values = {"dtype": "float32"} | about
-    for key in ("architecture", "dtype", "image_size", "pixel_mean", "pixel_deviation"):
+    for key in ("architecture", "dtype", "image_size", "image_mean", "image_std"):
         wrong = settings.complaint(key, values.get(key))
         if wrong:
             raise _damaged(wrong)
@@ -251,8 +251,8 @@ def describe_file(params: Params) -> dict[str, Any]:
         "model": sizes,
         "dtype": "float32",
         "image_size": image_size_of(params, sizes) or 224,
-        "pixel_mean": list(preprocess.HALF),
-        "pixel_deviation": list(preprocess.HALF),
+        "image_mean": list(preprocess.HALF),
+        "image_std": list(preprocess.HALF),
         "class_names": names if num_classes == len(names) else [str(i) for i in range(num_classes)],
     }
 

@@ -17,7 +17,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from vit_jax.runtime import distributed
 from vit_jax.runtime.errors import UserError, one_line
-from vit_jax.runtime.sharding import abstract
+from vit_jax.runtime.sharding import with_sharding
 from vit_jax.training import optim
 from vit_jax.training.steps import TrainState
 from vit_jax.types import Params
@@ -30,10 +30,10 @@ _STORAGE_ERRORS = (OSError, ValueError, RuntimeError, KeyError)
 def open_manager(workdir: Path, *, read_only: bool = False) -> ocp.CheckpointManager:
     """The manager of `workdir/checkpoints`; remains of a killed save are removed unless `read_only`."""
     directory = workdir.absolute() / "checkpoints"
-    if not read_only and directory.exists() and distributed.is_first():
+    if not read_only and directory.exists() and distributed.is_main_process():
         # Orbax's own cleaning is a thread that complains if an error ends the run first.
         _remove_half_written(directory)
-    distributed.wait_for_all("half-written checkpoints are gone")
+    distributed.sync_processes("half-written checkpoints are gone")
     best = managers.BestN(get_metric_fn=lambda metrics: metrics[_ACCURACY], n=1, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
         # Either policy may keep a step; `max_to_keep` together with `best_fn` would delete the latest one.
@@ -143,7 +143,7 @@ def restore(manager: ocp.CheckpointManager, state: TrainState, step: int) -> Tra
 
 
 def restore_params(
-    manager: ocp.CheckpointManager, step: int, sharding: NamedSharding, *, averages: bool = True
+    manager: ocp.CheckpointManager, step: int, sharding: NamedSharding, *, use_ema: bool = True
 ) -> tuple[Params, dict[str, Any]]:
     """Reads the parameters alone, and what they are.
 
@@ -151,7 +151,7 @@ def restore_params(
         manager: of the run.
         step: which checkpoint.
         sharding: where every parameter goes.
-        averages: whether they are read, where there are any.
+        use_ema: whether they are read, where there are any.
 
     Returns:
         (params, about): the model's whole tree, averages in the place of what they average, and the JSON given to
@@ -162,8 +162,8 @@ def restore_params(
     """
     try:
         metadata = manager.item_metadata(step)
-        names = ("params", "ema") if averages and "ema" in metadata.keys() else ("params",)
-        wanted = {name: abstract(dict(metadata[name]), sharding) for name in names}
+        names = ("params", "ema") if use_ema and "ema" in metadata.keys() else ("params",)
+        wanted = {name: with_sharding(dict(metadata[name]), sharding) for name in names}
     except (*_STORAGE_ERRORS, TypeError, AttributeError) as error:
         raise _read_error(manager, step, error) from error
     items = _restore(manager, step, wanted)

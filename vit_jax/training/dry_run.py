@@ -52,14 +52,14 @@ def dry_run(config: ConfigDict) -> None:
         config,
         model,
         mesh,
-        num_pictures=len(dataset.train),
-        picture_shape=dataset.train.images.shape[1:],
+        num_images=len(dataset.train),
+        image_shape=dataset.train.images.shape[1:],
         in_memory=dataset.train.in_memory,
     )
     print(program.describe_trainable())
     print("compiling the training step and the evaluation …", flush=True)
     training = measure(program.lower().compile(), mesh.size, config.batch_size // config.accumulation_steps)
-    batch_size = sharding.round_up(config.eval_batch_size, len(dataset.test), mesh)
+    batch_size = sharding.pad_to_devices(config.eval_batch_size, len(dataset.test), mesh)
     evaluation = measure(lower_evaluation(program, config, batch_size).compile(), mesh.size, batch_size)
 
     rows, labels = program.abstract_arrays
@@ -71,7 +71,7 @@ def dry_run(config: ConfigDict) -> None:
     needed = training.arguments + test_pictures + max(training.temporaries, evaluation.temporaries)
     how = ", as features" if program.cached else ", two batches at a time" if program.streamed else ""
     device = mesh.devices.flat[0]
-    available, whose = sharding.memory_of(device)
+    available, whose = sharding.device_memory(device)
     print(
         f"\n{'a training picture':<22}{_work(training)}{', its features being stored' if program.cached else ''}"
         f"\n{'a test picture':<22}{_work(evaluation)}"
@@ -89,16 +89,16 @@ def dry_run(config: ConfigDict) -> None:
         )
 
 
-def measure(compiled: Any, num_devices: int, num_pictures: int) -> Cost:
+def measure(compiled: Any, num_devices: int, num_images: int) -> Cost:
     """Reads a compiled function's costs.
 
     Args:
         compiled: of `jax.jit(…).lower(…).compile()`.
         num_devices: that it runs on; the compiler counts for one.
-        num_pictures: that pass while a loop's body runs once: the compiler counts a body once.
+        num_images: that pass while a loop's body runs once: the compiler counts a body once.
     """
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    per_picture = num_devices / num_pictures
+    per_picture = num_devices / num_images
     return Cost(
         flops=cost["flops"] * per_picture,
         bytes_moved=cost["bytes accessed"] * per_picture,
@@ -111,16 +111,18 @@ def lower_evaluation(program: Program, config: ConfigDict, batch_size: int) -> A
     """Traces the way of a batch of pictures through the whole model."""
     state = program.abstract_state
     params = jax.eval_shape(functools.partial(steps.evaluated_params, lora_alpha=config.lora.alpha), state)
-    images, labels = program.abstract_pictures
+    images, labels = program.abstract_images
     if not program.in_memory:
         images, labels = (jax.ShapeDtypeStruct((batch_size, *a.shape[1:]), a.dtype) for a in (images, labels))
-        images, labels = sharding.abstract((images, labels), sharding.over_batch(program.mesh))
+        images, labels = sharding.with_sharding((images, labels), sharding.batch_sharding(program.mesh))
     everywhere = sharding.replicated(program.mesh)
-    totals = sharding.abstract(jax.eval_shape(steps.start_totals), everywhere)
+    totals = sharding.with_sharding(jax.eval_shape(steps.start_totals), everywhere)
     eval_step = steps.make_eval_step(
         program.pictures_forward, program.mesh, batch_size=batch_size, streamed=not program.in_memory
     )
-    return eval_step.lower(sharding.abstract(params, sharding.by_rule(params, program.mesh)), images, labels, totals)
+    return eval_step.lower(
+        sharding.with_sharding(params, sharding.param_shardings(params, program.mesh)), images, labels, totals
+    )
 
 
 def _work(cost: Cost) -> str:

@@ -34,7 +34,7 @@ def extract_features(
         float32 [n d].
     """
     mesh = sharding.create_mesh()
-    placed = sharding.place(params, sharding.replicated(mesh))
+    placed = sharding.device_put(params, sharding.replicated(mesh))
     prepare = functools.partial(preprocess.prepare, image_size=image_size, **options)
     features = apply_to_all(backbone(model), placed, images, mesh, prepare=prepare, batch_size=batch_size)
     return np.asarray(features, np.float32)
@@ -71,13 +71,13 @@ def apply_to_all(
     Returns:
         [num_views · n d], on every device: all pictures once, then all of them again.
     """
-    batch_size = sharding.round_up(batch_size, len(images), mesh)
+    batch_size = sharding.pad_to_devices(batch_size, len(images), mesh)
     num_rows = num_views * len(images)
     num_batches = -(-num_rows // batch_size)
     everywhere = sharding.replicated(mesh)
 
     def outputs_of(start: jax.Array, params: Params, batch: jax.Array) -> jax.Array:
-        rows = jax.lax.with_sharding_constraint(start + jnp.arange(batch_size), sharding.over_batch(mesh))
+        rows = jax.lax.with_sharding_constraint(start + jnp.arange(batch_size), sharding.batch_sharding(mesh))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return model.apply({"params": params}, prepare(sampling.row_keys(rows, seed=seed), batch))
 
@@ -85,7 +85,7 @@ def apply_to_all(
         buffer = jax.lax.dynamic_update_slice_in_dim(buffer, outputs_of(start, *inputs), start, axis=0)
         return buffer, start + batch_size
 
-    start = sharding.place(np.int32(0), everywhere)
+    start = sharding.device_put(np.int32(0), everywhere)
     batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), jnp.uint8)
     outputs = jax.eval_shape(outputs_of, start, params, batch)
     make_buffer = lambda: jnp.zeros((num_batches * batch_size, *outputs.shape[1:]), outputs.dtype)  # noqa: E731
@@ -93,12 +93,12 @@ def apply_to_all(
     fill = jax.jit(fill, donate_argnums=0, out_shardings=everywhere)
     for i in progress_bar(range(num_batches), desc="pictures", unit="batch"):
         rows = np.arange(i * batch_size, (i + 1) * batch_size) % len(images)
-        previous, (buffer, start) = start, fill(buffer, start, params, sharding.place_rows(images, rows, mesh))
+        previous, (buffer, start) = start, fill(buffer, start, params, sharding.shard_rows(images, rows, mesh))
         jax.block_until_ready(previous)  # for the bar's sake; the device already has the next batch
     return buffer[:num_rows]
 
 
-def from_features(model: Any) -> Forward:
+def feature_forward(model: Any) -> Forward:
     """Stored features through the head alone."""
     head = model.create_head(model.num_classes)
     return Forward(

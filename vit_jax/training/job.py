@@ -57,7 +57,9 @@ class Job:
         """
         print("compiling the training step …", flush=True)
         compiled = self.program.lower().compile()
-        place = functools.cache(lambda count: sharding.place(np.int32(count), sharding.replicated(self.program.mesh)))
+        place = functools.cache(
+            lambda count: sharding.device_put(np.int32(count), sharding.replicated(self.program.mesh))
+        )
         return lambda *inputs, count: compiled(*inputs, place(count))
 
     def open_arrays(self, state: steps.TrainState, *, step: int) -> tuple[Generator[Arrays, None, None], Callable]:
@@ -126,10 +128,10 @@ def create_job(
     """
     saved = saved or {}
     mesh = sharding.create_mesh(**config.mesh)
-    with distributed.first_one_first():
+    with distributed.main_process_first():
         dataset = load_dataset(config, storage=saved.get("storage", ""))
         source = build.load_source(config)
-    if distributed.largest(not dataset.train.in_memory) and dataset.train.in_memory:
+    if distributed.process_max(not dataset.train.in_memory) and dataset.train.in_memory:
         dataset = load_dataset(config, storage="stream")  # another process has less memory
     fingerprint = data.fingerprint(dataset)
     check_same_dataset(fingerprint)
@@ -141,15 +143,15 @@ def create_job(
         config,
         model,
         mesh,
-        num_pictures=len(dataset.train),
-        picture_shape=dataset.train.images.shape[1:],
+        num_images=len(dataset.train),
+        image_shape=dataset.train.images.shape[1:],
         in_memory=dataset.train.in_memory,
     )
     print(program.describe_trainable())
 
     def create_state() -> steps.TrainState:
         params = build.create_params(config, model, source)
-        return program.init_state(sharding.place(params, sharding.by_rule(params, mesh)))
+        return program.init_state(sharding.device_put(params, sharding.param_shardings(params, mesh)))
 
     about = build.describe(config, model, dataset.class_names)
     about["storage"] = "memory" if dataset.train.in_memory else "stream"
@@ -162,7 +164,7 @@ def create_job(
 
 def check_same_dataset(found: dict[str, Any]) -> None:
     """Raises the same UserError in every process unless their `data.fingerprint`s agree; a collective call."""
-    summaries = distributed.gather(
+    summaries = distributed.gather_strings(
         f"{found['num_train']:,} training and {found['num_test']:,} test images of {len(found['class_names'])} classes "
         f"(digest {found['digest'][:16]})"
     )
@@ -207,7 +209,7 @@ def load_dataset(config: ConfigDict, *, storage: str = "", shapes_only: bool = F
         classes=names.classes,
         crops=not {config.augment, config.test_augment}.isdisjoint(CROPS),
         storage=storage or names.storage,
-        device_bytes=sharding.memory_of(jax.local_devices()[0])[0],
+        device_bytes=sharding.device_memory(jax.local_devices()[0])[0],
         shapes_only=shapes_only,
     )
     height, width = dataset.train.images.shape[1:3]
@@ -223,24 +225,24 @@ def crop_on_host(config: ConfigDict, images: Any, augment: str, *, num_views: in
 
     Args:
         config: laid out as in `configs/base.py`.
-        images: uint8 [n h w 3], or `data.Encoded`.
+        images: uint8 [n h w 3], or `data.EncodedImages`.
         augment: see `preprocess.prepare`.
         num_views: number of crops of each image: a crop of every image, then another of every image.
         seed: of the crops; see `sampling.row_keys`.
     """
-    if not isinstance(images, data.Encoded) or augment not in CROPS:
+    if not isinstance(images, data.EncodedImages) or augment not in CROPS:
         return images
     rows = np.arange(num_views * len(images))
     uniforms = jax.jit(lambda rows: preprocess.sample_uniforms(sampling.row_keys(rows, seed=seed)))(rows)
-    color = preprocess.margin_color(config.pixel_mean)
+    color = preprocess.margin_color(config.image_mean)
     return images.crop(rows % len(images), augment=augment, uniforms=np.asarray(uniforms), margin_color=color)
 
 
 def repeat(images: Any, labels: np.ndarray, mesh: Mesh) -> Generator[Arrays, None, None]:
     """All pictures or features, and their labels, on every device; the same again and again."""
     if not isinstance(images, jax.Array):
-        images = sharding.place(images, sharding.replicated(mesh))
-    arrays = images, sharding.place(labels, sharding.replicated(mesh))
+        images = sharding.device_put(images, sharding.replicated(mesh))
+    arrays = images, sharding.device_put(labels, sharding.replicated(mesh))
     while True:
         yield arrays
 
@@ -250,7 +252,7 @@ def stream(config: ConfigDict, split: Split, mesh: Mesh, *, step: int) -> Genera
     batches = training_batches(
         split,
         augment=config.augment,
-        margin_color=preprocess.margin_color(config.pixel_mean),
+        margin_color=preprocess.margin_color(config.image_mean),
         batch_size=config.batch_size,
         seed=config.seed,
         first_step=step,
@@ -261,7 +263,7 @@ def stream(config: ConfigDict, split: Split, mesh: Mesh, *, step: int) -> Genera
     )
     with contextlib.closing(batches):
         for images, labels in batches:
-            yield sharding.place_part(images, mesh), sharding.place_part(labels, mesh)
+            yield sharding.shard_local_batch(images, mesh), sharding.shard_local_batch(labels, mesh)
 
 
 def create_evaluate(
@@ -275,21 +277,21 @@ def create_evaluate(
         mesh: batches are split over its devices.
         batch_size: a wish; rounded up to the devices.
     """
-    num_pictures = len(split)
-    batch_size = sharding.round_up(batch_size, num_pictures, mesh)
-    streamed = isinstance(split.images, data.Encoded)
+    num_images = len(split)
+    batch_size = sharding.pad_to_devices(batch_size, num_images, mesh)
+    streamed = isinstance(split.images, data.EncodedImages)
     eval_step = steps.make_eval_step(forward, mesh, batch_size=batch_size, streamed=streamed)
-    num_batches = math.ceil(num_pictures / batch_size)
+    num_batches = math.ceil(num_images / batch_size)
     whole = None if streamed else next(repeat(split.images, split.labels, mesh))
 
     def batch(number: int) -> Arrays:
         rows = np.arange(number * batch_size, (number + 1) * batch_size)
-        labels = np.where(rows < num_pictures, split.labels[rows % num_pictures], -1)
-        images = sharding.place_rows(split.images, rows % num_pictures, mesh)
-        return images, sharding.place(labels, sharding.over_batch(mesh))
+        labels = np.where(rows < num_images, split.labels[rows % num_images], -1)
+        images = sharding.shard_rows(split.images, rows % num_images, mesh)
+        return images, sharding.device_put(labels, sharding.batch_sharding(mesh))
 
     def evaluate(params: Params) -> dict[str, jax.Array]:
-        totals = sharding.place(steps.start_totals(), sharding.replicated(mesh))
+        totals = sharding.device_put(steps.start_totals(), sharding.replicated(mesh))
         for number in progress_bar(range(num_batches), desc="test", unit="batch"):
             previous, totals = totals, eval_step(params, *(whole or batch(number)), totals)
             jax.block_until_ready(previous)  # for the bar's sake; the device already has the next batch

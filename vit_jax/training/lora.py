@@ -1,7 +1,7 @@
 """Low-rank adaptation (Hu et al. 2022): small factors beside the parameter tree, which keeps the released names.
 
 The factors of `Transformer/…/query/kernel` are `lora/Transformer/…/query/kernel/{a,b}`, so that a tree with factors is
-split, saved and counted like any other. The model never sees them: it gets `merge_factors(params)`.
+split, saved and counted like any other. The model never sees them: it gets `merge_lora_weights(params)`.
 """
 
 import math
@@ -35,7 +35,7 @@ def is_requested(params: Params, patterns: Sequence[str]) -> bool:
     )
 
 
-def add_factors(key: jax.Array, params: Params, *, rank: int, targets: Sequence[str]) -> Params:
+def add_lora_weights(key: jax.Array, params: Params, *, rank: int, targets: Sequence[str]) -> Params:
     """Adds factors for the kernels that are to be adapted; at first their product is zero.
 
     A kernel is taken as a matrix from its inputs to its outputs: [d, (k h)] for queries, keys and values, whose heads
@@ -79,11 +79,11 @@ def add_factors(key: jax.Array, params: Params, *, rank: int, targets: Sequence[
     return {**params, "lora": unflatten_dict(factors, sep="/")}
 
 
-def merge_factors(params: Params, *, alpha: float) -> Params:
+def merge_lora_weights(params: Params, *, alpha: float) -> Params:
     """Adds each product to its kernel: W + alpha / rank · a · b.
 
     Args:
-        params: as `add_factors` gives them, or a tree without factors, which is returned as it is.
+        params: as `add_lora_weights` gives them, or a tree without factors, which is returned as it is.
         alpha: scale of the products, whatever the rank.
 
     Returns:

@@ -31,7 +31,7 @@ class Program:
         patterns: what trains, as regular expressions.
         steps_per_epoch: whole batches in the training split.
         abstract_state: of the run.
-        abstract_pictures: the training pictures and their labels; those of one batch unless they are `in_memory`.
+        abstract_images: the training pictures and their labels; those of one batch unless they are `in_memory`.
         abstract_arrays: what a step reads of them: features if `cached`, otherwise the same.
         init_state: jitted params -> state before the first update.
         train_steps: jitted (state, *arrays, permutation, count) -> (state, scalars); `count` is 1 unless `cached`.
@@ -47,7 +47,7 @@ class Program:
     patterns: tuple[str, ...]
     steps_per_epoch: int
     abstract_state: steps.TrainState
-    abstract_pictures: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
+    abstract_images: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
     abstract_arrays: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
     init_state: Callable[[Params], steps.TrainState]
     train_steps: Any
@@ -68,7 +68,7 @@ class Program:
     def lower(self) -> Any:
         """Traces the training step for the devices of the mesh, which need not be there."""
         permutation = jax.eval_shape(self.permute, self.abstract_state)
-        permutation, count = sharding.abstract(
+        permutation, count = sharding.with_sharding(
             (permutation, jax.ShapeDtypeStruct((), jnp.int32)), sharding.replicated(self.mesh)
         )
         return self.train_steps.lower(self.abstract_state, *self.abstract_arrays, permutation, count)
@@ -79,8 +79,8 @@ def create_program(
     model: Any,
     mesh: Mesh,
     *,
-    num_pictures: int,
-    picture_shape: tuple[int, ...],
+    num_images: int,
+    image_shape: tuple[int, ...],
     in_memory: bool = True,
 ) -> Program:
     """Makes the functions of a run.
@@ -89,14 +89,14 @@ def create_program(
         config: laid out as in `configs/base.py`.
         model: Linen module.
         mesh: of devices, real ones or those of a topology.
-        num_pictures: of the training split.
-        picture_shape: height, width and channels as they are stored.
+        num_images: of the training split.
+        image_shape: height, width and channels as they are stored.
         in_memory: whether they fit into memory; others come batch by batch, cropped already.
 
     Raises:
         UsageError: the batch does not divide or is larger than the data, nothing trains, or features cannot be stored.
     """
-    check_batch(config, num_shards=mesh.size, num_pictures=num_pictures)
+    check_batch(config, num_shards=mesh.size, num_images=num_images)
     patterns = optim.trainable_patterns(config.trainable)
     schedule = optim.make_schedule(
         config.schedule,
@@ -113,20 +113,20 @@ def create_program(
     tx = optim.create_optimizer(schedule=schedule, num_layers=num_layers, **config.optimizer)
 
     def init_state(params: Params) -> steps.TrainState:
-        params = add_factors(params, patterns, config)
+        params = add_lora_weights(params, patterns, config)
         return steps.create_train_state(params, patterns=patterns, tx=tx, seed=config.seed, ema=config.ema_decay > 0)
 
     abstract_state = jax.eval_shape(init_state, jax.eval_shape(init_params(model, config)))
     check_gradients(abstract_state.trainable, abstract_state.frozen, model)
-    shardings, everywhere = sharding.by_rule(abstract_state, mesh), sharding.replicated(mesh)
+    shardings, everywhere = sharding.param_shardings(abstract_state, mesh), sharding.replicated(mesh)
 
     head_only = set(abstract_state.trainable) == {"head"}
     dropout = has_dropout(model) and (config.frozen_dropout or not head_only)
     cached = stores_features(config, head_only=head_only, dropout=dropout)
     streamed = not (in_memory or cached)
     augment = device_augment(config.augment, in_memory=in_memory)
-    whole = steps.from_pictures(model, augment=augment, dropout=dropout, **test_options(config, in_memory=in_memory))
-    forward = features.from_features(model) if cached else whole
+    whole = steps.image_forward(model, augment=augment, dropout=dropout, **test_options(config, in_memory=in_memory))
+    forward = features.feature_forward(model) if cached else whole
     train_step = steps.make_train_step(
         forward,
         tx,
@@ -145,27 +145,27 @@ def create_program(
 
     def stored(num_rows: int, shape: tuple[int, ...], dtype: Any, place: Any = everywhere) -> tuple[Any, Any]:
         arrays = jax.ShapeDtypeStruct((num_rows, *shape), dtype), jax.ShapeDtypeStruct((num_rows,), jnp.int32)
-        return sharding.abstract(arrays, place)
+        return sharding.with_sharding(arrays, place)
 
     if in_memory:
-        pictures = arrays = stored(num_pictures, picture_shape, jnp.uint8)
+        pictures = arrays = stored(num_images, image_shape, jnp.uint8)
     else:
-        pictures = arrays = stored(config.batch_size, picture_shape, jnp.uint8, sharding.over_batch(mesh))
+        pictures = arrays = stored(config.batch_size, image_shape, jnp.uint8, sharding.batch_sharding(mesh))
     if cached:
         keys = jax.ShapeDtypeStruct((len(pictures[1]), 2), jnp.uint32)
         inputs = jax.eval_shape(whole.prepare, keys, pictures[0])
         outputs = jax.eval_shape(features.backbone(model).apply, {"params": abstract_state.frozen}, inputs)
-        arrays = stored(num_views * num_pictures, outputs.shape[1:], outputs.dtype)
-    permutation = steps.make_permutation(num_pictures, config.batch_size, num_views=num_views)
+        arrays = stored(num_views * num_images, outputs.shape[1:], outputs.dtype)
+    permutation = steps.make_permutation(num_images, config.batch_size, num_views=num_views)
     return Program(
         mesh=mesh,
         model=model,
         cached=cached,
         in_memory=in_memory,
         patterns=patterns,
-        steps_per_epoch=num_pictures // config.batch_size,
-        abstract_state=sharding.abstract(abstract_state, shardings),
-        abstract_pictures=pictures,
+        steps_per_epoch=num_images // config.batch_size,
+        abstract_state=sharding.with_sharding(abstract_state, shardings),
+        abstract_images=pictures,
         abstract_arrays=arrays,
         init_state=jax.jit(init_state, out_shardings=shardings, donate_argnums=0),
         train_steps=jax.jit(train_steps, out_shardings=(shardings, everywhere), donate_argnums=0),
@@ -181,21 +181,21 @@ def device_augment(augment: str, *, in_memory: bool) -> str:
 
 
 def test_options(config: ConfigDict, *, in_memory: bool = True) -> dict[str, Any]:
-    """Returns the test-time preprocessing, as options of `steps.from_pictures`."""
+    """Returns the test-time preprocessing, as options of `steps.image_forward`."""
     return {
         "test_augment": device_augment(config.test_augment, in_memory=in_memory),
         "image_size": config.image_size,
-        "mean": config.pixel_mean,
-        "deviation": config.pixel_deviation,
+        "mean": config.image_mean,
+        "deviation": config.image_std,
     }
 
 
-def add_factors(params: Params, patterns: tuple[str, ...], config: ConfigDict) -> Params:
+def add_lora_weights(params: Params, patterns: tuple[str, ...], config: ConfigDict) -> Params:
     """Adds LoRA weights if one of the patterns asks for them, see `lora.is_requested`."""
     if not lora.is_requested(params, patterns):
         return params
     key = jax.random.fold_in(jax.random.PRNGKey(config.seed), sampling.Stream.LORA)
-    return lora.add_factors(key, params, rank=config.lora.rank, targets=config.lora.targets)
+    return lora.add_lora_weights(key, params, rank=config.lora.rank, targets=config.lora.targets)
 
 
 def check_gradients(trainable: Params, frozen: Params, model: Any) -> None:
@@ -250,7 +250,7 @@ def stores_features(config: ConfigDict, *, head_only: bool, dropout: bool) -> bo
     return config.features == "cached" or (config.features == "auto" and not obstacle and config.augment == "none")
 
 
-def check_batch(config: ConfigDict, *, num_shards: int, num_pictures: int) -> None:
+def check_batch(config: ConfigDict, *, num_shards: int, num_images: int) -> None:
     """The batch must divide evenly over devices and accumulation, and not be larger than the data."""
     parts = num_shards * config.accumulation_steps
     if config.batch_size % parts:
@@ -258,5 +258,5 @@ def check_batch(config: ConfigDict, *, num_shards: int, num_pictures: int) -> No
             f"config.batch_size {config.batch_size} does not divide by {num_shards} devices × "
             f"{config.accumulation_steps} accumulation_steps; {-(-config.batch_size // parts) * parts} does"
         )
-    if config.batch_size > num_pictures:
-        raise UsageError(f"config.batch_size {config.batch_size} is above the {num_pictures} training pictures")
+    if config.batch_size > num_images:
+        raise UsageError(f"config.batch_size {config.batch_size} is above the {num_images} training pictures")

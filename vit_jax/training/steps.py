@@ -56,7 +56,7 @@ class Forward:
     logits: Callable[[Params, jax.Array, jax.Array | None], jax.Array]
 
 
-def from_pictures(
+def image_forward(
     model: Any, *, augment: str = "none", test_augment: str = "none", dropout: bool = False, **options: Any
 ) -> Forward:
     """The whole way: uint8 pictures, made ready on the device, through the whole model.
@@ -106,7 +106,7 @@ def create_train_state(
 def evaluated_params(state: TrainState, *, use_ema: bool = True, lora_alpha: float = 1.0) -> Params:
     """Returns the parameters to evaluate: the EMA parameters where there are any, with LoRA weights merged."""
     ema = state.ema if use_ema else {}
-    return lora.merge_factors(optim.merge_params(ema or state.trainable, state.frozen), alpha=lora_alpha)
+    return lora.merge_lora_weights(optim.merge_params(ema or state.trainable, state.frozen), alpha=lora_alpha)
 
 
 def update_ema(ema: Params, params: Params, *, decay: float, num_updates: jax.Array) -> Params:
@@ -189,7 +189,7 @@ def make_train_step(
         targets: list[tuple[jax.Array, jax.Array]],
         keys: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        params = lora.merge_factors(optim.merge_params(trainable, frozen), alpha=lora_alpha)
+        params = lora.merge_lora_weights(optim.merge_params(trainable, frozen), alpha=lora_alpha)
         logits = forward.logits(params, inputs, keys)
         loss = accuracy = jnp.zeros(())
         for labels, weight in targets:
@@ -219,7 +219,7 @@ def make_train_step(
             return forward.augment(batch["keys"], batch_images), batch_labels
 
         def gradient(batch: dict[str, Any]):
-            batch = jax.lax.with_sharding_constraint(batch, sharding.over_batch(mesh))
+            batch = jax.lax.with_sharding_constraint(batch, sharding.batch_sharding(mesh))
             inputs, batch_labels = pick(batch)
             targets = [(batch_labels, jnp.ones(()))]
             if mixes:
@@ -277,7 +277,7 @@ def make_eval_step(forward: Forward, mesh: Mesh, *, batch_size: int, streamed: b
 
     def eval_step(params: Params, images: jax.Array, labels: jax.Array, totals: dict) -> dict:
         rows = totals["next_row"] + jnp.arange(batch_size)
-        rows = jax.lax.with_sharding_constraint(rows, sharding.over_batch(mesh))
+        rows = jax.lax.with_sharding_constraint(rows, sharding.batch_sharding(mesh))
         if streamed:
             mask = labels >= 0
         else:

@@ -71,7 +71,7 @@ def format_number(number: float) -> str:
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
-def write_beside(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Writes a text file so that it is whole or as before at any moment, even after a power failure."""
     temporary = path.with_name(path.name + ".part")
     try:
@@ -103,7 +103,7 @@ class Writer:
         path = workdir / "metrics.jsonl"
         if not silent:
             kept = read_records(path, last_step=step)
-            write_beside(path, "".join(json.dumps(record) + "\n" for record in kept))
+            write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(os.devnull if silent else path, "a")  # noqa: SIM115
         self._events = None if silent else _create_events(workdir, step)
         self._bar = progress_bar(

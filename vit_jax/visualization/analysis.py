@@ -157,7 +157,7 @@ def most_confused(counts: np.ndarray, *, count: int = 10) -> list[tuple[int, int
     return [pair for pair in pairs if pair[2] > 0]
 
 
-def surest_mistakes(probabilities: np.ndarray, labels: np.ndarray, *, count: int = 20) -> np.ndarray:
+def most_confident_errors(probabilities: np.ndarray, labels: np.ndarray, *, count: int = 20) -> np.ndarray:
     """Indices of the wrong pictures that the model was surest of, the surest first: int64 [at most count]."""
     wrong = np.flatnonzero(probabilities.argmax(axis=-1) != labels)
     return wrong[np.argsort(-probabilities[wrong].max(axis=-1), kind="stable")][:count]

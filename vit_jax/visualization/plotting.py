@@ -217,7 +217,7 @@ def plot_confusion(
     return figure
 
 
-def plot_mistakes(
+def plot_errors(
     images: np.ndarray, labels: Sequence[str], predictions: Sequence[str], probabilities: Sequence[float]
 ) -> Figure:
     """A sheet of wrong pictures, under each what it is and what the model says.
