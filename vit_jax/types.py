@@ -1,23 +1,71 @@
-"""The few types that rooms hand to each other."""
+"""Types that the packages hand to each other."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
 Params = dict[str, Any]
-"""Nested dictionary of arrays; its keys joined by "/" are the keys of a released file."""
+"""Nested dictionary of arrays; its keys joined by "/" are the keys of a pretrained checkpoint."""
 
-FlatParams = dict[str, Any]
-"""The same parameters as one dictionary: joined key -> array."""
+FlatParams = dict[str, np.ndarray]
+"""The same parameters in host memory as one dictionary: joined key -> array."""
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+class ImageSource(Protocol):
+    """Images of a split, uint8 [n h w 3]: a NumPy array, or `data.EncodedImages`, which decodes files when indexed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[n h w 3]."""
+
+    def __len__(self) -> int:
+        """The number of images."""
+
+    def __getitem__(self, rows: Any, /) -> np.ndarray:
+        """An image [h w 3], or those of a slice or an array of rows [m h w 3]."""
+
+    def take(self, rows: np.ndarray, axis: int = 0) -> "ImageSource":
+        """Selects images, as `numpy.ndarray.take` along axis 0."""
+
+
+class ImageModel(Protocol):
+    """A Linen module that maps images to class logits: `VisionTransformer`, `ResNet`."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """Width of the head; None has no head and gives the features before it."""
+
+    @property
+    def dtype(self) -> Any:
+        """Of the computation."""
+
+    @property
+    def head_init(self) -> str:
+        """A key of `models.HEAD_INITS`."""
+
+    def init(self, rngs: Any, images: Any) -> Mapping[str, Params]:
+        """Initializes {"params": …}."""
+
+    def apply(self, variables: Mapping[str, Params], images: Any, **options: Any) -> Any:
+        """[b h w 3], preprocessed -> logits [b num_classes]."""
+
+    def clone(self, *, num_classes: int | None) -> "ImageModel":
+        """The same module with another head, or none."""
+
+    def create_head(self, num_classes: int, name: str | None = None) -> Any:
+        """The layer [b d] -> [b num_classes], for use apart from the model on cached features."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Pictures of one split.
+    """Images of one split and their labels.
 
     Attributes:
-        images: uint8 [n h w 3], RGB, in host memory; or what reads like it and decodes files (`data.EncodedImages`).
+        images: uint8 [n h w 3], RGB, in host memory; or an `ImageSource` that decodes files.
         labels: int32 [n], indices into the dataset's class names.
         ids: uint64 [n], the same in memory and streamed: hashes of the file names relative to the split's directory, or
             the record numbers of TFDS; None for a dataset that is always read whole.
@@ -28,18 +76,18 @@ class Split:
     ids: np.ndarray | None = None
 
     def __len__(self) -> int:
-        """The number of pictures."""
+        """The number of images."""
         return len(self.labels)
 
     @property
     def in_memory(self) -> bool:
-        """Whether every picture is decoded."""
+        """Whether every image is decoded."""
         return isinstance(self.images, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """What a run trains and is tested on; `class_names[label]` names a label."""
+    """The splits to train and to test on; `class_names[label]` names a label."""
 
     train: Split
     test: Split
