@@ -22,13 +22,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from vit_jax.training.job import create_evaluate
+
 import vit_jax
 from vit_jax import data, predict
 from vit_jax.classifier import Classifier
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UsageError, UserError, parse_arguments, run_command
 from vit_jax.training import steps
-from vit_jax.training.job import create_evaluate
 from vit_jax.types import Split
 
 LEAST_RATIO = 0.8

@@ -6,10 +6,10 @@ import time
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from vit_jax.training.job import create_job
 
 from configs import cifar10_micro
 from vit_jax import trainer
-from vit_jax.training.job import create_job
 
 pytestmark = pytest.mark.slow
 

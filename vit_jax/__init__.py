@@ -1,21 +1,28 @@
-"""Fine-tune Google's Vision Transformers from the files Google released."""
+"""Fine-tune Google's Vision Transformers, starting from the original `.npz` checkpoints.
+
+The public API: `load` and the `Classifier` it returns, `trainer.train_and_evaluate`, `config.get_config`,
+`models.VisionTransformer`, `models.ResNet`, `pretrained.load_npz`, `pretrained.save_npz`, `pretrained.adapt_params`,
+`types.Dataset` and `types.Split`. Everything else is internal and may change between versions.
+"""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from vit_jax.classifier import Classifier
+
+__version__ = "0.2.0"
 
 
-def load(source: str | os.PathLike[str]) -> Any:
-    """A model that is ready for use: `load("runs/digits").predict(images)`.
+def load(source: str | os.PathLike[str]) -> "Classifier":
+    """Loads a classifier: `load("runs/digits").predict(images)`.
 
     Args:
-        source: the folder of a run, what `export` wrote, a released file by name or path, or a folder of Hugging Face's
+        source: a run directory, an export, a pretrained checkpoint by name or path, or a directory of Hugging Face's
             `ViTForImageClassification`.
 
     Returns:
-        A `vit_jax.classifier.Classifier`: `predict(images)`, `params`, `class_names`, `model`; of a run, a
-        `vit_jax.trainer.Run`.
+        A `vit_jax.classifier.Classifier`; of a run directory, a `vit_jax.run.Run`.
 
     Raises:
         UserError: there is no model, or it cannot be read.
@@ -24,9 +31,9 @@ def load(source: str | os.PathLike[str]) -> Any:
 
     source = os.fspath(source)
     if (Path(source) / "checkpoints").is_dir():
-        from vit_jax import trainer
+        from vit_jax.run import load_run
 
-        return trainer.load_run(source)
-    from vit_jax import classifier
+        return load_run(source)
+    from vit_jax.classifier import load_classifier
 
-    return classifier.load_exported(source)
+    return load_classifier(source)

@@ -1,138 +1,165 @@
-"""A model that is ready for use: parameters, class names, and how pictures are made ready for it."""
+"""A classifier: a model with its parameters, class names and preprocessing."""
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from vit_jax import pretrained
 from vit_jax.data import preprocess
+from vit_jax.data.batches import crop_when_decoded
+from vit_jax.data.images import EncodedImages
+from vit_jax.pretrained import ModelMetadata
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
-from vit_jax.training import build
-from vit_jax.types import Params
+from vit_jax.training import metrics
+from vit_jax.training.inference import ImageForward, Inference
+from vit_jax.types import ImageModel, ImageSource, Params, Split
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Classifier:
-    """What `vit_jax.load` gives: a model with all that its use needs.
+    """A pretrained or fine-tuned classifier, as `vit_jax.load` returns it.
 
     Attributes:
         model: Linen module.
         params: of the model: its whole tree.
-        class_names: `class_names[i]` names column i of the logits; "0", "1", … where a file does not say.
-        image_size: pixels, square, that the model sees.
-        image_mean: of the channels, from 0 to 1.
-        image_std: of the channels, on the same scale.
+        metadata: class names, image size, normalization.
+        mesh: batches are split over its devices.
+        test_augment: of test images, see `preprocess.prepare`; not "none" only in ablations.
     """
 
-    model: Any
+    model: ImageModel
     params: Params
-    class_names: tuple[str, ...]
-    image_size: int
-    image_mean: tuple[float, ...]
-    image_std: tuple[float, ...]
+    metadata: ModelMetadata
+    mesh: Mesh
+    test_augment: str = "none"
 
-    def predict(self, images: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
-        """Probabilities of the classes.
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each column of the logits; "0", "1", … where a file has no names."""
+        return self.metadata.class_names
+
+    @property
+    def image_size(self) -> int:
+        """Pixels, square, that images are resized to."""
+        return self.metadata.image_size
+
+    def __repr__(self) -> str:
+        """Returns one line, without the parameters."""
+        names = ", ".join(self.class_names[:3]) + (", …" if len(self.class_names) > 3 else "")
+        return (
+            f"{type(self).__name__}({type(self.model).__name__}, {self.image_size} px, "
+            f"{len(self.class_names)} classes: {names})"
+        )
+
+    def predict(self, images: ImageSource, *, batch_size: int = 256) -> np.ndarray:
+        """Returns class probabilities.
 
         Args:
-            images: uint8 [n h w 3], RGB; resized to `image_size`.
-            batch_size: pictures at once, rounded up to the devices.
+            images: uint8 [n h w 3], RGB, or one image [h w 3]; resized to `image_size`.
+            batch_size: upper bound of images at once, rounded up to a multiple of the number of devices.
 
         Returns:
-            float32 [n classes]; rows sum to 1.
+            float32 [n classes], or [classes] of one image; rows sum to 1.
 
         Raises:
-            ValueError: these are no such pictures.
+            ValueError: the images are of another shape or dtype.
         """
-        return softmax(self.logits(images, batch_size=batch_size))
+        return np.asarray(jax.nn.softmax(self.logits(images, batch_size=batch_size)))
 
-    def logits(self, images: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
-        """Float32 [n classes] before the softmax; arguments as in `predict`."""
-        images = np.asarray(images)
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-            raise ValueError(f"expected pictures as uint8 [n h w 3], got {images.dtype} {list(images.shape)}")
-        batch_size = self.round_up(batch_size, len(images))
-        batches = [
-            self.start(images[first : first + batch_size], batch_size) for first in range(0, len(images), batch_size)
-        ]
-        parts = [np.zeros((0, len(self.class_names)), np.float32), *map(np.asarray, batches)]
-        return np.concatenate(parts)[: len(images)]
+    def logits(self, images: ImageSource, *, batch_size: int = 256) -> np.ndarray:
+        """Returns logits, float32 [n classes]; arguments as in `predict`."""
+        return self._apply(self.model, images, batch_size=batch_size)
+
+    def features(self, images: ImageSource, *, batch_size: int = 256) -> np.ndarray:
+        """Returns the inputs of the head, float32 [n d]; arguments as in `predict`."""
+        return self._apply(self.model.clone(num_classes=None), images, batch_size=batch_size)
+
+    def preprocess(self, images: np.ndarray) -> jax.Array:
+        """Returns the inputs of the model, float32 [n s s 3]: uint8 images [n h w 3] resized and normalized."""
+        keys = jnp.zeros((len(images), 2), jnp.uint32)  # nothing is sampled
+        return self._forward(self.model).preprocess(keys, jnp.asarray(images))
 
     def forward(self, params: Params, images: jax.Array) -> jax.Array:
-        """The whole way as a pure function: uint8 [b h w 3] -> float32 [b classes] before the softmax."""
-        keys = jnp.zeros((images.shape[0], 2), jnp.uint32)  # nothing is drawn
-        inputs = preprocess.prepare(keys, images, image_size=self.image_size, mean=self.image_mean, std=self.image_std)
-        return self.model.apply({"params": params}, inputs).astype(jnp.float32)
+        """Returns logits, float32 [b classes], of uint8 images [b h w 3]: a pure function, for export."""
+        return self.model.apply({"params": params}, self.preprocess(images)).astype(jnp.float32)
 
-    def round_up(self, batch_size: int, num_images: int) -> int:
-        """`batch_size`, or fewer where there are fewer pictures, as a multiple of the devices."""
-        return sharding.pad_to_devices(batch_size, max(1, num_images), self._mesh)
+    def evaluate(self, split: Split, *, batch_size: int = 256, prefix: str = "test") -> dict[str, float]:
+        """Returns "test/loss", "test/accuracy" and "test/accuracy_top5" over all images, each counted exactly once.
 
-    def start(self, images: np.ndarray, batch_size: int) -> jax.Array:
-        """Begins a batch and does not wait: pictures, up to `batch_size` of them -> float32 [batch_size classes].
-
-        Missing pictures are black; `batch_size` is a multiple of the devices.
+        Args:
+            split: labels are columns of the logits.
+            batch_size: see `predict`.
+            prefix: of the names.
         """
-        missing = [(0, batch_size - len(images)), *[(0, 0)] * 3]
-        batch = jax.device_put(np.pad(images, missing), sharding.batch_sharding(self._mesh))
-        return self._forward(self._placed, batch)
+        images, inference = self._prepare(self.model, split.images, batch_size=batch_size)
+        return metrics.means(jax.device_get(inference.sum_metrics(self._placed, images, split.labels)), prefix=prefix)
+
+    def require_trained_head(self, name: str) -> None:
+        """Raises UserError if the head is all zeros, as in the checkpoints of ImageNet-21k; `name` is the model's."""
+        if not np.any(np.asarray(self.params["head"]["kernel"])):
+            raise UserError(f"{name} has an untrained (all-zero) head; fine-tune it first")
+
+    def _apply(self, model: ImageModel, images: ImageSource, *, batch_size: int) -> np.ndarray:
+        if not isinstance(images, EncodedImages):
+            images = np.asarray(images)
+            if images.ndim not in (3, 4) or images.shape[-1] != 3 or images.dtype != np.uint8:
+                raise ValueError(f"got images {images.dtype} {list(images.shape)}; expected uint8 [n h w 3] or [h w 3]")
+            if images.ndim == 3:
+                return self._apply(model, images[None], batch_size=batch_size)[0]
+        if not len(images):
+            inputs = self.preprocess(np.zeros((1, 1, 1, 3), np.uint8))
+            shape = jax.eval_shape(model.apply, {"params": self.params}, inputs)
+            return np.zeros((0, *shape.shape[1:]), np.float32)
+        images, inference = self._prepare(model, images, batch_size=batch_size)
+        return np.asarray(inference.outputs(self._placed, images), np.float32)
+
+    def _prepare(self, model: ImageModel, images: ImageSource, *, batch_size: int) -> tuple[ImageSource, Inference]:
+        """Returns images, cropped in an ablation, and the inference for them."""
+        in_memory = not isinstance(images, EncodedImages)
+        images = crop_when_decoded(images, augment=self.test_augment, image_mean=self.metadata.image_mean)
+        augment = preprocess.device_augment(self.test_augment, in_memory=in_memory)
+        return images, self._inference(model, augment, batch_size)
+
+    def _inference(self, model: ImageModel, augment: str, batch_size: int) -> Inference:
+        key = (model, augment, batch_size)
+        if key not in self._inferences:
+            self._inferences[key] = Inference(self._forward(model, augment), self.mesh, batch_size=batch_size)
+        return self._inferences[key]
 
     @functools.cached_property
-    def _mesh(self) -> jax.sharding.Mesh:
-        return sharding.create_mesh(jax.local_devices())
+    def _inferences(self) -> dict[tuple[ImageModel, str, int], Inference]:
+        """Functions that are compiled already."""
+        return {}
+
+    def _forward(self, model: ImageModel, augment: str = "none") -> ImageForward:
+        data = self.metadata
+        return ImageForward(model, data.image_size, data.image_mean, data.image_std, test_augment=augment)
 
     @functools.cached_property
     def _placed(self) -> Params:
-        return jax.device_put(self.params, sharding.replicated(self._mesh))
-
-    @functools.cached_property
-    def _forward(self) -> Any:
-        return jax.jit(self.forward)
+        return sharding.device_put(self.params, sharding.replicated(self.mesh))
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """[n classes] -> probabilities [n classes]."""
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
-
-
-def load_exported(name_or_path: str) -> Classifier:
-    """A classifier from a file or folder that is no run's.
+def load_classifier(name_or_path: str) -> Classifier:
+    """Loads a classifier from a checkpoint that is not a run's.
 
     Args:
-        name_or_path: as for `config.pretrained`.
+        name_or_path: a pretrained checkpoint or an export, see `pretrained.read_model`.
 
     Raises:
-        UserError: it cannot be read, is no known model, or has no head.
+        UserError: it cannot be read, is not a known model, or has no head.
     """
-    params, about = pretrained.read_model(name_or_path)
+    params, metadata = pretrained.read_model(name_or_path)
     try:
-        about = about or build.describe_file(params)
+        metadata = metadata or ModelMetadata.from_params(params)
         if "head" not in params:
-            raise UserError("it has no head and knows no classes; start a run from it (config.pretrained)")
-        return Classifier(**fields(build.rebuild_model(about, params), params, about))
+            raise UserError("it has no trained classification head; fine-tune it first")
+        mesh = sharding.create_mesh(jax.local_devices())
+        return Classifier(model=metadata.create_model(), params=params, metadata=metadata, mesh=mesh)
     except UserError as error:
         raise UserError(f"{name_or_path}: {error}") from error
-
-
-def require_trained_head(classifier: Classifier, name: str) -> None:
-    """Raises UserError where a head is of zeros, as in the files of ImageNet-21k: `name` is whose it is."""
-    if not np.any(np.asarray(classifier.params["head"]["kernel"])):
-        raise UserError(f"{name} has a head of zeros, which says nothing; fine-tune the model first")
-
-
-def fields(model: Any, params: Params, about: dict[str, Any]) -> dict[str, Any]:
-    """What a `Classifier` is made of, from the description of a model (`build.describe`)."""
-    return {
-        "model": model,
-        "params": params,
-        "class_names": tuple(about["class_names"]),
-        "image_size": about["image_size"],
-        "image_mean": tuple(about["image_mean"]),
-        "image_std": tuple(about["image_std"]),
-    }

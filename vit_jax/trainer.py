@@ -1,38 +1,45 @@
-"""A run from its config to its results, and back from its folder."""
+"""The training loop."""
 
 import contextlib
-import dataclasses
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import filelock
 import jax
-import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_jax import classifier
-from vit_jax import config as settings
-from vit_jax.classifier import Classifier
-from vit_jax.runtime import distributed, sharding
+from vit_jax.config import check_config, check_same, save_config
+from vit_jax.runtime import distributed
 from vit_jax.runtime.errors import UserError, one_line
-from vit_jax.training import build, checkpoint, features, lora, metrics, steps
-from vit_jax.training.job import create_evaluate, create_job, crop_on_host, load_dataset
-from vit_jax.training.program import Program, test_options
+from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training.experiment import Augment, Optimizer, create_experiment
+from vit_jax.training.info import RunInfo
 from vit_jax.training.writer import Writer, format_number, read_records, read_results
-from vit_jax.types import Dataset, Split
+from vit_jax.types import Dataset
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
-    """Trains, evaluates and checkpoints; goes on where an earlier run in `workdir` stopped.
+def train_and_evaluate(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    dataset: Dataset | None = None,
+    augment: Augment | None = None,
+    optimizer: Optimizer | None = None,
+) -> dict[str, float]:
+    """Trains, evaluates and saves checkpoints; resumes where an earlier run in `workdir` stopped.
 
     Args:
-        config: laid out as in `configs/base.py`.
-        workdir: the run's folder; will hold config.json, metrics.jsonl, TensorBoard events, checkpoints, curves.png.
+        config: see `vit_jax.config`.
+        workdir: run directory; will hold config.json, metrics.jsonl, TensorBoard events, checkpoints, curves.png.
+        dataset: your own images and labels; None loads the dataset that the config names.
+        augment: your own augmentation of training images, a function (key, uint8 image [h w 3]) -> uint8 image
+            [h' w' 3]; None takes the config's.
+        optimizer: your own optax transformation, or a function from the config's learning-rate schedule to one; None
+            takes the config's. Without a schedule, "learning_rate" is not in the metrics.
 
     Returns:
         "test/loss", "test/accuracy", "test/accuracy_top5" after the last step, and "test_raw/…" of the parameters
@@ -41,214 +48,104 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
 
     Raises:
         UsageError: the config is wrong, or not the one that `workdir` was started with.
-        UserError: another run uses `workdir`; data, pretrained file or storage failed; or the loss is no longer finite.
+        UserError: another run uses `workdir`; data, pretrained checkpoint or storage failed; or the loss is no longer
+            finite.
         KeyboardInterrupt: Ctrl-C; the state was saved first.
     """
     workdir = Path(workdir)
-    settings.check_config(config)
-    check_writable(workdir)
-    with lock_workdir(workdir) if distributed.is_main_process() else contextlib.nullcontext():
-        return _train_and_evaluate(config, workdir)
-
-
-def _train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, float]:
-    """Trains in a workdir that is locked."""
-    restored_step = checkpoint.latest_step(workdir)
-    about = {} if restored_step is None else checkpoint.read_about(workdir)
-    if restored_step is not None or (workdir / "config.json").exists():
-        settings.check_same(config, workdir, saved=about.get("config"))
-    distributed.sync_processes("every process has seen where the run stands")
-    if restored_step == config.num_steps:
-        return summarize(config, workdir)
-    read_records(workdir / "metrics.jsonl")  # raises here, before compilation, if a line is damaged
-    job, create_state = create_job(config, saved=about)
-    # Before anything is written: the pretrained file may not fit.
-    state = create_state() if restored_step is None else job.program.abstract_state
-    del create_state
-    with checkpoint.open_manager(workdir) as checkpoints:
-        if restored_step is not None:
-            print(f"going on from step {restored_step}")
-            state = checkpoint.restore(checkpoints, state, restored_step)
-        if distributed.is_main_process():
-            settings.save_config(config, workdir)
-        train_steps = job.compile_train_steps()
-        step = restored_step or 0
-        arrays, evaluate = job.open_arrays(state, step=step)
-        permutation = job.program.permute(state)
-
-        silent = not distributed.is_main_process()
+    custom = {"dataset": dataset, "augment": augment, "optimizer": optimizer}
+    check_config(config)
+    with lock_workdir(workdir), Checkpoints(workdir) as checkpoints:
+        given = {name for name, value in custom.items() if value is not None}
+        saved = check_resumable(config, workdir, checkpoints, custom=given)
+        step = checkpoints.latest_step() or 0
+        if saved and step == config.num_steps:
+            print(f"already finished at step {step:,}, nothing trained")
+            return summarize(config, workdir)
+        experiment, state = create_experiment(config, saved=saved, **custom)
+        if saved:
+            print(f"resuming from step {step:,}")
+            state = checkpoints.restore(step, state)
+        main_process = distributed.is_main_process()
+        if main_process:
+            save_config(config, workdir)
+        train_step = experiment.compile_train_step()
+        examples = experiment.load_examples(state)
         with (
-            contextlib.closing(arrays),
-            Writer(workdir, step=step, num_steps=config.num_steps, silent=silent) as writer,
+            contextlib.closing(experiment.train_batches(examples, step)) as batches,
+            Writer(workdir, step=step, num_steps=config.num_steps, silent=not main_process) as writer,
             stop_signals() as signals,
         ):
-            while step < config.num_steps:
-                if step % job.program.steps_per_epoch == 0:
-                    permutation = job.program.permute(state)
-                count = steps_until_stop(step, config, job.program) if job.program.cached else 1
-                state, scalars = train_steps(state, *next(arrays), permutation, count=count)
-                step += count
+            for step, batch in batches:
+                state, metrics = train_step(state, batch)
 
                 last = step == config.num_steps
                 logging = last or step % config.log_every_steps == 0
-                stopping = stop_asked(signals, now=logging)
+                stopping = stop_requested(signals, synchronize=logging)
                 evaluating = last or step % config.eval_every_steps == 0
                 saving = evaluating or stopping or step % config.checkpoint_every_steps == 0
                 if logging or saving:
-                    scalars, nonfinite_step = fetch((scalars, state.first_nonfinite_step))
+                    metrics, nonfinite_step = fetch((metrics, state.first_nonfinite_step))
                     stop_if_nonfinite(nonfinite_step, checkpoints.latest_step())
                 if logging:
-                    writer.log_training(step, scalars, batch_size=config.batch_size)
-                results = means_of(fetch(evaluate(state))) if evaluating else {}
+                    writer.log_training(step, metrics, batch_size=config.batch_size)
+                results = experiment.evaluate(state, examples) if evaluating else {}
                 if evaluating:
                     writer.log_evaluation(step, results)
                 if saving:
                     writer.flush()
-                    checkpoint.save(checkpoints, step, state, job.about, accuracy=results.get("test/accuracy"))
+                    checkpoints.save(step, state, experiment.info.to_json(), accuracy=results.get("test/accuracy"))
                     writer.start_clock(step)
                 if stopping and not last:
-                    checkpoint.finish(checkpoints)
+                    checkpoints.finish()
                     return report_interruption(signal.Signals(stopping), step, workdir)
             if config.num_steps == 0:
-                results = means_of(fetch(evaluate(state)))
-                writer.log_evaluation(0, results)
-                writer.flush()
-                checkpoint.save(checkpoints, 0, state, job.about, accuracy=results["test/accuracy"])
-        checkpoint.finish(checkpoints)
+                writer.log_evaluation(0, results := experiment.evaluate(state, examples))
+                checkpoints.save(0, state, experiment.info.to_json(), accuracy=results["test/accuracy"])
+        checkpoints.finish()
     return summarize(config, workdir)
 
 
-def steps_until_stop(step: int, config: ConfigDict, program: Program) -> int:
-    """How many steps the device may take before the host logs, evaluates, saves, or begins an epoch."""
-    intervals = (
-        config.log_every_steps,
-        config.eval_every_steps,
-        config.checkpoint_every_steps,
-        program.steps_per_epoch,
-        config.num_steps,
-    )
-    return min(every - step % every for every in intervals)
-
-
-def means_of(totals: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Returns the results of an evaluation, from its totals by prefix."""
-    return {key: value for prefix, sums in totals.items() for key, value in metrics.means(sums, prefix=prefix).items()}
-
-
 def fetch(tree: Any) -> Any:
-    """Brings device arrays to the host: the one place where a run waits for its device."""
+    """Copies device scalars to the host: the one place where a run waits for its devices."""
     return jax.tree.map(lambda leaf: leaf.item(), jax.device_get(tree))
 
 
-@dataclasses.dataclass(frozen=True)
-class Run(Classifier):
-    """A finished or interrupted run, read from its folder: a classifier, and how it came to be.
-
-    Attributes:
-        config: laid out as in `configs/base.py`.
-        step: of the checkpoint.
-        mesh: of all devices, where `params` lie.
-        about: metadata of the model, see `build.describe`; "command" is the one that trained it.
-    """
-
-    config: ConfigDict
-    step: int
-    mesh: Mesh
-    about: dict[str, Any]
-
-
-def load_run(workdir: str | Path, *, step: int | None = None, use_ema: bool = True) -> Run:
-    """Reads config, model and parameters of a run from its folder alone.
+def check_resumable(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, *, custom: set[str]) -> RunInfo | None:
+    """Returns the facts of the run that `workdir` holds, None if it would start.
 
     Args:
-        workdir: of the run.
-        step: which checkpoint; None takes the latest.
-        use_ema: whether averages of parameters, where the run kept them, stand in for what they average.
+        config: to train with.
+        workdir: run directory.
+        checkpoints: of the run.
+        custom: which of "dataset", "augment" and "optimizer" are given from Python.
 
     Raises:
-        UserError: no run there, no such checkpoint, or a damaged one.
+        UsageError: the run was started with another config.
+        UserError: its files are damaged, or it was started with something from Python that is not given now.
     """
-    workdir = Path(workdir)
-    latest = checkpoint.require_step(workdir)
-    step = latest if step is None else step
-    mesh = sharding.create_mesh()
-    with checkpoint.open_manager(workdir, read_only=True) as checkpoints:
-        there = sorted(checkpoints.all_steps())
-        if step not in there:
-            raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, there))}")
-        params, about = checkpoint.restore_params(checkpoints, step, sharding.replicated(mesh), use_ema=use_ema)
-    config = settings.load_config(workdir, saved=about.pop("config", None))  # out of `about`, which exports write
-    params = lora.merge_lora_weights(params, alpha=config.lora.alpha)
-    about = {"dtype": config.dtype} | about  # not in checkpoints of older versions
-    model = build.rebuild_model(about, params)
-    return Run(**classifier.fields(model, params, about), config=config, step=step, mesh=mesh, about=about)
-
-
-def evaluate_run(run: Run, *, test: Split | None = None, prefix: str = "test") -> dict[str, float]:
-    """Evaluates a run's parameters over every test image.
-
-    Args:
-        run: of `load_run`.
-        test: as `load_test_dataset` gives it; read from the dataset in the run's config unless given.
-        prefix: of the names of the results.
-
-    Raises:
-        UserError: the dataset cannot be read, or its classes are not those of the run.
-    """
-    test = load_test_dataset(run).test if test is None else test
-    forward = steps.image_forward(run.model, **test_options(run.config, in_memory=test.in_memory))
-    test = dataclasses.replace(test, images=crop_on_host(run.config, test.images, run.config.test_augment))
-    evaluate = create_evaluate(forward, test, run.mesh, batch_size=run.config.eval_batch_size)
-    return metrics.means(fetch(evaluate(run.params)), prefix=prefix)
-
-
-def load_test_dataset(run: Run) -> Dataset:
-    """The dataset in a run's config.
-
-    Raises:
-        UserError: it cannot be read, or its classes are not those of the run.
-    """
-    # A run that streamed its images is evaluated so, whatever memory is available now; the pixels are the same anyway.
-    streamed = run.config.dataset.storage == "auto" and run.about.get("storage") == "stream"
-    dataset = load_dataset(run.config, storage="stream" if streamed else "")
-    if dataset.class_names != run.class_names:
+    step = checkpoints.latest_step()
+    saved = None if step is None else RunInfo.from_json(checkpoints.read_metadata(step))
+    if saved or (workdir / "config.json").exists():
+        check_same(config, workdir, saved=saved.config if saved else None)
+    if saved and set(saved.custom) != custom:
         raise UserError(
-            f"the run knows {len(run.class_names)} classes, {', '.join(run.class_names[:5])}, …; the dataset has "
-            f"{len(dataset.class_names)}, {', '.join(dataset.class_names[:5])}, …; "
-            "give the --data_dir that the run was trained on"
+            f"{workdir} was started with {', '.join(saved.custom) or 'nothing'} given from Python, and is resumed with "
+            f"{', '.join(sorted(custom)) or 'nothing'}; resume it with train_and_evaluate(config, workdir, dataset=…, "
+            "augment=…, optimizer=…) and the same arguments"
         )
-    return dataset
-
-
-def predict(run: Run, images: np.ndarray) -> np.ndarray:
-    """Predicts class probabilities with a run's test-time preprocessing.
-
-    Args:
-        run: of `load_run`.
-        images: uint8 [n h w 3], or `data.EncodedImages`.
-
-    Returns:
-        float32 [n classes]: probabilities.
-    """
-    forward = steps.image_forward(run.model, **test_options(run.config, in_memory=isinstance(images, np.ndarray)))
-    logits = features.apply_to_all(
-        run.model,
-        run.params,
-        crop_on_host(run.config, images, run.config.test_augment),
-        run.mesh,
-        prepare=forward.prepare,
-        batch_size=run.config.eval_batch_size,
-    )
-    return np.asarray(jax.nn.softmax(logits))
+    read_records(workdir / "metrics.jsonl")  # raises here, before compilation, if a line is damaged
+    distributed.sync_processes("every process has seen where the run stands")
+    return saved
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
-    """While inside, SIGTERM and Ctrl-C are noted in the list that this yields; a second one acts as usual."""
+    """Yields a list to which SIGTERM and Ctrl-C are appended inside the block; a second one acts as usual."""
     received: list[signal.Signals] = []
     usual: dict[int, Any] = {}
 
-    def note(number: int, _: object) -> None:
+    def note(number: int, _: FrameType | None) -> None:
         received.append(signal.Signals(number))
         signal.signal(number, usual[number])
         print("stopping after this step; a checkpoint is being written …", file=sys.stderr)
@@ -263,16 +160,16 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(known, handler)
 
 
-def stop_asked(signals: list[signal.Signals], *, now: bool) -> int:
-    """The signal that asks for an end, 0 for none; several processes ask each other on log steps only (`now`)."""
+def stop_requested(signals: list[signal.Signals], *, synchronize: bool) -> int:
+    """Returns the signal that requests a stop, 0 for none; several processes agree on it where they `synchronize`."""
     number = int(signals[0]) if signals else 0  # one may come at any moment: read once a step
     if jax.process_count() == 1:
         return number
-    return distributed.process_max(number) if now else 0
+    return distributed.process_max(number) if synchronize else 0
 
 
 def stop_if_nonfinite(nonfinite_step: int, saved_step: int | None) -> None:
-    """Raises UserError where some step's loss or update was not finite."""
+    """Raises UserError if the loss or the update of some step was not finite."""
     if nonfinite_step:
         kept = f"the last good checkpoint is step {saved_step}" if saved_step else "no checkpoint had been written"
         raise UserError(
@@ -282,32 +179,26 @@ def stop_if_nonfinite(nonfinite_step: int, saved_step: int | None) -> None:
 
 
 def report_interruption(number: signal.Signals, step: int, workdir: Path) -> dict[str, float]:
-    """Says what a signal led to; SIGTERM is a wish fulfilled, Ctrl-C goes on as KeyboardInterrupt."""
-    print(f"stopped by {number.name}; saved step {step} in {workdir}: the same command goes on from there")
+    """Reports the checkpoint of an interrupted run; raises KeyboardInterrupt again if Ctrl-C interrupted it."""
+    print(f"stopped by {number.name}; saved checkpoint {step} to {workdir}; rerun the same command to resume")
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     return {}
 
 
-def check_writable(workdir: Path) -> None:
-    """Refuses a folder that cannot be made or written: now, not after the data were read."""
-    ancestor = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryDirectory(dir=ancestor):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}; give another") from error
-
-
 @contextlib.contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of a workdir; removes the directories that it created if nothing was written to them.
+    """Keeps other runs out of a run directory; removes the directories that it created if nothing was written to them.
 
-    The lock is the operating system's, which releases it when the process ends, even by SIGKILL.
+    The lock is the operating system's, which releases it when the process ends, even by SIGKILL. Of several processes,
+    the first one holds it.
 
     Raises:
-        UserError: another run holds the lock, or the file system has no locks.
+        UserError: another run holds the lock, or the directory cannot be written or locked.
     """
+    if not distributed.is_main_process():
+        yield
+        return
     created = [path for path in (workdir, *workdir.parents) if not path.exists()]
     lock = filelock.FileLock(workdir / ".lock")
     try:
@@ -316,9 +207,7 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
     except filelock.Timeout as error:
         raise UserError(f"{workdir} is in use by another run; wait for it, or give another --workdir") from error
     except (OSError, NotImplementedError) as error:
-        raise UserError(
-            f"cannot lock --workdir {workdir}: {one_line(error)}; give a --workdir on another file system"
-        ) from error
+        raise UserError(f"cannot write to --workdir {workdir}: {one_line(error)}; give another") from error
     try:
         yield
     finally:
@@ -330,25 +219,25 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
 
 
 def summarize(config: ConfigDict, workdir: Path) -> dict[str, float]:
-    """Plots a finished run's curves, prints its results and what to type next; returns the results.
+    """Plots the curves of a finished run, prints its results and what to type next; returns the results.
 
     Raises:
         UserError: metrics.jsonl is missing or damaged.
     """
     if not distributed.is_main_process():
         return {}
-    from vit_jax.visualization import plotting  # matplotlib takes long to import, and who only loads a run needs none
+    from vit_jax.visualization import plotting  # matplotlib takes long to import
 
     records, results = read_results(workdir, config.num_steps)
     plotting.plot_curves(records, title=workdir.name).savefig(workdir / "curves.png", dpi=120)
     speeds = sorted(record["images_per_second"] for record in records if "images_per_second" in record)
     rows = [
         ("test accuracy", f"{results['test/accuracy']:.2%}"),
-        ("test accuracy, top 5", f"{results['test/accuracy_top5']:.2%}"),
+        ("top-5 accuracy", f"{results['test/accuracy_top5']:.2%}"),
         ("test loss", f"{results['test/loss']:.4f}"),
         *([("without EMA", f"{results['test_raw/accuracy']:.2%}")] if "test_raw/accuracy" in results else []),
-        ("steps", f"{config.num_steps:,} × {config.batch_size} pictures"),
-        ("pictures/s, median", format_number(speeds[len(speeds) // 2]) if speeds else "–"),
+        ("steps", f"{config.num_steps:,} × {config.batch_size} images"),
+        ("images/s, median", format_number(speeds[len(speeds) // 2]) if speeds else "–"),
         ("checkpoints", str(workdir / "checkpoints")),
         ("metrics", str(workdir / "metrics.jsonl")),
         ("curves", str(workdir / "curves.png")),

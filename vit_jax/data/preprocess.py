@@ -70,6 +70,11 @@ def prepare(
     return normalize(images, mean=mean, std=std)
 
 
+def device_augment(augment: str, *, in_memory: bool) -> str:
+    """Returns what is left to do on the device: images that are not in memory are cropped where they are decoded."""
+    return "flip" if augment in CROPS and not in_memory else augment
+
+
 def sample_uniforms(keys: jax.Array) -> jax.Array:
     """Returns what `crops.random_box` needs: [b] random keys -> float32 [b 4] in [0, 1)."""
     return jax.vmap(lambda key: jax.random.uniform(jax.random.split(key)[0], (4,)))(keys)

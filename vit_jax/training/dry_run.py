@@ -1,30 +1,34 @@
-"""What a run would cost: its step is compiled and measured by the compiler, nothing is downloaded or computed."""
+"""Estimates the cost of a run: its step is compiled and analyzed, nothing is downloaded, decoded or computed."""
 
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
-from vit_jax import config as settings
+from vit_jax import data
+from vit_jax.data.batches import Batch, batch_sharding
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
-from vit_jax.training import build, job, steps
-from vit_jax.training.program import Program, create_program
+from vit_jax.training import metrics, steps
+from vit_jax.training.experiment import Experiment, Storage, create_model, dataset_options, plan_experiment
+from vit_jax.training.inference import Inference
+from vit_jax.training.initialize import load_pretrained, needs_pretrained
 from vit_jax.training.writer import format_number
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What the compiler says of one call; bytes are those of one device.
+    """Cost of one call, as the compiler estimates it; bytes are those of one device.
 
     Attributes:
-        flops: of all devices together, per picture.
-        bytes_moved: read and written by all devices together, per picture.
-        arguments: bytes of what goes in.
-        temporaries: bytes that exist only while it runs, its outputs beyond the donated inputs among them.
+        flops: of all devices together, per image.
+        bytes_moved: read and written by all devices together, per image.
+        arguments: bytes of the arguments.
+        temporaries: bytes that exist during the call only, outputs beyond the donated arguments among them.
     """
 
     flops: float
@@ -34,100 +38,105 @@ class Cost:
 
 
 def dry_run(config: ConfigDict) -> None:
-    """Prints parameters, arithmetic and memory of a run.
+    """Prints trainable parameters, arithmetic and memory of a run.
 
-    CIFAR's pictures are not read unless some classes are chosen, and a pretrained file only where `config.model` leaves
-    sizes out.
+    The pretrained checkpoint is loaded only where `config.model` leaves sizes out.
 
     Raises:
         UsageError: the config is wrong.
         UserError: the run needs more memory than a device has.
     """
-    settings.check_config(config)
     mesh = sharding.create_mesh(**config.mesh)
-    dataset = job.load_dataset(config, shapes_only=not config.dataset.classes)
-    source = build.load_source(config) if build.needs_file(config) else None
-    model = build.create_model(config, source, num_classes=len(dataset.class_names))
-    program = create_program(
-        config,
-        model,
-        mesh,
-        num_images=len(dataset.train),
-        image_shape=dataset.train.images.shape[1:],
-        in_memory=dataset.train.in_memory,
+    splits = {"train_split": config.dataset.train_split, "test_split": config.dataset.test_split}
+    info = data.dataset_info(**dataset_options(config), **splits)
+    needs_file = config.pretrained and needs_pretrained(config.model, config.architecture)
+    source = load_pretrained(config.pretrained) if needs_file else None
+    model = create_model(config, source, num_classes=len(info.class_names))
+    experiment = plan_experiment(
+        config, model, mesh, num_images=info.num_train, image_shape=info.image_shape, in_memory=info.in_memory
     )
-    print(program.describe_trainable())
     print("compiling the training step and the evaluation …", flush=True)
-    training = measure(program.lower().compile(), mesh.size, config.batch_size // config.accumulation_steps)
-    batch_size = sharding.pad_to_devices(config.eval_batch_size, len(dataset.test), mesh)
-    evaluation = measure(lower_evaluation(program, config, batch_size).compile(), mesh.size, batch_size)
+    training = measure(experiment.lower().compile(), mesh.size, config.batch_size // config.accumulation_steps)
+    eval_batch_size = sharding.pad_to_devices(config.eval_batch_size, info.num_test, mesh)
+    evaluation = measure(lower_evaluation(experiment, eval_batch_size).compile(), mesh.size, eval_batch_size)
 
-    rows, labels = program.abstract_arrays
-    pictures = sum(
-        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in (rows, labels)
-    )
-    # Of streamed pictures the next batch lies ready.
-    test_pictures = pictures if program.streamed else pictures * len(dataset.test) // len(labels)
-    needed = training.arguments + test_pictures + max(training.temporaries, evaluation.temporaries)
-    how = ", as features" if program.cached else ", two batches at a time" if program.streamed else ""
+    examples = bytes_of_examples(experiment, info.num_train, info.num_test)
+    state = training.arguments - sum(map(_bytes_per_device, jax.tree.leaves(experiment.abstract_batch)))
+    needed = training.arguments + examples + max(training.temporaries, evaluation.temporaries)
+    storage = {Storage.FEATURES: ", as cached features", Storage.STREAM: ", two batches", Storage.MEMORY: ""}
     device = mesh.devices.flat[0]
-    available, whose = sharding.device_memory(device)
+    available, origin = sharding.device_memory(device)
+    rows = {
+        "training, per image": _work(training) + storage[experiment.storage].replace(", two batches", ""),
+        "evaluation, per image": _work(evaluation),
+        "memory per device": f"{_gib(needed)} of {_gib(available)} ({origin}); {mesh.size} × {device.device_kind}",
+        "  training state": _gib(state),
+        "  images": _gib(examples) + storage[experiment.storage],
+        "  temporaries": f"{_gib(training.temporaries)} to train, {_gib(evaluation.temporaries)} to evaluate",
+    }
+    print("\n" + "\n".join(f"{name:<23}{value}" for name, value in rows.items()))
     print(
-        f"\n{'a training picture':<22}{_work(training)}{', its features being stored' if program.cached else ''}"
-        f"\n{'a test picture':<22}{_work(evaluation)}"
-        f"\n{'memory per device':<22}{_gib(needed)} of {_gib(available)} ({whose}); {mesh.size} × {device.device_kind}"
-        f"\n{'  state':<22}{_gib(training.arguments - pictures)}"
-        f"\n{'  pictures':<22}{_gib(pictures + test_pictures)}{how}"
-        f"\n{'  temporaries':<22}{_gib(training.temporaries)} to train, {_gib(evaluation.temporaries)} to evaluate"
-        f"\nas the compiler for {device.platform} says, jax {jax.__version__}; another backend's temporaries are others"
+        f"estimated by the compiler for {device.platform}, jax {jax.__version__}; other backends need other temporaries"
     )
     if needed > available:
         raise UserError(
             f"the run needs {_gib(needed)} per device, there are {_gib(available)}: raise accumulation_steps (now "
-            f"{config.accumulation_steps}), set remat to 'full' (now {config.remat!r}), share the parameters between "
+            f"{config.accumulation_steps}), set remat to 'full' (now {config.remat!r}), shard the parameters over "
             f"devices with mesh.fsdp (now {config.mesh.fsdp}), or lower eval_batch_size (now {config.eval_batch_size})"
         )
 
 
-def measure(compiled: Any, num_devices: int, num_images: int) -> Cost:
-    """Reads a compiled function's costs.
+def measure(compiled: jax.stages.Compiled, num_devices: int, num_images: int) -> Cost:
+    """Reads the cost of a compiled function.
 
     Args:
         compiled: of `jax.jit(…).lower(…).compile()`.
         num_devices: that it runs on; the compiler counts for one.
-        num_images: that pass while a loop's body runs once: the compiler counts a body once.
+        num_images: processed while a loop's body runs once: the compiler counts a body once.
     """
-    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    per_picture = num_devices / num_images
+    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    per_image = num_devices / num_images
     return Cost(
-        flops=cost["flops"] * per_picture,
-        bytes_moved=cost["bytes accessed"] * per_picture,
+        flops=cost["flops"] * per_image,
+        bytes_moved=cost["bytes accessed"] * per_image,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
     )
 
 
-def lower_evaluation(program: Program, config: ConfigDict, batch_size: int) -> Any:
-    """Traces the way of a batch of pictures through the whole model."""
-    state = program.abstract_state
-    params = jax.eval_shape(functools.partial(steps.evaluated_params, lora_alpha=config.lora.alpha), state)
-    images, labels = program.abstract_images
-    if not program.in_memory:
-        images, labels = (jax.ShapeDtypeStruct((batch_size, *a.shape[1:]), a.dtype) for a in (images, labels))
-        images, labels = sharding.with_sharding((images, labels), sharding.batch_sharding(program.mesh))
-    everywhere = sharding.replicated(program.mesh)
-    totals = sharding.with_sharding(jax.eval_shape(steps.start_totals), everywhere)
-    eval_step = steps.make_eval_step(
-        program.pictures_forward, program.mesh, batch_size=batch_size, streamed=not program.in_memory
-    )
+def lower_evaluation(experiment: Experiment, batch_size: int) -> jax.stages.Lowered:
+    """Traces the evaluation of a batch of images by the whole model."""
+    mesh, forward = experiment.mesh, experiment.image_forward
+    evaluated_params = functools.partial(steps.evaluated_params, lora_alpha=experiment.config.lora.alpha)
+    params = jax.eval_shape(evaluated_params, experiment.abstract_state)
+    labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    batch = Batch(jax.ShapeDtypeStruct((batch_size, *experiment.image_shape), jnp.uint8), labels, labels)
+    sums = jax.eval_shape(metrics.zero_sums)
+    eval_step = jax.jit(Inference(forward, mesh, batch_size=batch_size).eval_step)
     return eval_step.lower(
-        sharding.with_sharding(params, sharding.param_shardings(params, program.mesh)), images, labels, totals
+        sharding.with_sharding(params, sharding.param_shardings(params, mesh)),
+        sharding.with_sharding(batch, batch_sharding(mesh)),
+        sharding.with_sharding(sums, sharding.replicated(mesh)),
     )
+
+
+def bytes_of_examples(experiment: Experiment, num_train: int, num_test: int) -> int:
+    """Returns the bytes per device of all images or features, or of two streamed batches."""
+    batch = experiment.abstract_batch
+    if experiment.storage == Storage.STREAM:
+        return 2 * sum(map(_bytes_per_device, jax.tree.leaves(batch)))
+    views = experiment.config.feature_views if experiment.storage == Storage.FEATURES else 1
+    example = math.prod(batch.inputs.shape[batch.labels.ndim :]) * batch.inputs.dtype.itemsize
+    return (views * num_train + num_test) * example + (num_train + num_test) * np.dtype(np.int32).itemsize
+
+
+def _bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def _work(cost: Cost) -> str:
     return f"{format_number(cost.flops / 1e9)} GFLOP, {format_number(cost.bytes_moved / 1e6)} MB moved"
 
 
-def _gib(num_bytes: int) -> str:
+def _gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:,.2f} GiB"

@@ -1,128 +1,108 @@
-"""The frozen backbone's features: computed once, kept on the device, or handed out as arrays."""
+"""Cached features: where the backbone is a fixed function, it is applied once and the head trains on what it gives."""
 
-import functools
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+import enum
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from vit_jax.data import preprocess
-from vit_jax.runtime import rng as sampling
-from vit_jax.runtime import sharding
-from vit_jax.runtime.progress import progress_bar
-from vit_jax.training.steps import Forward, TrainState
-from vit_jax.types import Params
+from vit_jax.data.batches import Batch, crop_when_decoded
+from vit_jax.runtime.errors import UsageError
+from vit_jax.training.inference import Augment, ImageForward, Inference
+from vit_jax.types import ImageSource, Params
+
+_BATCH_SIZE = 128
+"""Images per batch. Not a config key that a resumed run may change: the last bits of features depend on it."""
+
+_MAX_STACKED_EXAMPLES = 2**15
+"""Examples per dispatch."""
 
 
-def extract_features(
-    model: Any, params: Params, images: np.ndarray, *, image_size: int, batch_size: int = 256, **options: Any
-) -> np.ndarray:
-    """What the head sees of pictures: input for a logistic regression, a nearest neighbour, a plot.
+class Storage(enum.StrEnum):
+    """Where the training examples are."""
+
+    MEMORY = "memory"
+    STREAM = "stream"
+    FEATURES = "features"
+
+
+def choose_storage(
+    features: str, *, num_views: int, augment: str, in_memory: bool, obstacles: dict[str, bool]
+) -> Storage:
+    """Returns where the training examples are: features are cached where they are the same at every step.
 
     Args:
-        model: such as `VisionTransformer`; its head is not used.
-        params: of the model, as `adapt_params` or `load_run` gives them.
-        images: uint8 [n h w 3].
-        image_size: pixels, square; pictures are resized.
-        batch_size: pictures at once, rounded up to the devices.
-        **options: of `preprocess.prepare`: `mean`, `deviation`.
+        features: "auto", "cached" or "fresh".
+        num_views: number of augmented views that are cached.
+        augment: of training images.
+        in_memory: whether the images are decoded.
+        obstacles: reasons against cached features, and whether they hold.
 
-    Returns:
-        float32 [n d].
+    Raises:
+        UsageError: cached features are requested, and they would not be the same.
     """
-    mesh = sharding.create_mesh()
-    placed = sharding.device_put(params, sharding.replicated(mesh))
-    prepare = functools.partial(preprocess.prepare, image_size=image_size, **options)
-    features = apply_to_all(backbone(model), placed, images, mesh, prepare=prepare, batch_size=batch_size)
-    return np.asarray(features, np.float32)
+    obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
+    if features == "cached" and obstacle:
+        raise UsageError(f"features is 'cached', but {obstacle}; set it to 'auto'")
+    if num_views > 1 and (features != "cached" or augment == "none"):
+        raise UsageError(
+            f"feature_views is {num_views}, which needs features 'cached' and an augment; "
+            f"they are {features!r} and {augment!r}"
+        )
+    if features == "cached" or (features == "auto" and not obstacle and augment == "none"):
+        return Storage.FEATURES
+    return Storage.MEMORY if in_memory else Storage.STREAM
 
 
-def backbone(model: Any) -> Any:
-    """The model without its head: it gives features [b d] in its dtype."""
-    return model.clone(num_classes=None)
+def abstract_batch(forward: ImageForward, params: Params, images: jax.ShapeDtypeStruct, *, max_updates: int) -> Batch:
+    """Returns the shapes of a stack of batches of cached features.
+
+    Args:
+        forward: of the full model.
+        params: shapes of its parameters.
+        images: shape of a batch of images.
+        max_updates: largest number of updates per stack.
+    """
+    size = images.shape[0]
+    backbone = _backbone(forward)
+    inputs = jax.eval_shape(backbone.preprocess, jax.ShapeDtypeStruct((size, 2), jnp.uint32), images)
+    features = jax.eval_shape(backbone.logits, params, inputs)
+    stack = max(1, min(max_updates, _MAX_STACKED_EXAMPLES // size))
+    labels = jax.ShapeDtypeStruct((stack, size), jnp.int32)
+    return Batch(jax.ShapeDtypeStruct((stack, *features.shape), features.dtype), labels, labels)
 
 
-def apply_to_all(
-    model: Any,
+def compute_features(
+    forward: ImageForward,
     params: Params,
-    images: Any,
+    images: ImageSource,
     mesh: Mesh,
     *,
-    prepare: Callable[[jax.Array, jax.Array], jax.Array],
-    batch_size: int,
+    augment: str,
+    device_augment: Augment,
     num_views: int = 1,
     seed: int = 0,
 ) -> jax.Array:
-    """Runs every picture through a model, with a bar where it takes long.
+    """Applies the backbone to every image.
 
     Args:
-        model: such as `backbone` of one.
+        forward: of the full model.
         params: of the model, on the mesh.
-        images: uint8 [n h w 3] on the host, or what reads like it.
+        images: uint8 [n h w 3], on the host.
         mesh: batches are split over its devices.
-        prepare: (keys [b], pictures [b h w 3]) -> inputs of the model.
-        batch_size: pictures at once, rounded up to the devices.
-        num_views: how often every picture is taken, each time with another key.
-        seed: of the keys.
+        augment: see `preprocess.prepare`.
+        device_augment: what is left of it to the device, see `preprocess.device_augment`.
+        num_views: number of times that every image is augmented.
+        seed: of the augmentation.
 
     Returns:
-        [num_views · n d], on every device: all pictures once, then all of them again.
+        [views · n d], on every device: all images once, then all of them again.
     """
-    batch_size = sharding.pad_to_devices(batch_size, len(images), mesh)
-    num_rows = num_views * len(images)
-    num_batches = -(-num_rows // batch_size)
-    everywhere = sharding.replicated(mesh)
-
-    def outputs_of(start: jax.Array, params: Params, batch: jax.Array) -> jax.Array:
-        rows = jax.lax.with_sharding_constraint(start + jnp.arange(batch_size), sharding.batch_sharding(mesh))
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return model.apply({"params": params}, prepare(sampling.row_keys(rows, seed=seed), batch))
-
-    def fill(buffer: jax.Array, start: jax.Array, *inputs: Any) -> tuple[jax.Array, jax.Array]:
-        buffer = jax.lax.dynamic_update_slice_in_dim(buffer, outputs_of(start, *inputs), start, axis=0)
-        return buffer, start + batch_size
-
-    start = sharding.device_put(np.int32(0), everywhere)
-    batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), jnp.uint8)
-    outputs = jax.eval_shape(outputs_of, start, params, batch)
-    make_buffer = lambda: jnp.zeros((num_batches * batch_size, *outputs.shape[1:]), outputs.dtype)  # noqa: E731
-    buffer = jax.jit(make_buffer, out_shardings=everywhere)()
-    fill = jax.jit(fill, donate_argnums=0, out_shardings=everywhere)
-    for i in progress_bar(range(num_batches), desc="pictures", unit="batch"):
-        rows = np.arange(i * batch_size, (i + 1) * batch_size) % len(images)
-        previous, (buffer, start) = start, fill(buffer, start, params, sharding.shard_rows(images, rows, mesh))
-        jax.block_until_ready(previous)  # for the bar's sake; the device already has the next batch
-    return buffer[:num_rows]
+    cropped = crop_when_decoded(images, augment=augment, image_mean=forward.image_mean, num_views=num_views, seed=seed)
+    inference = Inference(_backbone(forward, test_augment=device_augment), mesh, batch_size=_BATCH_SIZE)
+    return inference.outputs(params, cropped, num_views=num_views * len(images) // len(cropped), seed=seed)
 
 
-def feature_forward(model: Any) -> Forward:
-    """Stored features through the head alone."""
-    head = model.create_head(model.num_classes)
-    return Forward(
-        augment=lambda keys, stored: stored,
-        prepare=lambda keys, stored: stored,
-        logits=lambda params, stored, key: head.apply({"params": params["head"]}, stored),
-    )
-
-
-def make_train_steps(train_step: Callable) -> Callable:
-    """Returns `(state, images, labels, permutation, count) -> (state, scalars)`: so many steps without the host.
-
-    A step of the head alone takes less time than it takes to start it.
-
-    Args:
-        train_step: see `steps.make_train_step`; the count may differ from call to call and stays within the epoch.
-    """
-
-    def train_steps(state: TrainState, images: jax.Array, labels: jax.Array, permutation: jax.Array, count: jax.Array):
-        def body(_: jax.Array, carry: tuple[TrainState, dict]) -> tuple[TrainState, dict]:
-            return train_step(carry[0], images, labels, permutation)
-
-        _, shapes = jax.eval_shape(train_step, state, images, labels, permutation)
-        scalars = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return jax.lax.fori_loop(0, count, body, (state, scalars))
-
-    return train_steps
+def _backbone(forward: ImageForward, **changes: Augment) -> ImageForward:
+    return dataclasses.replace(forward, model=forward.model.clone(num_classes=None), **changes)

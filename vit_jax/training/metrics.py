@@ -1,12 +1,17 @@
-"""Loss and accuracy as sums over pictures, so that batches of any size add up exactly."""
+"""Loss and accuracy as sums over images, so that batches of any size add up exactly."""
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float, Int
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0) -> jax.Array:
-    """Softmax cross-entropy, nats: [b classes], int [b] -> [b]; smoothing spreads a share of the target evenly."""
+def cross_entropy(
+    logits: Float[Array, "b classes"], labels: Int[Array, " b"], *, label_smoothing: float = 0.0
+) -> Float[Array, " b"]:
+    """Returns the softmax cross-entropy in nats; smoothing spreads a fraction of the target over all classes."""
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if label_smoothing:
         spread = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
@@ -14,8 +19,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, *, label_smoothing: floa
     return loss
 
 
-def masked_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """Sums over the pictures that count.
+Sums = dict[str, jax.Array]
+"""What `masked_sums` returns."""
+
+
+def masked_sums(logits: Float[Array, "b classes"], labels: Int[Array, " b"], mask: Bool[Array, " b"]) -> Sums:
+    """Returns sums over the images that count.
 
     Args:
         logits: [b classes].
@@ -36,8 +45,19 @@ def masked_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[s
     }
 
 
-def means(sums: dict, *, prefix: str = "test") -> dict[str, float]:
-    """Host sums of `masked_sums` -> "test/loss", "test/accuracy", "test/accuracy_top5", or with another prefix."""
+def zero_sums() -> Sums:
+    """Returns the sums over no images."""
+    zero = jnp.zeros((), jnp.int32)
+    return {"loss": jnp.zeros(()), "correct": zero, "correct_top5": zero, "count": zero}
+
+
+def means(sums: Mapping[str, float], *, prefix: str = "test") -> dict[str, float]:
+    """Returns "test/loss", "test/accuracy" and "test/accuracy_top5", or with another prefix.
+
+    Args:
+        sums: of `masked_sums`, on the host.
+        prefix: of the names.
+    """
     count = int(sums["count"])
     return {
         f"{prefix}/loss": float(sums["loss"]) / count,

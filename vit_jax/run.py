@@ -1,0 +1,106 @@
+"""Finished or interrupted runs, loaded from their directories."""
+
+import dataclasses
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from vit_jax.classifier import Classifier
+from vit_jax.config import load_config
+from vit_jax.runtime import sharding
+from vit_jax.runtime.errors import UserError
+from vit_jax.training import experiment, lora
+from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training.info import RunInfo
+from vit_jax.types import Split
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Run(Classifier):
+    """A finished or interrupted run: a classifier with its config.
+
+    Attributes:
+        workdir: run directory.
+        config: see `vit_jax.config`.
+        step: of the checkpoint.
+        info: facts of the run.
+    """
+
+    workdir: Path
+    config: ConfigDict
+    step: int
+    info: RunInfo
+
+    def evaluate(
+        self, split: Split | None = None, *, batch_size: int | None = None, prefix: str = "test"
+    ) -> dict[str, float]:
+        """Returns the results on every test image; see `Classifier.evaluate`.
+
+        Args:
+            split: labels are columns of the logits; None loads the run's test split.
+            batch_size: upper bound of images at once; None takes the config's.
+            prefix: of the names.
+        """
+        split = self.load_test_split() if split is None else split
+        return super().evaluate(split, batch_size=batch_size or self.config.eval_batch_size, prefix=prefix)
+
+    def load_test_split(self, data_dir: str | None = None) -> Split:
+        """Loads the test split in the run's config.
+
+        Args:
+            data_dir: where the dataset is now; None: where the config says.
+
+        Raises:
+            UserError: it cannot be read, or its classes are not those of the run.
+        """
+        if "dataset" in self.info.custom:
+            raise UserError(
+                f"{self.workdir} was trained on a dataset given from Python; "
+                "evaluate it there: vit_jax.load(workdir).evaluate(split)"
+            )
+        config = self.config
+        if data_dir is not None:
+            config = config.copy_and_resolve_references()
+            config.dataset.data_dir = data_dir
+        # A run that streamed its images is evaluated so, whatever memory is available now; the pixels are the same.
+        storage = "stream" if self.info.storage == "stream" else config.dataset.storage
+        split, class_names = experiment.load_test_split(config, storage=storage)
+        if class_names != self.class_names:
+            raise UserError(
+                f"the run has {len(self.class_names)} classes, {', '.join(self.class_names[:5])}, …; the dataset has "
+                f"{len(class_names)}, {', '.join(class_names[:5])}, …; give the --data_dir that the run was trained on"
+            )
+        return split
+
+
+def load_run(workdir: str | Path, *, step: int | None = None, use_ema: bool = True) -> Run:
+    """Loads config, model and parameters of a run from its directory alone.
+
+    Args:
+        workdir: run directory.
+        step: of the checkpoint; None takes the latest.
+        use_ema: whether EMA parameters, where the run kept them, replace what they average.
+
+    Raises:
+        UserError: there is no run, no such checkpoint, or a damaged one.
+    """
+    workdir = Path(workdir)
+    mesh = sharding.create_mesh()
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        step = checkpoints.require_step(step)
+        params, metadata = checkpoints.restore_params(step, sharding.replicated(mesh), use_ema=use_ema)
+    info = RunInfo.from_json(metadata)
+    config = load_config(workdir, saved=info.config)
+    params = lora.merge_lora_weights(params, alpha=config.lora.alpha)
+    info.model.validate(params)
+    return Run(
+        model=info.model.create_model(),
+        params=params,
+        metadata=info.model,
+        mesh=mesh,
+        test_augment=config.ablation.test_augment,
+        workdir=workdir,
+        config=config,
+        step=step,
+        info=info,
+    )

@@ -1,0 +1,461 @@
+"""Builds everything that training needs from a config; no other module below the trainer reads it."""
+
+import dataclasses
+import functools
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vit_jax import data, models
+from vit_jax.data import DatasetFingerprint, batches, preprocess
+from vit_jax.data.batches import Batch
+from vit_jax.data.crops import CROPS
+from vit_jax.pretrained import ModelMetadata
+from vit_jax.runtime import distributed, rng, sharding
+from vit_jax.runtime.errors import UsageError, UserError
+from vit_jax.training import lora, metrics, optim, steps
+from vit_jax.training.features import Storage, abstract_batch, choose_storage, compute_features
+from vit_jax.training.inference import Augment, FeatureForward, ImageForward, Inference
+from vit_jax.training.info import RunInfo
+from vit_jax.training.initialize import (
+    Pretrained,
+    check_gradients,
+    create_params,
+    has_dropout,
+    init_params,
+    load_pretrained,
+    model_arguments,
+)
+from vit_jax.training.steps import StackedTrainStep, TrainState, TrainStep
+from vit_jax.types import Dataset, ImageModel, ImageSource, Params, Split
+
+Optimizer = optax.GradientTransformation | Callable[[optax.Schedule], optax.GradientTransformation]
+"""An optax transformation, or a function from the config's learning-rate schedule to one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """The examples of a run, loaded by `Experiment.load_examples`.
+
+    Attributes:
+        train_inputs: images or features on every device; streamed images are not among them.
+        train_labels: int32 [n], on every device.
+        test_inputs: images or features on every device, or images that are decoded batch by batch.
+        test_labels: int32 [n], where `test_inputs` are.
+    """
+
+    train_inputs: jax.Array | None
+    train_labels: jax.Array | None
+    test_inputs: jax.Array | ImageSource
+    test_labels: jax.Array | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A run: data, model, and the functions that train and evaluate it.
+
+    Attributes:
+        config: see `vit_jax.config`.
+        mesh: of devices.
+        model: Linen module.
+        storage: where the training examples are.
+        patterns: of the trainable parameters, as regular expressions.
+        steps_per_epoch: whole batches in the training split.
+        abstract_state: shapes, dtypes and shardings of the training state.
+        abstract_batch: the same of a training batch.
+        train_step: one update.
+        image_forward: from images to logits.
+        image_shape: height, width and channels of the images as they are stored.
+        init_state: parameters -> state before the first update; jitted.
+        dataset: None where only shapes are known (a dry run).
+        info: facts of the run, for its checkpoints; None where only shapes are known.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    model: ImageModel
+    storage: Storage
+    patterns: tuple[str, ...]
+    steps_per_epoch: int
+    abstract_state: TrainState
+    abstract_batch: Batch
+    train_step: TrainStep
+    image_forward: ImageForward
+    image_shape: tuple[int, ...]
+    init_state: Callable[[Params], TrainState]
+    dataset: Dataset | None = None
+    info: RunInfo | None = None
+
+    def compile_train_step(self) -> jax.stages.Compiled:
+        """Compiles `train_step` ahead, so that the first step takes no longer than the others; the state is donated."""
+        print("compiling the training step …", flush=True)
+        return self.lower().compile()
+
+    def lower(self) -> jax.stages.Lowered:
+        """Traces `train_step` for the devices of the mesh, which need not exist."""
+        step = self.train_step if self.abstract_batch.labels.ndim == 1 else StackedTrainStep(self.train_step)
+        state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        out_shardings = (state_shardings, sharding.replicated(self.mesh))
+        jitted = jax.jit(step, out_shardings=out_shardings, donate_argnums=0)
+        return jitted.lower(self.abstract_state, self.abstract_batch)
+
+    @functools.cached_property
+    def inference(self) -> Inference:
+        """Evaluation of what is stored: images, or cached features."""
+        forward = FeatureForward(self.model) if self.storage == Storage.FEATURES else self.image_forward
+        return Inference(forward, self.mesh, batch_size=self.config.eval_batch_size)
+
+    def load_examples(self, state: TrainState) -> Examples:
+        """Puts images on the devices, or computes the features that the frozen backbone gives for them."""
+        assert self.dataset is not None
+        config, train, test = self.config, self.dataset.train, self.dataset.test
+        to_device = functools.partial(sharding.device_put, shardings=sharding.replicated(self.mesh))
+        augment, test_augment = config.augment, config.ablation.test_augment
+        if self.storage == Storage.FEATURES:
+            forward, params = self.image_forward, optim.merge_params(state.trainable, state.frozen)
+            train_features = compute_features(
+                forward,
+                params,
+                train.images,
+                self.mesh,
+                augment=augment,
+                device_augment=forward.augment,
+                num_views=config.feature_views,
+                seed=config.seed,
+            )
+            test_features = compute_features(
+                forward, params, test.images, self.mesh, augment=test_augment, device_augment=forward.test_augment
+            )
+            return Examples(train_features, to_device(train.labels), test_features, to_device(test.labels))
+        test_images = batches.crop_when_decoded(test.images, augment=test_augment, image_mean=config.image_mean)
+        if self.storage == Storage.STREAM:
+            return Examples(None, None, test_images, test.labels)
+        return Examples(*map(to_device, (train.images, train.labels, test_images, test.labels)))
+
+    def train_batches(self, examples: Examples, first_step: int) -> Iterator[tuple[int, Batch]]:
+        """Yields (finished updates after the batch, batch), from the update after `first_step` on."""
+        config = self.config
+        options = {"batch_size": config.batch_size, "seed": config.seed, "first_step": first_step}
+        if self.storage == Storage.STREAM:
+            return batches.streamed_batches(
+                self.dataset.train,
+                self.mesh,
+                augment=config.augment,
+                margin_color=preprocess.margin_color(config.image_mean),
+                num_steps=config.num_steps,
+                num_workers=config.dataset.num_workers,
+                **options,
+            )
+        return batches.resident_batches(
+            examples.train_inputs,
+            examples.train_labels,
+            self.mesh,
+            num_steps=config.num_steps,
+            num_views=config.feature_views,
+            stack=self.abstract_batch.labels.shape[0] if self.abstract_batch.labels.ndim == 2 else 0,
+            stops=(config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps),
+            **options,
+        )
+
+    def evaluate(self, state: TrainState, examples: Examples) -> dict[str, float]:
+        """Evaluates a state on every test example.
+
+        Returns:
+            "test/loss", "test/accuracy", "test/accuracy_top5"; where EMA parameters are kept, these are theirs, and
+            "test_raw/…" are of the parameters without EMA.
+        """
+        results: dict[str, float] = {}
+        for prefix, use_ema in (("test", True), ("test_raw", False)):
+            if use_ema or state.ema:
+                params = steps.evaluated_params(state, use_ema=use_ema, lora_alpha=self.config.lora.alpha)
+                sums = self.inference.sum_metrics(params, examples.test_inputs, examples.test_labels)
+                results |= metrics.means(jax.device_get(sums), prefix=prefix)
+        return results
+
+
+def create_experiment(
+    config: ConfigDict,
+    *,
+    dataset: Dataset | None = None,
+    augment: Augment | None = None,
+    optimizer: Optimizer | None = None,
+    saved: RunInfo | None = None,
+) -> tuple[Experiment, TrainState]:
+    """Loads data and pretrained parameters, and builds the experiment and its state.
+
+    Args:
+        config: see `vit_jax.config`.
+        dataset: the user's own; None loads the one that the config names.
+        augment: the user's own augmentation of training images; None takes the config's.
+        optimizer: the user's own; None takes the config's.
+        saved: facts in the checkpoint of a run that is resumed: images are stored as they were, the dataset must be the
+            same, and no pretrained parameters are loaded; None for a new run.
+
+    Returns:
+        (experiment, state): the state before the first update, on the devices; of a resumed run, its shapes, dtypes and
+        shardings.
+
+    Raises:
+        UsageError: the config does not fit the data, the model or the devices.
+        UserError: data or pretrained parameters cannot be loaded, or the dataset has changed since the run was started.
+    """
+    given = {"dataset": dataset, "augment": augment, "optimizer": optimizer}
+    mesh = sharding.create_mesh(**config.mesh)
+    with distributed.main_process_first():
+        storage = saved.storage if saved else config.dataset.storage
+        dataset = load_dataset(config, storage=storage) if dataset is None else data.check_dataset(dataset)
+        source = load_pretrained(config.pretrained) if saved is None else None
+    if distributed.process_max(not dataset.train.in_memory) and dataset.train.in_memory:
+        dataset = load_dataset(config, storage="stream")  # another process has less memory
+    fingerprint = data.fingerprint(dataset)
+    check_same_dataset(fingerprint)
+    if saved and (difference := fingerprint.difference(saved.dataset)):
+        raise UserError(
+            f"{config.dataset.name} has changed since the run was started: it has {difference}; put it back as it was, "
+            "or give another --workdir to start a new run"
+        )
+    model = create_model(config, source, num_classes=len(dataset.class_names), saved=saved)
+    experiment = plan_experiment(
+        config,
+        model,
+        mesh,
+        num_images=len(dataset.train),
+        image_shape=dataset.train.images.shape[1:],
+        in_memory=dataset.train.in_memory,
+        augment=augment,
+        optimizer=optimizer,
+    )
+    info = RunInfo(
+        model=ModelMetadata.from_model(
+            model,
+            image_size=config.image_size,
+            image_mean=config.image_mean,
+            image_std=config.image_std,
+            class_names=dataset.class_names,
+        ),
+        config=config.to_dict(),
+        dataset=fingerprint,
+        storage="memory" if dataset.train.in_memory else "stream",
+        num_trainable=sum(leaf.size for leaf in jax.tree.leaves(experiment.abstract_state.trainable)),
+        command=shlex.join(["python", *sys.argv]),
+        custom=tuple(name for name, value in given.items() if value is not None),
+    )
+    experiment = dataclasses.replace(experiment, dataset=dataset, info=info)
+    state = experiment.abstract_state
+    if saved is None:
+        params = create_params(model, source, image_size=config.image_size, seed=config.seed)
+        state = experiment.init_state(sharding.device_put(params, sharding.param_shardings(params, mesh)))
+    return experiment, state
+
+
+def plan_experiment(
+    config: ConfigDict,
+    model: ImageModel,
+    mesh: Mesh,
+    *,
+    num_images: int,
+    image_shape: tuple[int, ...],
+    in_memory: bool = True,
+    augment: Augment | None = None,
+    optimizer: Optimizer | None = None,
+) -> Experiment:
+    """Builds an experiment from shapes alone: nothing is loaded, and the devices need not exist.
+
+    Args:
+        config: see `vit_jax.config`.
+        model: Linen module.
+        mesh: of devices, real ones or those of a topology.
+        num_images: of the training split.
+        image_shape: height, width and channels as they are stored.
+        in_memory: whether the images are decoded; others arrive batch by batch, cropped already.
+        augment: see `create_experiment`.
+        optimizer: see `create_experiment`.
+
+    Raises:
+        UsageError: the batch does not divide or is larger than the data, no parameter would be trained, or features
+            cannot be cached.
+    """
+    check_batch(config, num_shards=mesh.size, num_images=num_images)
+    patterns = optim.trainable_patterns(config.trainable)
+    tx, schedule = create_optimizer(config, model, optimizer)
+
+    def init_state(params: Params) -> TrainState:
+        if lora.is_requested(params, patterns):
+            key = jax.random.fold_in(jax.random.PRNGKey(config.seed), rng.Stream.LORA)
+            params = lora.add_lora_weights(key, params, rank=config.lora.rank, targets=config.lora.targets)
+        return steps.create_train_state(
+            params, patterns=patterns, tx=tx, seed=config.seed, use_ema=config.ema_decay > 0
+        )
+
+    abstract_params = jax.eval_shape(lambda: init_params(model, image_size=config.image_size, seed=config.seed))
+    abstract_state = jax.eval_shape(init_state, abstract_params)
+    check_gradients(abstract_state.trainable, abstract_state.frozen, model)
+    state_shardings = sharding.param_shardings(abstract_state, mesh)
+    params = optim.merge_params(abstract_state.trainable, abstract_state.frozen)
+    print(optim.describe_trainable(params, patterns))
+
+    head_only = set(abstract_state.trainable) == {"head"}
+    dropout = has_dropout(model) and (config.ablation.frozen_dropout or not head_only)
+    image_forward = ImageForward(
+        model,
+        image_size=config.image_size,
+        image_mean=tuple(config.image_mean),
+        image_std=tuple(config.image_std),
+        augment=augment or preprocess.device_augment(config.augment, in_memory=in_memory),
+        test_augment=preprocess.device_augment(config.ablation.test_augment, in_memory=in_memory),
+        dropout=dropout,
+    )
+    storage = choose_storage(
+        config.features,
+        num_views=config.feature_views,
+        augment=config.augment,
+        in_memory=in_memory,
+        obstacles={
+            f"trainable {config.trainable!r} trains more than the head": not head_only,
+            "frozen_dropout samples them again at every step": dropout,
+            "mixup and cutmix need the images": config.mixup_alpha > 0 or config.cutmix_alpha > 0,
+            "an augmentation of your own needs the images": augment is not None,
+        },
+    )
+    images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), jnp.uint8)
+    if storage == Storage.FEATURES:
+        max_updates = min(config.log_every_steps, max(1, config.num_steps))
+        batch = abstract_batch(image_forward, params, images, max_updates=max_updates)
+    else:
+        labels = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+        batch = Batch(images, labels, labels)
+    train_step = TrainStep(
+        forward=FeatureForward(model) if storage == Storage.FEATURES else image_forward,
+        tx=tx,
+        schedule=schedule,
+        mesh=mesh,
+        batch_size=config.batch_size,
+        accumulation_steps=config.accumulation_steps,
+        label_smoothing=config.label_smoothing,
+        mixup_alpha=config.mixup_alpha,
+        cutmix_alpha=config.cutmix_alpha,
+        ema_decay=config.ema_decay,
+        lora_alpha=config.lora.alpha,
+    )
+    return Experiment(
+        config=config,
+        mesh=mesh,
+        model=model,
+        storage=storage,
+        patterns=patterns,
+        steps_per_epoch=num_images // config.batch_size,
+        abstract_state=sharding.with_sharding(abstract_state, state_shardings),
+        abstract_batch=sharding.with_sharding(batch, batches.batch_sharding(mesh, stacked=batch.labels.ndim > 1)),
+        train_step=train_step,
+        image_forward=image_forward,
+        image_shape=image_shape,
+        init_state=jax.jit(init_state, out_shardings=state_shardings, donate_argnums=0),
+    )
+
+
+def create_optimizer(
+    config: ConfigDict, model: ImageModel, optimizer: Optimizer | None
+) -> tuple[optax.GradientTransformation, optax.Schedule | None]:
+    """Returns the optimizer, and the learning rate to report: None for a user's transformation, which has its own."""
+    if isinstance(optimizer, optax.GradientTransformation):
+        return optimizer, None
+    schedule = optim.make_schedule(
+        config.schedule,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        num_steps=config.ablation.schedule_steps or config.num_steps,
+        hold_steps=config.ablation.schedule_every_steps,
+    )
+    if optimizer is not None:
+        return optimizer(schedule), schedule
+    num_layers = getattr(model, "num_layers", 0)
+    if config.optimizer.layer_decay != 1 and not num_layers:
+        raise UsageError(
+            f"config.optimizer.layer_decay is for the layers of a ViT; set it to 1 for {type(model).__name__}"
+        )
+    return optim.create_optimizer(schedule=schedule, num_layers=num_layers, **config.optimizer), schedule
+
+
+def dataset_options(config: ConfigDict, *, storage: str = "") -> dict[str, Any]:
+    """Returns the arguments of `data.load_dataset`, `data.load_split` and `data.dataset_info` but for the splits."""
+    return {
+        "name": config.dataset.name,
+        "data_dir": config.dataset.data_dir,
+        "image_size": config.image_size,
+        "classes": config.dataset.classes,
+        "crops": not {config.augment, config.ablation.test_augment}.isdisjoint(CROPS),
+        "storage": storage or config.dataset.storage,
+        "device_bytes": sharding.device_memory(jax.local_devices()[0])[0],
+    }
+
+
+def load_dataset(config: ConfigDict, *, storage: str = "") -> Dataset:
+    """Loads the dataset that the config names, and prints its size."""
+    splits = {"train_split": config.dataset.train_split, "test_split": config.dataset.test_split}
+    dataset = data.load_dataset(**dataset_options(config, storage=storage), **splits)
+    height, width = dataset.train.images.shape[1:3]
+    print(
+        f"{config.dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images of {height} × "
+        f"{width} pixels, {len(dataset.class_names)} classes{'' if dataset.train.in_memory else ', streamed'}"
+    )
+    return dataset
+
+
+def load_test_split(config: ConfigDict, *, storage: str = "") -> tuple[Split, tuple[str, ...]]:
+    """Loads the test split that the config names, and its class names."""
+    return data.load_split(split=config.dataset.test_split, **dataset_options(config, storage=storage))
+
+
+def check_same_dataset(found: DatasetFingerprint) -> None:
+    """Raises the same UserError in every process unless all have loaded the same dataset; a collective call."""
+    summaries = distributed.gather_strings(
+        f"{found.num_train:,} training and {found.num_test:,} test images of {len(found.class_names)} classes "
+        f"(digest {found.digest[:16]})"
+    )
+    for number, summary in enumerate(summaries):
+        if summary != summaries[0]:
+            raise UserError(
+                f"process {number} read {summary}, the first process read {summaries[0]}; all processes must read the "
+                "same classes and files, so give them the same copy of the dataset"
+            )
+
+
+def create_model(
+    config: ConfigDict, source: Pretrained | None, *, num_classes: int, saved: RunInfo | None = None
+) -> ImageModel:
+    """Returns the module; of a resumed run with the saved arguments, so that no pretrained checkpoint is needed.
+
+    Raises:
+        UsageError: its arguments are wrong, or do not fit the pretrained checkpoint.
+    """
+    if saved:
+        return saved.model.create_model(remat=config.remat)
+    arguments = model_arguments(config.model.to_dict(), config.architecture, source)
+    model = models.create_model(
+        config.architecture,
+        arguments | {"head_init": config.ablation.head_init},
+        num_classes=num_classes,
+        dtype=config.dtype,
+        remat=config.remat,
+    )
+    model.validate(config.image_size)
+    return model
+
+
+def check_batch(config: ConfigDict, *, num_shards: int, num_images: int) -> None:
+    """Raises UsageError unless the batch divides over devices and accumulation, and the data has one."""
+    parts = num_shards * config.accumulation_steps
+    if config.batch_size % parts:
+        raise UsageError(
+            f"config.batch_size is {config.batch_size}, which is not divisible by {num_shards} devices × "
+            f"{config.accumulation_steps} accumulation steps; use {-(-config.batch_size // parts) * parts}"
+        )
+    if config.batch_size > num_images:
+        raise UsageError(f"config.batch_size is {config.batch_size}, there are {num_images} training images; lower it")

@@ -1,0 +1,116 @@
+"""The model and its parameters before the first update."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from vit_jax import models, pretrained
+from vit_jax.pretrained import ModelMetadata
+from vit_jax.runtime.errors import UsageError
+from vit_jax.types import ImageModel, Params
+
+_NOT_IN_SHAPES = ("gelu_approximate", "layer_norm_epsilon")
+"""Arguments of a model that change what its parameters mean, and that their shapes do not tell."""
+
+
+class Pretrained(NamedTuple):
+    """A pretrained checkpoint.
+
+    Attributes:
+        name: its name or path.
+        params: named as in the original checkpoints.
+        metadata: None where it has none.
+    """
+
+    name: str
+    params: Params
+    metadata: ModelMetadata | None
+
+
+def load_pretrained(name_or_path: str) -> Pretrained | None:
+    """Loads a pretrained checkpoint; None for the empty name, which means training from scratch."""
+    return Pretrained(name_or_path, *pretrained.read_model(name_or_path)) if name_or_path else None
+
+
+def model_arguments(arguments: Mapping[str, Any], architecture: str, source: Pretrained | None) -> dict[str, Any]:
+    """Returns constructor arguments of a model; sizes that are not given are those of the pretrained checkpoint.
+
+    Args:
+        arguments: that are given.
+        architecture: a key of `models.ARCHITECTURES`.
+        source: pretrained checkpoint; None: from scratch.
+
+    Raises:
+        UsageError: there are no sizes, or others than those of the checkpoint.
+    """
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    if source is None:
+        if not given:
+            raise UsageError("model is empty: give the model's sizes, or a pretrained checkpoint that has them")
+        return given
+    found, sizes = pretrained.infer_sizes(source.params)
+    sizes = {key: value for key, value in sizes.items() if key not in ("num_classes", "representation_size")}
+    differ = [key for key in sizes if given.get(key, sizes[key]) != sizes[key]]
+    if found != architecture or differ:
+        wrong = [f"{key} {given[key]} (checkpoint: {sizes[key]})" for key in differ if found == architecture]
+        raise UsageError(
+            f"the model does not fit {source.name}, which is another one: "
+            f"{', '.join(wrong) or f'{architecture} (checkpoint: {found})'}; "
+            "correct one of the two, or leave config.model empty to take the sizes of the checkpoint"
+        )
+    in_metadata = source.metadata.model if source.metadata else {}
+    return {key: in_metadata[key] for key in _NOT_IN_SHAPES if key in in_metadata} | sizes | given
+
+
+def needs_pretrained(arguments: Mapping[str, Any], architecture: str) -> bool:
+    """Returns whether sizes of the model have to be read off a pretrained checkpoint."""
+    return not set(arguments) >= set(models.ARCHITECTURES[architecture].SIZES)
+
+
+def create_params(model: ImageModel, source: Pretrained | None, *, image_size: int, seed: int) -> Params:
+    """Returns the parameters before the first update: initialized, or adapted from the checkpoint; prints which."""
+    init = functools.partial(init_params, model, image_size=image_size, seed=seed)
+    if source is None:
+        print("parameters are randomly initialized")
+        return jax.jit(init)()
+    head = jax.jit(lambda: init()["head"])()  # the compiler leaves out the initialization of everything else
+    params, report = pretrained.adapt_params(source.params, {**jax.eval_shape(init), "head": head})
+    print(f"{source.name}\n{report}")
+    return params
+
+
+def init_params(model: ImageModel, *, image_size: int, seed: int) -> Params:
+    """Returns randomly initialized parameters."""
+    return model.init(jax.random.PRNGKey(seed), jnp.zeros((1, image_size, image_size, 3)))["params"]
+
+
+def has_dropout(model: ImageModel) -> bool:
+    """Returns whether any of the model's dropout rates is above zero."""
+    return any(value > 0 for name, value in vars(model).items() if name.endswith("_rate"))
+
+
+def check_gradients(trainable: Params, frozen: Params, model: ImageModel) -> None:
+    """Refuses a choice of trainable parameters that a zero above them keeps without gradients.
+
+    The head of a run is new. Where its kernel starts at zero and stays frozen, the logits never depend on the features.
+    A LoRA product whose `b` stays frozen at zero never changes either.
+
+    Raises:
+        UsageError: names what to add.
+    """
+    paths = flatten_dict(trainable, sep="/").keys()
+    if model.head_init == "zeros" and not paths & {"head/kernel", "lora/head/kernel/b"}:
+        raise UsageError(
+            "trainable does not match head/kernel, which starts at zero, so that no parameter below the head would get "
+            "a gradient; add 'head/.*', or set ablation.head_init to 'xavier'"
+        )
+    has_lora = "lora" in trainable or "lora" in frozen
+    if has_lora and not any(path.startswith("lora/") and path.endswith("/b") for path in paths):
+        raise UsageError(
+            "trainable matches no LoRA weight 'lora/…/b', which all start at zero; "
+            "add 'lora/.*', or name the same kernels in lora.targets"
+        )
