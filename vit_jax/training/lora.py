@@ -1,7 +1,7 @@
-"""Low-rank adaptation (Hu et al. 2022): small factors beside the parameter tree, which keeps the released names.
+"""LoRA (Hu et al. 2022): low-rank weights beside the parameter tree, which keeps the names of the checkpoints.
 
-The factors of `Transformer/…/query/kernel` are `lora/Transformer/…/query/kernel/{a,b}`, so that a tree with factors is
-split, saved and counted like any other. The model never sees them: it gets `merge_lora_weights(params)`.
+The LoRA weights of `Transformer/…/query/kernel` are `lora/Transformer/…/query/kernel/{a,b}`, so that such a tree is
+split, saved and counted like any other. The model gets `merge_lora_weights(params)`.
 """
 
 import math
@@ -36,14 +36,14 @@ def is_requested(params: Params, patterns: Sequence[str]) -> bool:
 
 
 def add_lora_weights(key: jax.Array, params: Params, *, rank: int, targets: Sequence[str]) -> Params:
-    """Adds factors for the kernels that are to be adapted; at first their product is zero.
+    """Adds LoRA weights for some kernels; at first their product is zero.
 
     A kernel is taken as a matrix from its inputs to its outputs: [d, (k h)] for queries, keys and values, whose heads
-    are outputs; [(…), d] for any other. `a` is drawn from a normal distribution of variance 1 / inputs, `b` is zero.
+    are outputs; [(…), d] for any other. `a` is sampled from a normal distribution of variance 1 / inputs, `b` is zero.
 
     Args:
         key: random key.
-        params: nested dictionary of arrays, without factors.
+        params: nested dictionary of arrays, without LoRA weights.
         rank: of every product.
         targets: regular expressions that match whole paths of kernels.
 
@@ -55,51 +55,48 @@ def add_lora_weights(key: jax.Array, params: Params, *, rank: int, targets: Sequ
         UsageError: a target matches nothing, or something that is not a kernel.
     """
     flat = flatten_dict(params, sep="/")
-    for target in targets:
-        if not any(re.fullmatch(target, path) for path in flat):
+    matches = {target: [path for path in flat if re.fullmatch(target, path)] for target in targets}
+    for target, paths in matches.items():
+        others = [path for path in paths if not path.endswith("/kernel")]
+        if others or not paths:
             kernels = [path for path in flat if path.endswith("/kernel")][-8:]
             raise UsageError(
-                f"config.lora.targets: {target!r} matches no parameter; kernels look like {', '.join(kernels)}"
+                f"lora.targets: {target!r} matches {', '.join(others[:3]) or 'no parameter'}; expected kernels only, "
+                f"such as {', '.join(kernels)}"
             )
-    paths = [path for path in flat if any(re.fullmatch(target, path) for target in targets)]
-    others = [path for path in paths if path.rpartition("/")[2] != "kernel"]
-    if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        raise UsageError(
-            f"config.lora.targets matches {', '.join(others[:3])}{more}; expected kernels only, as in '.*/query/kernel'"
-        )
-    factors = {}
+    paths = [path for path in flat if any(path in matches[target] for target in targets)]
+    weights = {}
     for path, path_key in zip(paths, jax.random.split(key, len(paths)), strict=True):
         shape = flat[path].shape
         split = _num_input_axes(path, len(shape))
         inputs, outputs = shape[:split], shape[split:]
         scale = 1.0 / math.sqrt(math.prod(inputs))
-        factors[f"{path}/a"] = scale * jax.random.normal(path_key, (*inputs, rank))
-        factors[f"{path}/b"] = jnp.zeros((rank, *outputs))
-    return {**params, "lora": unflatten_dict(factors, sep="/")}
+        weights[f"{path}/a"] = scale * jax.random.normal(path_key, (*inputs, rank))
+        weights[f"{path}/b"] = jnp.zeros((rank, *outputs))
+    return {**params, "lora": unflatten_dict(weights, sep="/")}
 
 
 def merge_lora_weights(params: Params, *, alpha: float) -> Params:
     """Adds each product to its kernel: W + alpha / rank · a · b.
 
     Args:
-        params: as `add_lora_weights` gives them, or a tree without factors, which is returned as it is.
+        params: of `add_lora_weights`, or a tree without LoRA weights, which is returned unchanged.
         alpha: scale of the products, whatever the rank.
 
     Returns:
-        A tree with the released names alone.
+        A tree without LoRA weights.
     """
     if "lora" not in params:
         return params
     flat = flatten_dict({name: branch for name, branch in params.items() if name != "lora"})
-    factors = flatten_dict(params["lora"])
-    for (*path, _), a in ((path, leaf) for path, leaf in factors.items() if path[-1] == "a"):
+    weights = flatten_dict(params["lora"])
+    for (*path, _), a in ((path, leaf) for path, leaf in weights.items() if path[-1] == "a"):
         rank = a.shape[-1]
-        product = jnp.tensordot(a, factors[(*path, "b")], axes=1, precision="highest")
+        product = jnp.tensordot(a, weights[(*path, "b")], axes=1, precision="highest")
         flat[tuple(path)] = flat[tuple(path)] + alpha / rank * product
     return unflatten_dict(flat)
 
 
 def _num_input_axes(path: str, num_axes: int) -> int:
-    """How many axes of a kernel are inputs; the heads of queries, keys and values are outputs."""
+    """Returns the number of input axes of a kernel; the heads of queries, keys and values are outputs."""
     return 1 if re.search(r"/(query|key|value)/kernel$", path) else num_axes - 1

@@ -1,4 +1,4 @@
-"""Which parameters train, the learning rate over the steps, and the chain of gradient transformations."""
+"""Trainable parameters, learning-rate schedules and optimizers."""
 
 import re
 import warnings
@@ -20,7 +20,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "bias": (r".*/bias", r".*/scale", r"head/.*"),
     "lora": (r"lora/.*", r"head/.*"),
 }
-"""What each mode trains: regular expressions that match a whole parameter path."""
+"""Trainable parameters of each mode: regular expressions that match a whole parameter path."""
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -28,15 +28,15 @@ DECAYED = ("all", "kernels")
 
 
 def trainable_patterns(trainable: str | Sequence[str]) -> tuple[str, ...]:
-    """A mode's name, or regular expressions, as regular expressions.
+    """Returns the regular expressions of a mode, or those that are given.
 
     Raises:
-        UsageError: no such mode, not a text or texts, or not a regular expression.
+        UsageError: no such mode, or not a regular expression.
     """
     if isinstance(trainable, str):
         if trainable not in MODES:
             raise UsageError(
-                f"config.trainable: no mode {trainable!r}; modes are {', '.join(MODES)}, "
+                f"trainable: no mode {trainable!r}; modes are {', '.join(MODES)}, "
                 "or give a tuple of regular expressions over parameter paths"
             )
         return MODES[trainable]
@@ -45,19 +45,19 @@ def trainable_patterns(trainable: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def check_patterns(patterns: Sequence[str], *, key: str) -> None:
-    """Raises UsageError for what is no regular expression; `key` of the config holds the patterns."""
+    """Raises UsageError unless all patterns are regular expressions; `key` names them in the message."""
     for pattern in patterns:
         try:
             with warnings.catch_warnings(action="error", category=FutureWarning):  # "[[:alpha:]]" is not known here
                 re.compile(pattern)
         except (re.error, TypeError, OverflowError, RecursionError, FutureWarning) as error:
-            raise UsageError(f"config.{key}: {pattern!r} is not a regular expression: {error}") from error
+            raise UsageError(f"{key}: {pattern!r} is not a regular expression: {error}; correct it") from error
 
 
 def split_params(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
-    """Parts parameters into those that train and those that stay as they are.
+    """Splits parameters into trainable and frozen ones.
 
-    Only the first part is differentiated and has optimizer state, so frozen leaves cost nothing and stay
+    Only trainable parameters are differentiated and have optimizer state, so frozen ones cost nothing and stay
     bit-identical. (`optax.masked` alone would pass the other gradients through unchanged.)
 
     Args:
@@ -65,19 +65,16 @@ def split_params(params: Params, patterns: Sequence[str]) -> tuple[Params, Param
         patterns: regular expressions that match whole paths such as "head/kernel".
 
     Returns:
-        (trainable, frozen): nested dictionaries; `merge_params` puts them together again.
+        (trainable, frozen): nested dictionaries; `merge_params` is the inverse.
 
     Raises:
-        UsageError: a pattern matches no parameter, or there is none.
+        UsageError: a pattern matches no parameter, or there is no pattern.
     """
     flat = flatten_dict(params, sep="/")
-    for pattern in patterns:
-        if not any(re.fullmatch(pattern, path) for path in flat):
-            raise UsageError(
-                f"config.trainable: {pattern!r} matches no parameter; paths look like {', '.join(list(flat)[-4:])}"
-            )
-    if not patterns:
-        raise UsageError("config.trainable is empty: name a mode or at least one regular expression")
+    unmatched = [pattern for pattern in patterns if not any(re.fullmatch(pattern, path) for path in flat)]
+    if unmatched or not patterns:
+        which = repr(unmatched[0]) if unmatched else "an empty tuple"
+        raise UsageError(f"trainable: {which} matches no parameter; paths look like {', '.join(list(flat)[-4:])}")
     chosen = {path for path in flat if any(re.fullmatch(pattern, path) for pattern in patterns)}
     trainable = {path: leaf for path, leaf in flat.items() if path in chosen}
     frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
@@ -85,19 +82,19 @@ def split_params(params: Params, patterns: Sequence[str]) -> tuple[Params, Param
 
 
 def merge_params(trainable: Params, frozen: Params) -> Params:
-    """The inverse of `split_params`; of paths in both, the leaf of the first is taken."""
+    """Returns the inverse of `split_params`; of paths in both, the leaf of the first."""
     return unflatten_dict({**flatten_dict(frozen), **flatten_dict(trainable)})
 
 
 def describe_trainable(params: Params, patterns: Sequence[str]) -> str:
-    """A table: for each pattern the arrays and numbers it trains, then the total."""
+    """Returns a table: the number of arrays and parameters that each pattern matches, and the total."""
     sizes = {path: leaf.size for path, leaf in flatten_dict(params, sep="/").items()}
     rows = [(p, [size for path, size in sizes.items() if re.fullmatch(p, path)]) for p in patterns]
     chosen = [size for path, size in sizes.items() if any(re.fullmatch(p, path) for p in patterns)]
-    width = max(len("trains"), *(len(pattern) for pattern in patterns))
-    lines = [f"{'trains':<{width}}  {'arrays':>6}  {'parameters':>12}"]
+    width = max(len("trainable"), *(len(pattern) for pattern in patterns))
+    lines = [f"{'trainable':<{width}}  {'arrays':>6}  {'parameters':>12}"]
     lines += [f"{pattern:<{width}}  {len(hits):>6}  {sum(hits):>12,}" for pattern, hits in rows]
-    lines += [f"{'together':<{width}}  {len(chosen):>6}  {sum(chosen):>12,}  of {sum(sizes.values()):,}"]
+    lines += [f"{'total':<{width}}  {len(chosen):>6}  {sum(chosen):>12,}  of {sum(sizes.values()):,}"]
     return "\n".join(lines)
 
 
@@ -140,7 +137,7 @@ def create_optimizer(
     layer_decay: float = 1.0,
     num_layers: int = 0,
 ) -> optax.GradientTransformation:
-    """The chain: clip, then L2, then momentum or Adam, then the learning rate, scaled layer by layer; or AdamW.
+    """Returns the chain: clip, then L2, then momentum or Adam, then the learning rate, scaled by layer; or AdamW.
 
     Args:
         name: "sgd", "adam" (Kingma and Ba 2015) or "adamw".
@@ -148,9 +145,9 @@ def create_optimizer(
         momentum: of sgd.
         momentum_dtype: sgd's accumulator, "float32" or "bfloat16".
         weight_decay: sgd, adam: added to the gradient (L2); adamw: decoupled (Loshchilov and Hutter 2019).
-        decayed: what the decay acts on: "all", or "kernels", which spares norms, biases, position embeddings and cls.
-        clip_norm: bound on the global norm of the gradient; 0 leaves it.
-        layer_decay: see `scale_by_layer`; 1 leaves the rates equal.
+        decayed: parameters with weight decay: "all", or "kernels": not norms, biases, position embeddings and cls.
+        clip_norm: bound on the global norm of the gradient; 0: no clipping.
+        layer_decay: see `scale_by_layer`; 1: equal rates.
         num_layers: encoder blocks of the model; needed where `layer_decay` is not 1.
     """
     mask = _kernels if decayed == "kernels" else None
@@ -170,10 +167,10 @@ def create_optimizer(
 
 
 def scale_by_layer(layer_decay: float, *, num_layers: int) -> optax.GradientTransformation:
-    """Multiplies updates by `layer_decay ** (num_layers + 1 - layer)`: the deeper, the slower.
+    """Multiplies updates by `layer_decay ** (num_layers + 1 - layer)`.
 
-    The embeddings, with a hybrid's ResNet, are layer 0, `encoderblock_i` is layer i + 1, and whatever comes after the
-    blocks is not slowed.
+    The embeddings, with a hybrid's ResNet, are layer 0, `encoderblock_i` is layer i + 1, everything after the blocks
+    is layer `num_layers + 1`.
 
     Args:
         layer_decay: at most 1.
@@ -200,6 +197,6 @@ def scale_by_layer(layer_decay: float, *, num_layers: int) -> optax.GradientTran
 
 
 def _kernels(params: Params) -> Params:
-    """True for the leaves that are matrices or kernels, the factors of low-rank adaptation among them."""
+    """Returns True for the leaves that are kernels or LoRA weights."""
     flat = flatten_dict(params)
     return unflatten_dict({path: path[-1] == "kernel" or path[0] == "lora" for path in flat})
