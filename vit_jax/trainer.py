@@ -20,7 +20,8 @@ from vit_jax import config as settings
 from vit_jax.classifier import Classifier
 from vit_jax.runtime import distributed, sharding
 from vit_jax.runtime.errors import UserError, one_line
-from vit_jax.training import build, checkpoint, features, lora, metrics, steps
+from vit_jax.training import build, features, lora, metrics, steps
+from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.job import create_evaluate, create_job, crop_on_host, load_dataset
 from vit_jax.training.program import Program, test_options
 from vit_jax.training.writer import Writer, format_number, read_records, read_results
@@ -53,22 +54,22 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, flo
 
 def _train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """Trains in a workdir that is locked."""
-    restored_step = checkpoint.latest_step(workdir)
-    about = {} if restored_step is None else checkpoint.read_about(workdir)
-    if restored_step is not None or (workdir / "config.json").exists():
-        settings.check_same(config, workdir, saved=about.get("config"))
-    distributed.sync_processes("every process has seen where the run stands")
-    if restored_step == config.num_steps:
-        return summarize(config, workdir)
-    read_records(workdir / "metrics.jsonl")  # raises here, before compilation, if a line is damaged
-    job, create_state = create_job(config, saved=about)
-    # Before anything is written: the pretrained file may not fit.
-    state = create_state() if restored_step is None else job.program.abstract_state
-    del create_state
-    with checkpoint.open_manager(workdir) as checkpoints:
+    with Checkpoints(workdir) as checkpoints:
+        restored_step = checkpoints.latest_step()
+        metadata: dict[str, Any] = {} if restored_step is None else checkpoints.read_metadata(restored_step)
+        if restored_step is not None or (workdir / "config.json").exists():
+            settings.check_same(config, workdir, saved=metadata.get("config"))
+        distributed.sync_processes("every process has seen where the run stands")
+        if restored_step == config.num_steps:
+            return summarize(config, workdir)
+        read_records(workdir / "metrics.jsonl")  # raises here, before compilation, if a line is damaged
+        job, create_state = create_job(config, saved=metadata)
+        # Before anything is written: the pretrained file may not fit.
+        state = create_state() if restored_step is None else job.program.abstract_state
+        del create_state
         if restored_step is not None:
             print(f"going on from step {restored_step}")
-            state = checkpoint.restore(checkpoints, state, restored_step)
+            state = checkpoints.restore(restored_step, state)
         if distributed.is_main_process():
             settings.save_config(config, workdir)
         train_steps = job.compile_train_steps()
@@ -96,6 +97,8 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, float]:
                 saving = evaluating or stopping or step % config.checkpoint_every_steps == 0
                 if logging or saving:
                     scalars, nonfinite_step = fetch((scalars, state.first_nonfinite_step))
+                    if nonfinite_step:
+                        checkpoints.finish()
                     stop_if_nonfinite(nonfinite_step, checkpoints.latest_step())
                 if logging:
                     writer.log_training(step, scalars, batch_size=config.batch_size)
@@ -104,17 +107,17 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, float]:
                     writer.log_evaluation(step, results)
                 if saving:
                     writer.flush()
-                    checkpoint.save(checkpoints, step, state, job.about, accuracy=results.get("test/accuracy"))
+                    checkpoints.save(step, state, job.about, accuracy=results.get("test/accuracy"))
                     writer.start_clock(step)
                 if stopping and not last:
-                    checkpoint.finish(checkpoints)
+                    checkpoints.finish()
                     return report_interruption(signal.Signals(stopping), step, workdir)
             if config.num_steps == 0:
                 results = means_of(fetch(evaluate(state)))
                 writer.log_evaluation(0, results)
                 writer.flush()
-                checkpoint.save(checkpoints, 0, state, job.about, accuracy=results["test/accuracy"])
-        checkpoint.finish(checkpoints)
+                checkpoints.save(0, state, job.about, accuracy=results["test/accuracy"])
+        checkpoints.finish()
     return summarize(config, workdir)
 
 
@@ -169,14 +172,11 @@ def load_run(workdir: str | Path, *, step: int | None = None, use_ema: bool = Tr
         UserError: no run there, no such checkpoint, or a damaged one.
     """
     workdir = Path(workdir)
-    latest = checkpoint.require_step(workdir)
-    step = latest if step is None else step
     mesh = sharding.create_mesh()
-    with checkpoint.open_manager(workdir, read_only=True) as checkpoints:
-        there = sorted(checkpoints.all_steps())
-        if step not in there:
-            raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, there))}")
-        params, about = checkpoint.restore_params(checkpoints, step, sharding.replicated(mesh), use_ema=use_ema)
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        step = checkpoints.require_step(step)
+        params, metadata = checkpoints.restore_params(step, sharding.replicated(mesh), use_ema=use_ema)
+    about = dict[str, Any](metadata)
     config = settings.load_config(workdir, saved=about.pop("config", None))  # out of `about`, which exports write
     params = lora.merge_lora_weights(params, alpha=config.lora.alpha)
     about = {"dtype": config.dtype} | about  # not in checkpoints of older versions
