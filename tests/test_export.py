@@ -16,7 +16,8 @@ import vit_jax
 from configs import digits
 from vit_jax import export, pretrained, trainer
 from vit_jax.runtime.errors import UserError
-from vit_jax.training import build, checkpoint
+from vit_jax.training import build
+from vit_jax.training.checkpoint import Checkpoints
 
 FORMATS = ("npz", "orbax", "safetensors", "stablehlo")
 
@@ -125,14 +126,14 @@ def test_load_takes_exports_without_a_dtype_for_float32(exported, tmp_path):
 
 
 def test_load_takes_the_dtype_of_older_runs_from_their_config(bfloat16_workdir, monkeypatch):
-    restore_params = checkpoint.restore_params
+    restore_params = Checkpoints.restore_params
 
     def restore_older(*args, **options):
         params, about = restore_params(*args, **options)
         del about["dtype"]
         return params, about
 
-    monkeypatch.setattr(checkpoint, "restore_params", restore_older)
+    monkeypatch.setattr(Checkpoints, "restore_params", restore_older)
     run = vit_jax.load(bfloat16_workdir)
     assert run.model.dtype == run.about["dtype"] == "bfloat16"
 

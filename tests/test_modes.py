@@ -17,6 +17,7 @@ from configs import digits
 from vit_jax import trainer
 from vit_jax.models import VisionTransformer
 from vit_jax.training import optim
+from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.visualization import plotting
 
 MODEL = {"patch_size": 4, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 256}
@@ -97,16 +98,16 @@ def train(config, workdir, *, stop_at=None):
     Returns:
         Host copies of the states that were saved, by step.
     """
-    saved, save = {}, trainer.checkpoint.save
+    saved, save = {}, Checkpoints.save
 
-    def save_and_stop(manager, step, state, *args, **kwargs):
+    def save_and_stop(checkpoints, step, state, *args, **kwargs):
         saved[step] = jax.device_get(state)
-        save(manager, step, state, *args, **kwargs)
+        save(checkpoints, step, state, *args, **kwargs)
         if step == stop_at:
             raise InterruptedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.checkpoint, "save", save_and_stop)
+        patch.setattr(Checkpoints, "save", save_and_stop)
         if stop_at is None:
             trainer.train_and_evaluate(config, workdir)
         else:
@@ -182,7 +183,7 @@ def interrupted(patches, tmp_path_factory):
 
 @pytest.mark.parametrize(("data", "fsdp"), [(2, 4), (1, 1), (4, 2), (8, 1)])
 def test_a_run_goes_on_with_its_state_split_otherwise(whole, interrupted, tmp_path, monkeypatch, data, fsdp):
-    workdir, restored, restore = tmp_path / "run", [], trainer.checkpoint.restore
+    workdir, restored, restore = tmp_path / "run", [], Checkpoints.restore
 
     def restore_and_look(*args):
         state = restore(*args)
@@ -194,7 +195,7 @@ def test_a_run_goes_on_with_its_state_split_otherwise(whole, interrupted, tmp_pa
         kernels = [tree["Transformer"]["encoderblock_0"]["MlpBlock_3"]["Dense_0"]["kernel"] for tree in kernels]
         return [[shard.data.shape for shard in kernel.addressable_shards] for kernel in kernels]
 
-    monkeypatch.setattr(trainer.checkpoint, "restore", restore_and_look)
+    monkeypatch.setattr(Checkpoints, "restore", restore_and_look)
     shutil.copytree(interrupted, workdir)
     train(config_of("mlp", **{"mesh.data": data, "mesh.fsdp": fsdp}), workdir)
     assert restored == [[[(16, 256 // fsdp)] * (data * fsdp)] * 3]  # kernel, moment and average on every device

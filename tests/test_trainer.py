@@ -8,6 +8,7 @@ import pytest
 from configs import digits
 from vit_jax import trainer
 from vit_jax.runtime.errors import UsageError, UserError
+from vit_jax.training.checkpoint import Checkpoints
 
 
 def small_config(**changes):
@@ -53,15 +54,15 @@ def test_load_run_names_the_checkpoints_that_there_are(tmp_path):
 
 def interrupt(config, workdir, monkeypatch, *, step):
     """Trains until the checkpoint of a step is saved."""
-    save = trainer.checkpoint.save
+    save = Checkpoints.save
 
-    def save_and_stop(manager, saved_step, *args, **kwargs):
-        save(manager, saved_step, *args, **kwargs)
+    def save_and_stop(checkpoints, saved_step, *args, **kwargs):
+        save(checkpoints, saved_step, *args, **kwargs)
         if saved_step == step:
             raise InterruptedError
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(trainer.checkpoint, "save", save_and_stop)
+        patch.setattr(Checkpoints, "save", save_and_stop)
         trainer.train_and_evaluate(config, workdir)
 
 
@@ -80,9 +81,9 @@ def test_train_and_evaluate_takes_a_missing_config_json_from_the_checkpoint(tmp_
 
 def test_train_and_evaluate_refuses_a_checkpoint_without_any_config(tmp_path, monkeypatch):
     """Checkpoints of version 0.1 hold no config: config.json is the only copy."""
-    read_about = trainer.checkpoint.read_about
-    old = lambda workdir: {key: value for key, value in read_about(workdir).items() if key != "config"}  # noqa: E731
-    monkeypatch.setattr(trainer.checkpoint, "read_about", old)
+    read_metadata = Checkpoints.read_metadata
+    old = lambda *args: {key: value for key, value in read_metadata(*args).items() if key != "config"}  # noqa: E731
+    monkeypatch.setattr(Checkpoints, "read_metadata", old)
     trainer.train_and_evaluate(small_config(), tmp_path)
     trainer.train_and_evaluate(small_config(), tmp_path)
     (tmp_path / "config.json").unlink()
@@ -113,7 +114,7 @@ def test_steps_compiled_once_serve_a_resumed_run(tmp_path, monkeypatch):
 
 
 def test_train_and_evaluate_refuses_a_workdir_that_another_run_uses(tmp_path, monkeypatch):
-    save, files = trainer.checkpoint.save, []
+    save, files = Checkpoints.save, []
 
     def start_second(*args, **kwargs):
         before = sorted(tmp_path.rglob("*"))
@@ -123,7 +124,7 @@ def test_train_and_evaluate_refuses_a_workdir_that_another_run_uses(tmp_path, mo
         files.extend(path.name for path in before)
         save(*args, **kwargs)
 
-    monkeypatch.setattr(trainer.checkpoint, "save", start_second)
+    monkeypatch.setattr(Checkpoints, "save", start_second)
     trainer.train_and_evaluate(small_config(), tmp_path / "run")
     assert ".lock" in files
     assert not (tmp_path / "run/.lock").exists()
@@ -174,7 +175,7 @@ def test_train_and_evaluate_says_that_a_finished_run_has_no_metrics(tmp_path):
 
 @pytest.mark.parametrize("num_steps", [0, 20])
 def test_train_and_evaluate_writes_metrics_to_disk_before_each_checkpoint(tmp_path, monkeypatch, num_steps):
-    events, fsync, save = [], os.fsync, trainer.checkpoint.save
+    events, fsync, save = [], os.fsync, Checkpoints.save
     metrics = tmp_path / "metrics.jsonl"
 
     def note_fsync(descriptor):
@@ -182,13 +183,13 @@ def test_train_and_evaluate_writes_metrics_to_disk_before_each_checkpoint(tmp_pa
         if metrics.exists() and os.path.samestat(os.fstat(descriptor), metrics.stat()):
             events.append(metrics.read_text())
 
-    def note_save(manager, step, *args, **kwargs):
+    def note_save(checkpoints, step, *args, **kwargs):
         assert events[-1:] == [metrics.read_text()] != [""]
         events.append(step)
-        save(manager, step, *args, **kwargs)
+        save(checkpoints, step, *args, **kwargs)
 
     monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(trainer.checkpoint, "save", note_save)
+    monkeypatch.setattr(Checkpoints, "save", note_save)
     config = small_config(num_steps=num_steps, warmup_steps=0, log_every_steps=5, checkpoint_every_steps=10)
     trainer.train_and_evaluate(config, tmp_path)
     assert [event for event in events if isinstance(event, int)] == ([10, 20] if num_steps else [0])

@@ -53,13 +53,15 @@ def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) ->
         UserError: a folder holds no finished run, or the runs were not tested on the same pictures.
     """
     from vit_jax import config as settings
-    from vit_jax.training import checkpoint, writer
+    from vit_jax.training import writer
+    from vit_jax.training.checkpoint import Checkpoints
 
     rows, tested, recipes = [], {}, []
     for workdir in map(Path, workdirs):
-        about = checkpoint.read_about(workdir)
+        with Checkpoints(workdir, read_only=True) as checkpoints:
+            step = checkpoints.require_step()
+            about: dict[str, Any] = checkpoints.read_metadata(step)
         config = settings.load_config(workdir, saved=about.get("config"))
-        step = checkpoint.require_step(workdir)
         if step != config.num_steps:
             raise UserError(f"{workdir} is at step {step} of {config.num_steps}; compare finished runs")
         records, results = writer.read_results(workdir, step)

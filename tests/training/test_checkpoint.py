@@ -5,7 +5,8 @@ import pytest
 
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
-from vit_jax.training import checkpoint, optim, steps
+from vit_jax.training import optim, steps
+from vit_jax.training.checkpoint import Checkpoints
 
 PARAMS = {"head": {"kernel": np.arange(6.0, dtype=np.float32).reshape(2, 3)}, "cls": np.ones((1, 1, 2), np.float32)}
 TX = optim.create_optimizer("sgd", schedule=lambda count: 0.1)
@@ -30,65 +31,64 @@ def assert_equal(ours, theirs):
 @pytest.mark.parametrize(("written_on", "read_on"), [(8, 1), (1, 8), (8, 4)])
 def test_a_checkpoint_goes_from_any_number_of_devices_to_any_other(tmp_path, written_on, read_on):
     state = create_state(num_devices=written_on, seed=3)
-    with checkpoint.open_manager(tmp_path) as manager:
-        checkpoint.save(manager, 7, state, {"class_names": ["a"]}, accuracy=0.5)
-        checkpoint.finish(manager)
-        restored = checkpoint.restore(manager, abstract_state(num_devices=read_on), 7)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, state, {"class_names": ["a"]}, accuracy=0.5)
+        checkpoints.finish()
+        restored = checkpoints.restore(7, abstract_state(num_devices=read_on))
     assert_equal(restored, state)
     assert all(len(leaf.devices()) == read_on for leaf in jax.tree.leaves(restored))
 
 
 def test_parameters_are_read_alone_with_what_they_are(tmp_path):
-    with checkpoint.open_manager(tmp_path) as manager:
-        checkpoint.save(manager, 1, create_state(), {"class_names": ["cat", "dog"]}, accuracy=None)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, create_state(), {"class_names": ["cat", "dog"]}, accuracy=None)
     mesh = sharding.create_mesh(jax.devices()[:1])
-    with checkpoint.open_manager(tmp_path, read_only=True) as manager:
-        params, about = checkpoint.restore_params(manager, 1, sharding.replicated(mesh))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        params, metadata = checkpoints.restore_params(1, sharding.replicated(mesh))
     assert_equal(params, PARAMS)
-    assert about == {"class_names": ["cat", "dog"]}
+    assert metadata == {"class_names": ["cat", "dog"]}
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path):
     state = create_state()
-    with checkpoint.open_manager(tmp_path) as manager:
+    with Checkpoints(tmp_path) as checkpoints:
         for step, accuracy in [(1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, None)]:
-            checkpoint.save(manager, step, state, {}, accuracy=accuracy)
-        checkpoint.finish(manager)
-        assert sorted(manager.all_steps()) == [2, 5]
-        assert manager.best_step() == 2
-    with checkpoint.open_manager(tmp_path) as manager:  # a restarted run knows it, too
-        checkpoint.save(manager, 6, state, {}, accuracy=0.6)
-        checkpoint.finish(manager)
-        assert sorted(manager.all_steps()) == [2, 6]
+            checkpoints.save(step, state, {}, accuracy=accuracy)
+        checkpoints.finish()
+        assert checkpoints.steps() == [2, 5]
+    with Checkpoints(tmp_path) as checkpoints:  # a restarted run knows it, too
+        checkpoints.save(6, state, {}, accuracy=0.6)
+        checkpoints.finish()
+        assert checkpoints.steps() == [2, 6]
 
 
 def test_another_models_checkpoint_is_refused_by_name(tmp_path):
-    with checkpoint.open_manager(tmp_path) as manager:
-        checkpoint.save(manager, 1, create_state(), {}, accuracy=None)
-        checkpoint.finish(manager)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, create_state(), {}, accuracy=None)
+        checkpoints.finish()
         other = {**PARAMS, "cls": np.ones((1, 1, 4), np.float32)}
-        with pytest.raises(UserError, match=r"cls is of shape \(1, 1, 2\), this run has \(1, 1, 4\)"):
-            checkpoint.restore(manager, abstract_state(other), 1)
-        with pytest.raises(UserError, match="pre_logits/kernel is not in it"):
-            checkpoint.restore(manager, abstract_state({**PARAMS, "pre_logits": {"kernel": jnp.ones(2)}}), 1)
+        with pytest.raises(UserError, match=r"params/cls is float32 \[1, 1, 2\], expected float32 \[1, 1, 4\]"):
+            checkpoints.restore(1, abstract_state(other))
+        with pytest.raises(UserError, match="params/pre_logits/kernel is missing"):
+            checkpoints.restore(1, abstract_state({**PARAMS, "pre_logits": {"kernel": jnp.ones(2)}}))
 
 
 def test_a_damaged_checkpoint_is_one_line(tmp_path):
-    with checkpoint.open_manager(tmp_path) as manager:
-        checkpoint.save(manager, 1, create_state(), {}, accuracy=None)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, create_state(), {}, accuracy=None)
     for path in (tmp_path / "checkpoints" / "1" / "params").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
     mesh = sharding.create_mesh(jax.devices()[:1])
-    with checkpoint.open_manager(tmp_path, read_only=True) as manager:
-        with pytest.raises(UserError, match="could not be read") as error:
-            checkpoint.restore_params(manager, 1, sharding.replicated(mesh))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        with pytest.raises(UserError, match="checkpoints/1 is damaged") as error:
+            checkpoints.restore_params(1, sharding.replicated(mesh))
     assert "\n" not in str(error.value)
 
 
 def test_remains_of_a_killed_save_are_removed(tmp_path):
     remains = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
     remains.mkdir(parents=True)
-    with checkpoint.open_manager(tmp_path) as manager:
-        assert manager.latest_step() is None
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() is None
     assert not remains.exists()

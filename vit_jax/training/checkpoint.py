@@ -1,177 +1,277 @@
-"""Checkpoints through Orbax: the latest and the best are kept, and a broken save never replaces a good one.
+"""Checkpoints through Orbax, with checksums: the latest and the best are kept.
 
-A checkpoint of step k is the folder `checkpoints/k` of items: `params` (the model's whole tree, names as in the
-released files, and low-rank factors where they train), `ema` (averages of what trains, where they are kept), `training`
-(everything else a run needs to go on) and `about` (JSON: metadata of the model, and the config of the run).
+A checkpoint is the directory `checkpoints/<step>`. Its items are `params` (the model's parameters, named as in the
+pretrained checkpoints, and LoRA weights), `ema` (EMA parameters, if any), `training` (the rest of the `TrainState`) and
+`metadata`: JSON of what the caller gives, the test accuracy, and dtype, shape and checksum of every array.
 """
 
+import contextlib
+import functools
+import json
 import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from orbax.checkpoint import checkpoint_managers as managers
 
 from vit_jax.runtime import distributed
+from vit_jax.runtime.checksums import checksum
 from vit_jax.runtime.errors import UserError, one_line
-from vit_jax.runtime.sharding import with_sharding
 from vit_jax.training import optim
 from vit_jax.training.steps import TrainState
-from vit_jax.types import Params
+from vit_jax.types import Json, Params
 
-_ACCURACY = "test/accuracy"
-# What Orbax and TensorStore raise for a disk that is full or fails, and for a checkpoint that is damaged.
+# What Orbax and TensorStore raise for a disk that is full or fails.
 _STORAGE_ERRORS = (OSError, ValueError, RuntimeError, KeyError)
 
 
-def open_manager(workdir: Path, *, read_only: bool = False) -> ocp.CheckpointManager:
-    """The manager of `workdir/checkpoints`; remains of a killed save are removed unless `read_only`."""
-    directory = workdir.absolute() / "checkpoints"
-    if not read_only and directory.exists() and distributed.is_main_process():
-        # Orbax's own cleaning is a thread that complains if an error ends the run first.
-        _remove_half_written(directory)
-    distributed.sync_processes("half-written checkpoints are gone")
-    best = managers.BestN(get_metric_fn=lambda metrics: metrics[_ACCURACY], n=1, keep_checkpoints_without_metrics=False)
-    options = ocp.CheckpointManagerOptions(
-        # Either policy may keep a step; `max_to_keep` together with `best_fn` would delete the latest one.
-        preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(1), best]),
-        best_fn=lambda metrics: metrics[_ACCURACY],
-        best_mode="max",
-        create=not read_only,
-        read_only=read_only,
-    )
-    handlers = {
-        "params": ocp.StandardCheckpointHandler(),
-        "ema": ocp.StandardCheckpointHandler(),
-        "training": ocp.StandardCheckpointHandler(),
-        "about": ocp.JsonCheckpointHandler(),
-    }
-    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+_Arrays = dict[str, list[Any]]
+"""Name "<item>/<path>" -> [dtype, shape, checksum] of an array, as JSON."""
 
 
-def latest_step(workdir: Path) -> int | None:
-    """The step that a run in `workdir` would go on from; None where it would start."""
-    if not (workdir / "checkpoints").is_dir():
-        return None
-    with open_manager(workdir, read_only=True) as manager:
-        return manager.latest_step()
+class _Content(TypedDict):
+    """Content of the item `metadata`, besides "crc32" of all this.
 
-
-def require_step(workdir: Path) -> int:
-    """Returns the step of the latest checkpoint of a run.
-
-    Raises:
-        UserError: there is no checkpoint.
+    Attributes:
+        step: name of the checkpoint.
+        accuracy: on the test split, if it was measured.
+        arrays: of all items.
+        metadata: of the caller.
     """
-    step = latest_step(workdir)
-    if step is None:
-        raise UserError(f"{workdir} holds no run with a checkpoint; give the --workdir of a run that has saved one")
-    return step
+
+    step: int
+    accuracy: float | None
+    arrays: _Arrays
+    metadata: dict[str, Json]
 
 
-def read_about(workdir: Path) -> dict[str, Any]:
-    """Reads the metadata in the latest checkpoint of a run: the JSON given to `save`.
-
-    Raises:
-        UserError: there is no checkpoint, or it is damaged.
-    """
-    step = require_step(workdir)
-    with open_manager(workdir, read_only=True) as manager:
-        return _restore(manager, step, {})["about"]
-
-
-def save(
-    manager: ocp.CheckpointManager, step: int, state: TrainState, about: dict[str, Any], *, accuracy: float | None
-) -> None:
-    """Saves the state under its step; writing goes on in the background, `finish` waits for it.
+class Checkpoints:
+    """The checkpoints of one run; a context manager.
 
     Args:
-        manager: of the run.
-        step: that of the state.
-        state: its arrays may be donated as soon as this returns.
-        about: metadata as JSON values: of the model, and under "config" the config of the run.
-        accuracy: on the test split after this step, where it was measured: what "best" means.
+        workdir: run directory; the first save creates `workdir/checkpoints`.
+        read_only: whether nothing is saved; remains of a killed save are kept.
 
     Raises:
-        UserError: this save, or the one before it, could not be written.
+        UserError: the metadata of a checkpoint is damaged (unless `read_only`), so that the best one is not known.
     """
-    arrays = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-    items = ocp.args.Composite(**arrays, about=ocp.args.JsonSave(about))
-    metrics = None if accuracy is None else {_ACCURACY: accuracy}
-    _check_space(manager, state)
-    try:
-        manager.save(step, args=items, metrics=metrics, force=True)
-    except _STORAGE_ERRORS as error:
-        raise _save_error(manager, error) from error
+
+    def __init__(self, workdir: Path, *, read_only: bool = False):
+        self._workdir = workdir
+        self._directory = workdir.absolute() / "checkpoints"
+        self._accuracies: dict[int, float | None] = {}
+        if read_only:
+            return
+        if distributed.is_main_process():
+            # Orbax's own cleaning is a thread that complains if an error ends the run first.
+            _remove_half_written(self._directory)
+        distributed.sync_processes("half-written checkpoints are gone")
+        self._accuracies = {step: self._read_content(step)["accuracy"] for step in self.steps()}
+        if self._accuracies:
+            _ = self._manager  # raises before the run trains
+
+    def __enter__(self) -> "Checkpoints":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        """Waits for the last save; raises UserError if it failed, unless another error is on its way."""
+        if "_manager" in self.__dict__:
+            with contextlib.suppress(UserError) if error else contextlib.nullcontext(), self._naming_failure():
+                self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, ascending; one that is being saved does not count."""
+        return sorted(int(path.name) for path in self._directory.glob("*") if path.name.isdecimal())
+
+    def latest_step(self) -> int | None:
+        """Returns the last of `steps`, from which a run resumes; None if there is none."""
+        return max(self.steps(), default=None)
+
+    def require_step(self, step: int | None = None) -> int:
+        """Returns the step of a checkpoint that exists: the given one, or the latest.
+
+        Raises:
+            UserError: there is no checkpoint, or none of that step.
+        """
+        steps = self.steps()
+        if step in steps or (step is None and steps):
+            return steps[-1] if step is None else step
+        found = f"has no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
+        nothing = "holds no run with a checkpoint; give the --workdir of a run that has saved one"
+        raise UserError(f"{self._workdir} {found if steps else nothing}")
+
+    def save(self, step: int, state: TrainState, metadata: dict[str, Json], *, accuracy: float | None) -> None:
+        """Saves a state in the background; `finish` waits for it.
+
+        Args:
+            step: of the state.
+            state: its arrays may be donated as soon as this returns.
+            metadata: any JSON object, which `read_metadata` returns.
+            accuracy: on the test split, if it was measured; decides which checkpoint is the best.
+
+        Raises:
+            UserError: this save or the one before it failed.
+        """
+        items = _items(state)
+        content = _Content(step=step, accuracy=accuracy, arrays=_describe(items), metadata=metadata)
+        saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        saves["metadata"] = ocp.args.JsonSave({**content, "crc32": _crc32(content)})
+        self._accuracies[step] = accuracy
+        with self._naming_failure():
+            manager = self._manager
+            needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self._directory).free
+            if free < needed:  # a full disk would take the metrics with it
+                raise OSError(f"it needs {needed:,} bytes, the disk has {free:,} left")
+            manager.save(step, args=ocp.args.Composite(**saves), force=True)
+
+    def finish(self) -> None:
+        """Waits until the last save is on disk.
+
+        Raises:
+            UserError: it failed.
+        """
+        if "_manager" in self.__dict__:
+            with self._naming_failure():
+                self._manager.wait_until_finished()
+
+    def read_metadata(self, step: int) -> dict[str, Json]:
+        """Returns the metadata given to `save`.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        return self._read_content(step)["metadata"]
+
+    def restore(self, step: int, abstract_state: TrainState) -> TrainState:
+        """Reads a whole state onto any number of devices, however many saved it.
+
+        Args:
+            step: of the checkpoint.
+            abstract_state: leaves are `jax.ShapeDtypeStruct` with shardings.
+
+        Raises:
+            UserError: the checkpoint is damaged, or has arrays of other names, dtypes or shapes.
+        """
+        wanted, saved = _items(abstract_state), self._read_content(step)["arrays"]
+        for name, leaf in _named_leaves(wanted).items():
+            if _type(leaf) != saved.get(name, [])[:2]:
+                found = " ".join(map(str, saved[name][:2])) if name in saved else "missing"
+                raise UserError(
+                    f"{self._directory / str(step)} is of another model or optimizer: {name} is {found}, expected "
+                    f"{leaf.dtype} {list(leaf.shape)}; give another --workdir"
+                )
+        items = self._read_arrays(step, wanted, saved)
+        flat = flatten_dict(items["params"])
+        trainable, frozen = (
+            unflatten_dict({path: flat[path] for path in flatten_dict(part)})
+            for part in (abstract_state.trainable, abstract_state.frozen)
+        )
+        return TrainState(trainable=trainable, frozen=frozen, ema=items.get("ema", {}), **items["training"])
+
+    def restore_params(
+        self, step: int, sharding: NamedSharding, *, use_ema: bool = True
+    ) -> tuple[Params, dict[str, Json]]:
+        """Reads the parameters alone, and the metadata.
+
+        Args:
+            step: of the checkpoint.
+            sharding: of every parameter.
+            use_ema: whether EMA parameters, if any, replace the parameters that they average.
+
+        Returns:
+            (params, metadata): the model's parameters with LoRA weights, and what was given to `save`.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        content = self._read_content(step)
+        wanted = _abstract_items(content["arrays"], sharding)
+        del wanted["training"]
+        if not use_ema:
+            wanted.pop("ema", None)
+        items = self._read_arrays(step, wanted, content["arrays"])
+        return optim.merge_params(items.get("ema", {}), items["params"]), content["metadata"]
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Saves, and deletes all but the latest and the best; opened late, as it creates its directory."""
+        options = ocp.CheckpointManagerOptions(preservation_policy=_LatestAndBest(self._accuracies))
+        handlers: dict[str, ocp.CheckpointHandler] = {
+            "params": ocp.StandardCheckpointHandler(),
+            "ema": ocp.StandardCheckpointHandler(),
+            "training": ocp.StandardCheckpointHandler(),
+            "metadata": ocp.JsonCheckpointHandler(),
+        }
+        return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+
+    def _read_content(self, step: int) -> _Content:
+        with self._naming_damage(step):
+            return _load_content(self._directory / str(step))
+
+    def _read_arrays(self, step: int, items: dict[str, Any], saved: _Arrays) -> dict[str, Any]:
+        with self._naming_damage(step):
+            return _load_arrays(self._directory / str(step), items, saved)
+
+    @contextlib.contextmanager
+    def _naming_failure(self) -> Iterator[None]:
+        """Turns an error of a save into a UserError."""
+        try:
+            yield
+        except _STORAGE_ERRORS as error:
+            _remove_half_written(self._directory)
+            last = self.latest_step()
+            kept = "there is no earlier one" if last is None else f"the last good one is step {last}"
+            raise UserError(
+                f"the checkpoint could not be written to {self._directory} ({one_line(error)[:200]}); {kept}; "
+                "free some space and rerun the same command"
+            ) from error
+
+    @contextlib.contextmanager
+    def _naming_damage(self, step: int) -> Iterator[None]:
+        """Turns what Orbax, TensorStore and JSON raise for a damaged checkpoint into a UserError."""
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError):  # out of memory
+            raise
+        except Exception as error:
+            path = self._directory / str(step)
+            intact = [other for other in self.steps() if other != step and _is_intact(self._directory / str(other))]
+            advice = (
+                f"{path} is damaged: {one_line(error)[:300]}; intact checkpoints: {', '.join(map(str, intact))}; "
+                f"delete {path} and rerun to resume from step {intact[-1]}"
+                if intact
+                else f"{path} is damaged: {one_line(error)[:300]}; no other checkpoint is intact; "
+                "start again in another --workdir"
+            )
+            raise UserError(advice) from error
 
 
-def finish(manager: ocp.CheckpointManager) -> None:
-    """Waits until the last save is on disk.
+class _LatestAndBest:
+    """Keeps the latest checkpoint and the one of the highest accuracy, the later of equals."""
 
-    Raises:
-        UserError: it could not be written.
-    """
-    try:
-        manager.wait_until_finished()
-    except _STORAGE_ERRORS as error:
-        raise _save_error(manager, error) from error
+    def __init__(self, accuracies: Mapping[int, float | None]):
+        self._accuracies = accuracies
 
-
-def restore(manager: ocp.CheckpointManager, state: TrainState, step: int) -> TrainState:
-    """Reads a whole checkpoint onto the devices that `state` names, however many wrote it.
-
-    Args:
-        manager: of the run.
-        state: structure, shapes, dtypes and places; leaves are `jax.ShapeDtypeStruct` with shardings.
-        step: which checkpoint.
-
-    Raises:
-        UserError: the checkpoint is damaged, or its arrays have other names or shapes.
-    """
-    wanted = _items(state)
-    for item, tree in wanted.items():
-        _check_shapes(tree, manager.item_metadata(step)[item], manager.directory / str(step) / item)
-    items = _restore(manager, step, wanted)
-    flat = flatten_dict(items["params"])
-    trainable, frozen = (
-        unflatten_dict({path: flat[path] for path in flatten_dict(part)}) for part in (state.trainable, state.frozen)
-    )
-    return TrainState(trainable=trainable, frozen=frozen, ema=items.get("ema", {}), **items["training"])
-
-
-def restore_params(
-    manager: ocp.CheckpointManager, step: int, sharding: NamedSharding, *, use_ema: bool = True
-) -> tuple[Params, dict[str, Any]]:
-    """Reads the parameters alone, and what they are.
-
-    Args:
-        manager: of the run.
-        step: which checkpoint.
-        sharding: where every parameter goes.
-        use_ema: whether they are read, where there are any.
-
-    Returns:
-        (params, about): the model's whole tree, averages in the place of what they average, and the JSON given to
-        `save`.
-
-    Raises:
-        UserError: the checkpoint is damaged.
-    """
-    try:
-        metadata = manager.item_metadata(step)
-        names = ("params", "ema") if use_ema and "ema" in metadata.keys() else ("params",)
-        wanted = {name: with_sharding(dict(metadata[name]), sharding) for name in names}
-    except (*_STORAGE_ERRORS, TypeError, AttributeError) as error:
-        raise _read_error(manager, step, error) from error
-    items = _restore(manager, step, wanted)
-    return optim.merge_params(items.get("ema", {}), items["params"]), items["about"]
+    def should_preserve(
+        self, checkpoints: Sequence[managers.PolicyCheckpointInfo], *, context: object
+    ) -> Sequence[bool]:
+        """Returns for each checkpoint, ascending by step, whether it is kept."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        measured = [(self._accuracies[step], step) for step in steps if self._accuracies[step] is not None]
+        best = max(measured)[1] if measured else steps[-1]
+        return [step in (steps[-1], best) for step in steps]
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """The state as the items of a checkpoint."""
+    """Returns the state as the items of a checkpoint, without empty ones."""
     names = ("step", "opt_state", "key", "first_nonfinite_step")
     items = {
         "params": optim.merge_params(state.trainable, state.frozen),
@@ -181,60 +281,79 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {name: tree for name, tree in items.items() if tree}
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, wanted: dict[str, Any]) -> Any:
-    """Restores array items into abstract trees, and `about`."""
-    arrays = {item: ocp.args.StandardRestore(tree) for item, tree in wanted.items()}
+def _abstract_items(saved: _Arrays, sharding: jax.sharding.Sharding) -> dict[str, Any]:
+    """Returns the items of a checkpoint as nested dictionaries of abstract arrays."""
+    leaves = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (dtype, shape, _) in saved.items()}
+    return dict(unflatten_dict(leaves, sep="/"))
+
+
+def _named_leaves(items: dict[str, Any]) -> dict[str, Any]:
+    """Returns "<item>/<path>" -> array."""
+    leaves = jax.tree_util.tree_leaves_with_path(items)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _type(leaf: Any) -> list[Json]:
+    return [leaf.dtype.name, list(leaf.shape)]
+
+
+def _describe(items: dict[str, Any]) -> _Arrays:
+    """Returns name -> [dtype, shape, checksum] of every array; a collective call."""
+    return {name: [*_type(leaf), checksum(_whole(leaf))] for name, leaf in _named_leaves(items).items()}
+
+
+def _whole(array: jax.Array) -> Any:
+    """Returns an array that this process holds whole, gathered from all processes if it must be."""
+    if array.is_fully_replicated:
+        return array.addressable_data(0)  # which keeps no copy on the host
+    return array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
+
+
+def _crc32(content: Mapping[str, Any]) -> int:
+    """Returns the checksum of a JSON object, whatever its order and white space."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _load_content(path: Path) -> _Content:
+    """Reads the item `metadata` of the checkpoint in `path`; raises any exception if it is damaged."""
+    content = json.loads((path / "metadata" / "metadata").read_text())
+    crc32 = content.pop("crc32")
+    _check_equal({"metadata": crc32, "step": path.name}, {"metadata": _crc32(content), "step": str(content["step"])})
+    return cast(_Content, content)
+
+
+def _load_arrays(path: Path, items: dict[str, Any], saved: _Arrays) -> dict[str, Any]:
+    """Reads arrays of the checkpoint in `path` into abstract items; raises any exception if they are damaged."""
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        arrays = {
+            name: checkpointer.restore(path / name, args=ocp.args.StandardRestore(tree)) for name, tree in items.items()
+        }
+    found = _describe(arrays)
+    _check_equal(found, {name: saved[name] for name in found})
+    return arrays
+
+
+def _check_equal(found: Mapping[str, object], expected: Mapping[str, object]) -> None:
+    names = [name for name in expected if found[name] != expected[name]]
+    if names:
+        raise ValueError(
+            f"wrong checksum of {', '.join(names[:3])}" + (f" and {len(names) - 3} more" * (len(names) > 3))
+        )
+
+
+def _is_intact(path: Path) -> bool:
+    """Reads a checkpoint; its metadata alone in one of several processes, as the others need not come along."""
     try:
-        return manager.restore(step, args=ocp.args.Composite(**arrays, about=ocp.args.JsonRestore()))
-    except _STORAGE_ERRORS as error:
-        raise _read_error(manager, step, error) from error
-
-
-def _check_shapes(wanted: Any, found: Any, path: Any) -> None:
-    """Compares names and shapes before a restore: Orbax's own error would name no parameter."""
-    wanted_shapes, found_shapes = _shapes(wanted), _shapes(found)
-    for name, shape in wanted_shapes.items():
-        if found_shapes.get(name) != shape:
-            there = f"is of shape {found_shapes[name]}" if name in found_shapes else "is not in it"
-            raise UserError(
-                f"{path} was written by another model or optimizer: {name} {there}, this run has {shape}; "
-                "use another --workdir"
-            )
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Joined names -> shapes."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _check_space(manager: ocp.CheckpointManager, state: TrainState) -> None:
-    """Refuses to begin a save that the disk cannot hold: a disk filled to the brim would take the metrics with it."""
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    free = shutil.disk_usage(manager.directory).free
-    if free < needed:
-        raise _save_error(manager, f"it needs {needed:,} bytes, the disk has {free:,} left")
+        saved = _load_content(path)["arrays"]
+        if jax.process_count() == 1:
+            sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            _load_arrays(path, _abstract_items(saved, sharding), saved)
+    except Exception:
+        return False
+    return True
 
 
 def _remove_half_written(directory: Path) -> None:
     """Removes what a save left behind that was killed or failed."""
-    for path in filter(ocp.utils.is_tmp_checkpoint, directory.iterdir()):
-        shutil.rmtree(path)
-
-
-def _save_error(manager: ocp.CheckpointManager, reason: Exception | str) -> UserError:
-    _remove_half_written(Path(manager.directory))
-    manager.reload()  # it counts a step as gone as soon as the save that replaces it begins
-    last = manager.latest_step()
-    kept = f"the last good one is step {last}" if last is not None else "there is no earlier one"
-    return UserError(
-        f"the checkpoint could not be written to {manager.directory} ({one_line(reason)[:200]}); {kept}; "
-        "free some space and start the same command again"
-    )
-
-
-def _read_error(manager: ocp.CheckpointManager, step: int, error: Exception) -> UserError:
-    return UserError(
-        f"the checkpoint {manager.directory / str(step)} could not be read: {one_line(error)[:300]}; "
-        "if it is damaged, delete that folder and start training again: it goes on from an earlier one"
-    )
+    for path in filter(ocp.utils.is_tmp_checkpoint, directory.glob("*")):
+        shutil.rmtree(path, ignore_errors=True)
