@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from vit_jax.data import preprocess
 from vit_jax.data.crops import CROPS
@@ -19,11 +19,10 @@ from vit_jax.types import ImageSource, Split
 
 @flax.struct.dataclass
 class Batch:
-    """Examples on the devices, split over all of them.
+    """Examples on the devices.
 
-    Training batches of cached features are stacked, [s b …], so that one call makes several updates: a step of the head
-    alone takes less time than its dispatch. Unused updates at the end of a stack have the label -1, as has the padding
-    of an evaluation batch.
+    A batch of cached features holds the examples of several updates, one after the other: a step of the head alone
+    takes less time than its dispatch. Padding has the label -1.
 
     Attributes:
         inputs: uint8 images [b h w 3], or cached features [b d].
@@ -34,10 +33,6 @@ class Batch:
     inputs: jax.Array
     labels: jax.Array
     rows: jax.Array
-
-    def __getitem__(self, update: jax.Array | int) -> "Batch":
-        """Selects one batch of a stack."""
-        return jax.tree.map(lambda leaf: leaf[update], self)
 
 
 def resident_batches(
@@ -50,7 +45,7 @@ def resident_batches(
     first_step: int,
     num_steps: int,
     num_views: int = 1,
-    stack: int = 0,
+    max_updates: int = 1,
     stops: tuple[int, ...] = (),
 ) -> Iterator[tuple[int, Batch]]:
     """Yields the training batches of a run whose examples are in device memory; nothing is transferred to sample them.
@@ -60,15 +55,15 @@ def resident_batches(
     Args:
         inputs: [views · n …], on every device.
         labels: int32 [n].
-        mesh: batches are split over its devices.
+        mesh: batches of one update are split over its devices; every device has those of several.
         batch_size: examples per update.
         seed: of the run.
         first_step: finished updates.
         num_steps: updates of the whole run.
         num_views: number of times that the split is in `inputs`, one augmented view after the other; epochs take them
             in turn.
-        stack: largest number of updates per batch, stacked; 0: batches of one update, not stacked.
-        stops: a stack ends at multiples of these numbers of steps, and with its epoch.
+        max_updates: per batch.
+        stops: a batch ends at multiples of these numbers of steps, and with its epoch.
 
     Yields:
         (finished updates after this batch, batch).
@@ -77,14 +72,16 @@ def resident_batches(
     steps_per_epoch = num_examples // batch_size
     key = sharding.device_put(jax.random.PRNGKey(seed), sharding.replicated(mesh))
     make_order = functools.partial(_epoch_order, key, mesh=mesh, num_examples=num_examples, views=num_views)
-    take = functools.partial(_take, mesh=mesh, batch_size=batch_size, stack=stack, steps_per_epoch=steps_per_epoch)
+    take = functools.partial(
+        _take, mesh=mesh, batch_size=batch_size, max_updates=max_updates, steps_per_epoch=steps_per_epoch
+    )
     to_device = functools.cache(lambda count: sharding.device_put(np.int32(count), sharding.replicated(mesh)))
     step, position = first_step, sharding.device_put(np.int32(first_step), sharding.replicated(mesh))
     order = None
     while step < num_steps:
         if order is None or step % steps_per_epoch == 0:
             order = make_order(position // steps_per_epoch)
-        count = min(max(1, stack), *(every - step % every for every in (*stops, steps_per_epoch, num_steps)))
+        count = min(max_updates, *(every - step % every for every in (*stops, steps_per_epoch, num_steps)))
         step += count
         batch, position = take(inputs, labels, order, position, to_device(count))
         yield step, batch
@@ -96,7 +93,7 @@ def _epoch_order(key: jax.Array, epoch: jax.Array, *, mesh: Mesh, num_examples: 
     return jax.lax.with_sharding_constraint(order, sharding.replicated(mesh))
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "batch_size", "stack", "steps_per_epoch"))
+@functools.partial(jax.jit, static_argnames=("mesh", "batch_size", "max_updates", "steps_per_epoch"))
 def _take(
     inputs: jax.Array,
     labels: jax.Array,
@@ -106,24 +103,21 @@ def _take(
     *,
     mesh: Mesh,
     batch_size: int,
-    stack: int,
+    max_updates: int,
     steps_per_epoch: int,
 ) -> tuple[Batch, jax.Array]:
-    """Gathers the batches of `count` updates after `step`; returns the step after them as well."""
-    num_rows = max(1, stack) * batch_size
-    padded = jnp.pad(order, (0, num_rows))  # the last stack of an epoch reaches past its end
+    """Gathers the examples of `count` updates after `step`; returns the step after them as well."""
+    num_rows = max_updates * batch_size
+    padded = jnp.pad(order, (0, num_rows))  # the last batch of an epoch reaches past its end
     rows = jax.lax.dynamic_slice_in_dim(padded, step % steps_per_epoch * batch_size, num_rows)
-    used = jnp.arange(num_rows) < count * batch_size
-    if stack:
-        rows, used = (x.reshape(stack, batch_size) for x in (rows, used))  # [s b]
-    rows = jax.lax.with_sharding_constraint(rows, batch_sharding(mesh, stacked=stack > 0))
-    batch_labels = jnp.where(used, labels[rows % len(labels)], -1)
+    rows = jax.lax.with_sharding_constraint(rows, train_batch_sharding(mesh, max_updates=max_updates))
+    batch_labels = jnp.where(jnp.arange(num_rows) < count * batch_size, labels[rows % len(labels)], -1)
     return Batch(inputs[rows], batch_labels, rows), step + count
 
 
-def batch_sharding(mesh: Mesh, *, stacked: bool = False) -> NamedSharding:
-    """Returns the sharding of a batch's leaves: [b …] or [s b …] with b split over all devices."""
-    return NamedSharding(mesh, PartitionSpec(None, mesh.axis_names) if stacked else PartitionSpec(mesh.axis_names))
+def train_batch_sharding(mesh: Mesh, *, max_updates: int) -> NamedSharding:
+    """Returns the sharding of a training batch: split over all devices, or replicated if it is of several updates."""
+    return sharding.batch_sharding(mesh) if max_updates == 1 else sharding.replicated(mesh)
 
 
 def streamed_batches(
@@ -201,8 +195,8 @@ def evaluation_batches(
         padded_labels = np.where(rows < num_rows, np.asarray(labels)[rows % len(labels)], -1).astype(np.int32)
         yield Batch(
             inputs=sharding.shard_rows(images, rows % len(labels), mesh),
-            labels=sharding.device_put(padded_labels, batch_sharding(mesh)),
-            rows=sharding.device_put(rows, batch_sharding(mesh)),
+            labels=sharding.device_put(padded_labels, sharding.batch_sharding(mesh)),
+            rows=sharding.device_put(rows, sharding.batch_sharding(mesh)),
         )
 
 
@@ -210,7 +204,8 @@ def evaluation_batches(
 def _take_in_order(
     inputs: jax.Array, labels: jax.Array, start: jax.Array, *, mesh: Mesh, batch_size: int
 ) -> tuple[Batch, jax.Array]:
-    rows = jax.lax.with_sharding_constraint(start + jnp.arange(batch_size, dtype=jnp.int32), batch_sharding(mesh))
+    rows = start + jnp.arange(batch_size, dtype=jnp.int32)
+    rows = jax.lax.with_sharding_constraint(rows, sharding.batch_sharding(mesh))
     inside = jnp.minimum(rows, len(labels) - 1)
     return Batch(inputs[inside], jnp.where(rows < len(labels), labels[inside], -1), rows), start + batch_size
 

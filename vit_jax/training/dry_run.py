@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vit_jax import data
-from vit_jax.data.batches import Batch, batch_sharding
+from vit_jax.data.batches import Batch
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
 from vit_jax.training import metrics, steps
@@ -115,7 +115,7 @@ def lower_evaluation(experiment: Experiment, batch_size: int) -> jax.stages.Lowe
     eval_step = jax.jit(Inference(forward, mesh, batch_size=batch_size).eval_step)
     return eval_step.lower(
         sharding.with_sharding(params, sharding.param_shardings(params, mesh)),
-        sharding.with_sharding(batch, batch_sharding(mesh)),
+        sharding.with_sharding(batch, sharding.batch_sharding(mesh)),
         sharding.with_sharding(sums, sharding.replicated(mesh)),
     )
 
@@ -126,7 +126,7 @@ def bytes_of_examples(experiment: Experiment, num_train: int, num_test: int) -> 
     if experiment.storage == Storage.STREAM:
         return 2 * sum(map(_bytes_per_device, jax.tree.leaves(batch)))
     views = experiment.config.feature_views if experiment.storage == Storage.FEATURES else 1
-    example = math.prod(batch.inputs.shape[batch.labels.ndim :]) * batch.inputs.dtype.itemsize
+    example = math.prod(batch.inputs.shape[1:]) * batch.inputs.dtype.itemsize
     return (views * num_train + num_test) * example + (num_train + num_test) * np.dtype(np.int32).itemsize
 
 

@@ -34,7 +34,7 @@ from vit_jax.training.initialize import (
     load_pretrained,
     model_arguments,
 )
-from vit_jax.training.steps import StackedTrainStep, TrainState, TrainStep
+from vit_jax.training.steps import RepeatedTrainStep, TrainState, TrainStep
 from vit_jax.types import Dataset, ImageModel, ImageSource, Params, Split
 
 Optimizer = optax.GradientTransformation | Callable[[optax.Schedule], optax.GradientTransformation]
@@ -94,6 +94,11 @@ class Experiment:
     dataset: Dataset | None = None
     info: RunInfo | None = None
 
+    @property
+    def max_updates(self) -> int:
+        """Largest number of updates per batch."""
+        return len(self.abstract_batch.labels) // self.train_step.batch_size
+
     def compile_train_step(self) -> jax.stages.Compiled:
         """Compiles `train_step` ahead, so that the first step takes no longer than the others; the state is donated."""
         print("compiling the training step …", flush=True)
@@ -101,7 +106,7 @@ class Experiment:
 
     def lower(self) -> jax.stages.Lowered:
         """Traces `train_step` for the devices of the mesh, which need not exist."""
-        step = self.train_step if self.abstract_batch.labels.ndim == 1 else StackedTrainStep(self.train_step)
+        step = self.train_step if self.max_updates == 1 else RepeatedTrainStep(self.train_step)
         state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         out_shardings = (state_shardings, sharding.replicated(self.mesh))
         jitted = jax.jit(step, out_shardings=out_shardings, donate_argnums=0)
@@ -160,7 +165,7 @@ class Experiment:
             self.mesh,
             num_steps=config.num_steps,
             num_views=config.feature_views,
-            stack=self.abstract_batch.labels.shape[0] if self.abstract_batch.labels.ndim == 2 else 0,
+            max_updates=self.max_updates,
             stops=(config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps),
             **options,
         )
@@ -332,6 +337,8 @@ def plan_experiment(
     else:
         labels = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
         batch = Batch(images, labels, labels)
+    max_updates = len(batch.labels) // config.batch_size
+    batch_sharding = batches.train_batch_sharding(mesh, max_updates=max_updates)
     train_step = TrainStep(
         forward=FeatureForward(model) if storage == Storage.FEATURES else image_forward,
         tx=tx,
@@ -353,7 +360,7 @@ def plan_experiment(
         patterns=patterns,
         steps_per_epoch=num_images // config.batch_size,
         abstract_state=sharding.with_sharding(abstract_state, state_shardings),
-        abstract_batch=sharding.with_sharding(batch, batches.batch_sharding(mesh, stacked=batch.labels.ndim > 1)),
+        abstract_batch=sharding.with_sharding(batch, batch_sharding),
         train_step=train_step,
         image_forward=image_forward,
         image_shape=image_shape,
@@ -437,7 +444,7 @@ def create_model(
         UsageError: its arguments are wrong, or do not fit the pretrained checkpoint.
     """
     if saved:
-        return saved.model.create_model(remat=config.remat)
+        return saved.model.create_model().clone(remat=config.remat)
     arguments = model_arguments(config.model.to_dict(), config.architecture, source)
     model = models.create_model(
         config.architecture,

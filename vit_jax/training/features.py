@@ -15,7 +15,7 @@ from vit_jax.types import ImageSource, Params
 _BATCH_SIZE = 128
 """Images per batch. Not a config key that a resumed run may change: the last bits of features depend on it."""
 
-_MAX_STACKED_EXAMPLES = 2**15
+_MAX_EXAMPLES = 2**15
 """Examples per dispatch."""
 
 
@@ -56,21 +56,21 @@ def choose_storage(
 
 
 def abstract_batch(forward: ImageForward, params: Params, images: jax.ShapeDtypeStruct, *, max_updates: int) -> Batch:
-    """Returns the shapes of a stack of batches of cached features.
+    """Returns the shapes of a batch of cached features, for several updates.
 
     Args:
         forward: of the full model.
         params: shapes of its parameters.
         images: shape of a batch of images.
-        max_updates: largest number of updates per stack.
+        max_updates: largest number of updates per batch.
     """
     size = images.shape[0]
     backbone = _backbone(forward)
     inputs = jax.eval_shape(backbone.preprocess, jax.ShapeDtypeStruct((size, 2), jnp.uint32), images)
     features = jax.eval_shape(backbone.logits, params, inputs)
-    stack = max(1, min(max_updates, _MAX_STACKED_EXAMPLES // size))
-    labels = jax.ShapeDtypeStruct((stack, size), jnp.int32)
-    return Batch(jax.ShapeDtypeStruct((stack, *features.shape), features.dtype), labels, labels)
+    num_examples = size * max(1, min(max_updates, _MAX_EXAMPLES // size))
+    labels = jax.ShapeDtypeStruct((num_examples,), jnp.int32)
+    return Batch(jax.ShapeDtypeStruct((num_examples, *features.shape[1:]), features.dtype), labels, labels)
 
 
 def compute_features(

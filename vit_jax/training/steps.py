@@ -11,8 +11,8 @@ import optax
 from jax.sharding import Mesh
 
 from vit_jax.data import preprocess
-from vit_jax.data.batches import Batch, batch_sharding
-from vit_jax.runtime import rng
+from vit_jax.data.batches import Batch
+from vit_jax.runtime import rng, sharding
 from vit_jax.training import lora, metrics, optim
 from vit_jax.training.inference import Forward
 from vit_jax.types import Params
@@ -127,7 +127,7 @@ class TrainStep:
 
     def gradients(self, state: TrainState, examples: Examples) -> tuple[tuple[jax.Array, jax.Array], Params]:
         """Returns ((loss, accuracy), gradients of the trainable parameters)."""
-        examples = jax.lax.with_sharding_constraint(examples, batch_sharding(self.mesh))
+        examples = jax.lax.with_sharding_constraint(examples, sharding.batch_sharding(self.mesh))
         inputs = self.forward.augment_and_preprocess(examples.augment_keys, examples.inputs)
         targets = [(examples.labels, jnp.ones(()))]
         if examples.partners is not None and examples.mix_keys is not None:
@@ -168,8 +168,8 @@ class TrainStep:
 
 
 @dataclasses.dataclass(frozen=True)
-class StackedTrainStep:
-    """As many updates as a stack of batches holds, `(state, batch [s b …]) -> (state, metrics of the last)`.
+class RepeatedTrainStep:
+    """As many updates as a batch has examples for, `(state, batch) -> (state, metrics of the last update)`.
 
     Attributes:
         train_step: one update.
@@ -179,12 +179,17 @@ class StackedTrainStep:
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Runs the updates in a loop on the device."""
+        size = self.train_step.batch_size
 
-        def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-            return self.train_step(carry[0], batch[i])
+        def select(update: jax.Array | int) -> Batch:
+            rows = update * size + jnp.arange(size)
+            return jax.tree.map(lambda leaf: leaf[rows], batch)
 
-        metrics = _zeros_like(self.train_step, state, batch[0])[1]
-        return jax.lax.fori_loop(0, jnp.sum(batch.labels[:, 0] >= 0), body, (state, metrics))
+        def body(update: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+            return self.train_step(carry[0], select(update))
+
+        metrics = _zeros_like(self.train_step, state, select(0))[1]
+        return jax.lax.fori_loop(0, jnp.sum(batch.labels >= 0) // size, body, (state, metrics))
 
 
 def _zeros_like(function: Callable[..., Any], *arguments: Any) -> Any:
