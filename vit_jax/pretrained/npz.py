@@ -1,6 +1,5 @@
 """Parameter files as `numpy.savez` writes them: read with every check, written whole or not at all."""
 
-import contextlib
 import json
 import math
 import os
@@ -12,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.runtime.errors import UserError, one_line
+from vit_jax.runtime.files import atomic_path
 from vit_jax.types import FlatParams, Params
 
 _MOST_COMPRESSED = 100
@@ -184,18 +184,10 @@ def save_npz(path: str | os.PathLike, params: Params, about: dict[str, Any] | No
     if len(text) > most:
         raise UserError(f"cannot write {path}: its metadata has {len(text):,} bytes; expected at most {most:,}")
     comments = [text[i : i + zipfile.ZIP_MAX_COMMENT] for i in range(0, len(text), zipfile.ZIP_MAX_COMMENT)]
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with zipfile.ZipFile(temporary, "w") as archive:
-            archive.comment = comments[0] if comments else b""
-            for key, leaf in flat.items():
-                with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.asarray(leaf), allow_pickle=False)
-            for info, comment in zip(archive.infolist(), comments[1:], strict=False):
-                info.comment = comment
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        archive.comment = comments[0] if comments else b""
+        for key, leaf in flat.items():
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(leaf), allow_pickle=False)
+        for info, comment in zip(archive.infolist(), comments[1:], strict=False):
+            info.comment = comment
