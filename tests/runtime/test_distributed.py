@@ -171,31 +171,31 @@ def test_create_job_refuses_processes_that_read_different_datasets(tmp_path):
     assert "the first process read 160 training and 44 test images of 10 classes (digest " in last
 
 
-def test_a_peer_that_never_comes_is_one_line(tmp_path, run_command):
+def test_initialize_processes_gives_up_in_one_line_when_the_others_do_not_come(tmp_path, run_command):
     port = free_port()
     for process_id in range(2):
         flags = ("--coordinator", f"localhost:{port}", "--num_processes", 2, "--process_id", process_id)
         result = run_command(*training(tmp_path), *flags, "--wait_seconds", 3)
         assert result.returncode == 1
         assert result.stderr.splitlines() == [
-            f"error: process {process_id} of 2 waited 3 seconds at localhost:{port}; "
-            "start all processes, with one --coordinator that each can reach"
+            f"error: process {process_id} waited 3 seconds for the others; "
+            "start all of them, with one --coordinator that each can reach"
         ]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("localhost:1234", None, None), "--coordinator, --num_processes and --process_id belong together"),
-        ((None, 2, 0), "belong together; give all three or none"),
-        (("localhost", 2, 0), "--coordinator is 'localhost'; expected HOST:PORT"),
-        (("localhost:http", 2, 0), "--coordinator is 'localhost:http'; expected HOST:PORT"),
-        (("localhost:1234", 2, 2), "--process_id is 2; expected 0 to 1 of 2 processes"),
-        (("localhost:1234", 2, -1), "--process_id is -1; expected 0 to 1 of 2 processes"),
-        (("localhost:1234", 0, 0), "--num_processes is 0; expected at least 1"),
+        (("localhost:1234", None, None), "--coordinator is localhost:1234, --num_processes None, --process_id None; "),
+        ((None, 2, 0), "--coordinator is None, --num_processes 2, --process_id 0; expected HOST:PORT of process 0"),
+        (("localhost", 2, 0), "--coordinator is localhost, "),
+        (("localhost:http", 2, 0), "--coordinator is localhost:http, "),
+        (("localhost:1234", 2, 2), "--process_id 2; expected "),
+        (("localhost:1234", 2, -1), "--process_id -1; expected "),
+        (("localhost:1234", 0, 0), "--num_processes 0, --process_id 0; expected "),
     ],
 )
-def test_flags_that_do_not_belong_together_are_refused(flags, message):
+def test_initialize_processes_refuses_flags_that_do_not_belong_together(flags, message):
     with pytest.raises(UsageError) as error, distributed.initialize_processes(*flags):
         pass
     assert message in str(error.value)
@@ -248,7 +248,7 @@ def read_both(log: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_joined_ends_all_processes_when_one_is_out_of_memory(tmp_path, which):
+def test_initialize_processes_ends_all_processes_when_one_is_out_of_memory(tmp_path, which):
     assert wait(start_failing(tmp_path / "log", "out of memory", which), 60) == [1, 1]
     said = read_both(tmp_path / "log")
     message = "RESOURCE_EXHAUSTED: Out of memory allocating 400000000000000 bytes."
@@ -257,7 +257,7 @@ def test_joined_ends_all_processes_when_one_is_out_of_memory(tmp_path, which):
     assert said[1 - which] == f"error: process {which} of 2 failed: {message}{RESUME}\n"
 
 
-def test_joined_prints_the_traceback_of_a_bug_in_its_own_process_only(tmp_path):
+def test_initialize_processes_prints_the_traceback_of_a_bug_in_its_own_process_only(tmp_path):
     assert wait(start_failing(tmp_path / "log", "bug", 1), 60) == [1, 1]
     said = read_both(tmp_path / "log")
     assert said[0] == f"error: process 1 of 2 failed: KeyError: 'ours'{RESUME}\n"
@@ -265,20 +265,20 @@ def test_joined_prints_the_traceback_of_a_bug_in_its_own_process_only(tmp_path):
     assert said[1].endswith("KeyError: 'ours'\n")
 
 
-def test_joined_reports_in_each_process_an_error_that_all_have(tmp_path):
+def test_initialize_processes_reports_in_each_process_an_error_that_all_have(tmp_path):
     assert wait(start_failing(tmp_path / "log", "user error", "all"), 60) == [1, 1]
     assert read_both(tmp_path / "log") == ["error: the disk is full\n"] * 2
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_joined_ends_a_process_that_waits_for_one_that_fails_late(tmp_path, which):
+def test_initialize_processes_ends_a_process_that_waits_for_one_that_fails_late(tmp_path, which):
     assert wait(start_failing(tmp_path / "log", "late", which), 60) == [1, 1]
     said = read_both(tmp_path / "log")
     assert said[which] == "error: the disk is full\n"
     assert said[1 - which] == f"error: process {which} of 2 failed: the disk is full{RESUME}\n"
 
 
-def test_joined_ends_the_first_process_when_another_is_killed(tmp_path):
+def test_initialize_processes_ends_the_first_process_when_another_is_killed(tmp_path):
     assert wait(start_failing(tmp_path / "log", "kill", 1), 60) == [1, -signal.SIGKILL]
     assert read_both(tmp_path / "log")[0] == f"error: process 1 of 2 has not responded for 5 seconds{RESUME}\n"
 
@@ -299,7 +299,7 @@ with distributed.initialize_processes():
 """
 
 
-def test_tasks_of_slurm_find_each_other(tmp_path):
+def test_initialize_processes_connects_the_tasks_of_slurm(tmp_path):
     """The variables that `srun --ntasks=2` gives its tasks."""
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     env = tuple({**job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2))
@@ -317,7 +317,7 @@ def test_tasks_of_slurm_find_each_other(tmp_path):
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},  # any pod
     ],
 )
-def test_a_process_that_a_cluster_runs_alone_stays_alone(variables, run_command):
+def test_initialize_processes_runs_alone_where_a_cluster_starts_one_process(variables, run_command):
     script = (
         "from vit_jax.runtime import distributed\n"
         "with distributed.initialize_processes():\n    import jax; print(jax.process_count())"
@@ -326,10 +326,10 @@ def test_a_process_that_a_cluster_runs_alone_stays_alone(variables, run_command)
     assert (result.returncode, result.stdout) == (0, "1\n"), result.stderr
 
 
-def test_a_pod_without_jaxs_kubernetes_extra_is_told_what_to_do(tmp_path, run_command):
+def test_initialize_processes_gives_advice_without_jaxs_kubernetes_extra(tmp_path, run_command):
     pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
     result = run_command(*training(tmp_path), env=pod)
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: process 1 of its job could not join")
+    assert last.startswith("error: this process could not join the others")
     assert "pip install 'jax[k8s]'" in last

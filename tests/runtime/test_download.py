@@ -12,9 +12,9 @@ import time
 import pytest
 from conftest import ROOT
 
-from vit_jax import pretrained
 from vit_jax.runtime import download
-from vit_jax.runtime.errors import UsageError, UserError
+from vit_jax.runtime.download import fetch
+from vit_jax.runtime.errors import UserError
 
 CONTENT = bytes(range(256)) * 4  # 1,024 bytes
 PLAIN = {"status": 200, "type": "application/octet-stream"}
@@ -46,7 +46,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and answer.get("ranges", True) else 0
         if answer["status"] != 200:
             self.send_response(answer["status"])
-            self.send_header("Retry-After", answer.get("retry_after", ""))
+            for name, value in answer.get("headers", {}).items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", "0")
             self.end_headers()
             return
         if start and start >= len(content):
@@ -60,8 +62,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if answer.get("says_length", True):
             self.send_header("Content-Length", str(answer.get("length", len(content)) - start))
         if start:
-            first = start + answer.get("shift", 0)
-            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
         self.wfile.write(content[start : answer.get("break_at", len(content))])
         self.wfile.flush()
@@ -84,13 +85,13 @@ def serve(*answers):
             thread.join()
 
 
-def fetch(url, path, **kwargs):
-    return download.fetch(url, path, **{"pause_seconds": 0.01, "timeout_seconds": 2.0} | kwargs)
-
-
 @pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
+def impatient(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(download, "_CHUNK_BYTES", 100)  # a part of a chunk is lost where a connection breaks off
+    monkeypatch.setattr(download, "_NUM_ATTEMPTS", 3)
+    monkeypatch.setattr(download, "_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(download, "_TIMEOUT_SECONDS", 2.0)
 
 
 @pytest.fixture
@@ -109,12 +110,6 @@ def test_fetch_writes_the_whole_file(path, part):
         assert fetch(server.url, path) == path
     assert path.read_bytes() == CONTENT
     assert not part.exists()
-
-
-def test_fetch_makes_the_directory(path):
-    with serve() as server:
-        fetch(server.url, path)
-    assert path.read_bytes() == CONTENT
 
 
 def test_fetch_shows_progress_on_stderr(path, capfd):
@@ -149,42 +144,37 @@ def test_fetch_resumes_where_a_connection_broke_off(path, part):
 def test_fetch_counts_only_attempts_that_bring_nothing_new(path, part):
     breaks = [{"break_at": stop} for stop in range(100, 1000, 100)]
     with serve(*breaks, {}) as server:
-        fetch(server.url, path, num_attempts=2)
+        fetch(server.url, path)
     assert path.read_bytes() == CONTENT
 
 
 def test_fetch_keeps_the_part_when_the_connection_stays_broken(path, part):
-    with serve({"break_at": 300}) as server, pytest.raises(UserError, match="broke off after 300 of 1,024 bytes"):
+    with (
+        serve({"break_at": 300}) as server,
+        pytest.raises(UserError, match="broke off after 300 bytes .rerun to resume.; download"),
+    ):
         fetch(server.url, path)
     assert len(server.asked_ranges) == 4
     assert part.read_bytes() == CONTENT[:300]
     assert not path.exists()
 
 
-def test_fetch_starts_afresh_where_the_server_knows_no_ranges(path, part):
+def test_fetch_starts_again_where_the_server_ignores_ranges(path, part):
     part.write_bytes(b"x" * 100)
     with serve({"ranges": False}) as server:
         fetch(server.url, path)
     assert path.read_bytes() == CONTENT
 
 
-def test_fetch_starts_afresh_where_the_server_sends_another_range(path, part):
-    part.write_bytes(CONTENT[:100])
-    with serve({"shift": 1}, {}) as server:
-        fetch(server.url, path)
-    assert server.asked_ranges == ["bytes=100-", None]
-    assert path.read_bytes() == CONTENT
-
-
 def test_fetch_takes_a_complete_part(path, part):
     part.write_bytes(CONTENT)
     with serve() as server:
-        fetch(server.url, path)
-    assert server.asked_ranges == ["bytes=1024-"]
+        fetch(server.url, path, num_bytes=1024)
+    assert server.asked_ranges == []
     assert path.read_bytes() == CONTENT
 
 
-def test_fetch_starts_afresh_where_the_part_is_too_long(path, part):
+def test_fetch_starts_again_where_the_part_is_too_long(path, part):
     part.write_bytes(CONTENT + b"more")
     with serve() as server:
         fetch(server.url, path)
@@ -192,8 +182,8 @@ def test_fetch_starts_afresh_where_the_part_is_too_long(path, part):
     assert path.read_bytes() == CONTENT
 
 
-def test_fetch_refuses_a_wrong_length_before_loading_it(path, part):
-    with serve() as server, pytest.raises(UserError, match="has 1,024 bytes, expected 1,025"):
+def test_fetch_refuses_a_wrong_length(path, part):
+    with serve() as server, pytest.raises(UserError, match="length in bytes is 1024, expected 1025"):
         fetch(server.url, path, num_bytes=1025)
     assert len(server.asked_ranges) == 1
     assert not part.exists() and not path.exists()
@@ -228,19 +218,37 @@ def test_fetch_refuses_what_check_refuses(path, part):
 
 
 def test_fetch_refuses_an_html_page(path, part):
-    with serve({"type": "text/html; charset=utf-8"}) as server, pytest.raises(UserError, match="got an HTML page"):
+    with (
+        serve({"type": "text/html; charset=utf-8"}) as server,
+        pytest.raises(UserError, match="got HTTP 200 OK text/html; charset=utf-8; download"),
+    ):
         fetch(server.url, path)
     assert not part.exists() and not path.exists()
 
 
-def test_fetch_says_address_reason_and_advice_in_one_line(path, part):
+def test_fetch_reports_url_reason_and_advice_in_one_line(path, part):
     with serve({"status": 404}) as server, pytest.raises(UserError) as caught:
         fetch(server.url, path)
     assert str(caught.value) == (
-        f"cannot fetch {server.url}: HTTP 404 Not Found; download it by hand and put it at {path}"
+        f"cannot fetch {server.url}: got HTTP 404 Not Found; download it by hand and put it at {path}"
     )
     assert len(server.asked_ranges) == 1
     assert not part.exists() and not path.exists()
+
+
+def test_fetch_waits_as_long_as_a_busy_server_asks(path, part):
+    with serve({"status": 429, "headers": {"Retry-After": "1"}}, {}) as server:
+        start = time.monotonic()
+        fetch(server.url, path)
+    assert time.monotonic() - start >= 1
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("mirror", ["mirror.example", "ftp://mirror.example"])
+def test_fetch_reports_a_mirror_that_is_not_an_address(path, monkeypatch, mirror):
+    monkeypatch.setenv("VIT_JAX_MIRROR", mirror)
+    with pytest.raises(UserError, match=f"^cannot fetch {mirror}/storage.googleapis.com/x.npz: "):
+        fetch("https://storage.googleapis.com/x.npz", path)
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -250,56 +258,28 @@ def test_fetch_tries_again_when_the_server_is_busy(path, part, status):
     assert path.read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize(
-    ("retry_after", "seconds"),
-    [("3", 3), ("7", 7), ("99999999", 120), ("Fri, 31 Dec 2100 23:59:59 GMT", 0.01), ("-5", 0.01), ("", 0.01)],
-)
-def test_fetch_waits_as_long_as_a_busy_server_asks_within_reason(path, part, monkeypatch, capsys, retry_after, seconds):
-    slept = []
-    monkeypatch.setattr(download.time, "sleep", slept.append)
-    with serve({"status": 429, "retry_after": retry_after}, {}) as server:
-        fetch(server.url, path)
-    assert slept == [seconds]
-    assert (f"the server asks to wait {seconds} seconds" in capsys.readouterr().err) == (seconds > 5)
-    assert path.read_bytes() == CONTENT
-
-
-def test_fetch_goes_on_where_a_connection_stalls(path, part):
+def test_fetch_resumes_where_a_connection_stalls(path, part, monkeypatch):
     with serve({"break_at": 300, "stall": 30}, {}) as server:
-        fetch(server.url, path, timeout_seconds=0.3)
+        monkeypatch.setattr(download, "_TIMEOUT_SECONDS", 0.3)
+        fetch(server.url, path)
     assert server.asked_ranges == [None, "bytes=300-"]
     assert path.read_bytes() == CONTENT
 
 
-def test_fetch_goes_on_where_a_server_that_says_no_length_breaks_off(path, part):
+def test_fetch_resumes_where_a_server_that_sends_no_length_breaks_off(path, part):
     with serve({"break_at": 300, "says_length": False}, {}) as server:
         fetch(server.url, path, num_bytes=1024)
     assert server.asked_ranges == [None, "bytes=300-"]
     assert path.read_bytes() == CONTENT
 
 
-def test_fetch_refuses_a_file_of_which_the_server_says_too_small_a_length(path, part):
-    with serve({"length": 500}) as server, pytest.raises(UserError, match="the server has 500 bytes, expected 1,024"):
-        fetch(server.url, path, num_bytes=1024)
-    with serve({"length": 500}) as server, pytest.raises(UserError, match="got sha256"):
-        fetch(server.url, path, sha256=hashlib.sha256(CONTENT).hexdigest())
-    assert not part.exists() and not path.exists()
-
-
-def test_fetch_gives_up_where_the_server_says_too_large_a_length(path, part):
+def test_fetch_gives_up_where_the_server_sends_too_large_a_length(path, part):
     with (
         serve({"length": 5000, "ranges": False}) as server,
-        pytest.raises(UserError, match="broke off after 1,024 of 5,000 bytes"),
+        pytest.raises(UserError, match="broke off after 1,000 bytes"),
     ):
-        fetch(server.url, path, num_attempts=2)
+        fetch(server.url, path)
     assert not path.exists()
-
-
-def test_fetch_refuses_an_html_page_that_calls_itself_a_file(path, part):
-    with serve({"content": b"<!DOCTYPE html><html>sign in</html>"}) as server:
-        with pytest.raises(UserError, match="is not an .npz file but an HTML page"):
-            fetch(server.url, path, check=pretrained.load_npz)
-    assert not part.exists() and not path.exists()
 
 
 def test_fetch_reports_a_full_disk(path, part):
@@ -307,14 +287,14 @@ def test_fetch_reports_a_full_disk(path, part):
     with serve() as server, pytest.raises(UserError) as caught:
         fetch(server.url, path)
     assert str(caught.value) == (
-        f"cannot write {path}: No space left on device; make room there, or name another folder in $VIT_JAX_CACHE"
+        f"cannot write {path}: No space left on device; free disk space, or set $VIT_JAX_CACHE to another directory"
     )
     assert not path.exists()
 
 
 @pytest.mark.parametrize("cache", ["/proc/nowhere", "/dev/null"])
-def test_fetch_reports_a_folder_that_cannot_be_written(cache):
-    with pytest.raises(UserError, match=rf"^cannot write {cache}/sub/file.bin: .*; make room there, or name another"):
+def test_fetch_reports_a_directory_that_cannot_be_written(cache):
+    with pytest.raises(UserError, match=rf"^cannot write {cache}/sub/file.bin: .*; free disk space, or set"):
         fetch("http://127.0.0.1:1/file.bin", f"{cache}/sub/file.bin")
 
 
@@ -324,17 +304,9 @@ def test_fetch_reports_a_lock_that_cannot_be_made(path, part):
         fetch("http://127.0.0.1:1/file.bin", path)
 
 
-@pytest.mark.parametrize("mirror", ["mirror.example", "ftp://mirror.example", "/srv/mirror"])
-def test_a_mirror_that_is_no_address_is_refused(path, monkeypatch, mirror):
-    monkeypatch.setenv("VIT_JAX_MIRROR", mirror)
-    with pytest.raises(UsageError, match=rf"\$VIT_JAX_MIRROR is '{mirror}'; expected an address"):
-        fetch("https://storage.googleapis.com/x.npz", path)
-    assert not path.exists()
-
-
 def test_fetch_gives_up_on_a_busy_server(path, part):
-    with serve({"status": 503}) as server, pytest.raises(UserError, match="HTTP 503"):
-        fetch(server.url, path, num_attempts=3)
+    with serve({"status": 503}) as server, pytest.raises(UserError, match="got HTTP 503"):
+        fetch(server.url, path)
     assert len(server.asked_ranges) == 3
 
 
@@ -346,9 +318,10 @@ def test_fetch_reports_a_refused_connection(path, part):
     assert not part.exists() and not path.exists()
 
 
-def test_fetch_reports_a_silent_server(path, part):
+def test_fetch_reports_a_silent_server(path, part, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match="timed out"):
-        fetch(f"http://127.0.0.1:{silent.getsockname()[1]}/file.bin", path, timeout_seconds=0.1, num_attempts=2)
+        monkeypatch.setattr(download, "_TIMEOUT_SECONDS", 0.1)
+        fetch(f"http://127.0.0.1:{silent.getsockname()[1]}/file.bin", path)
     assert not path.exists()
 
 
@@ -380,7 +353,7 @@ def test_two_processes_fetch_a_file_once(path):
     assert [process.returncode for process in both] == [0, 0], said
     assert path.read_bytes() == CONTENT
     assert len(server.asked_ranges) == 1
-    assert sum("another process fetches" in text for text in said) == 1
+    assert sum("another process downloads" in text for text in said) == 1
 
 
 def test_a_process_that_is_killed_leaves_no_lock(path):

@@ -1,5 +1,6 @@
 import argparse
 import io
+import logging
 
 import jax.numpy as jnp
 import pytest
@@ -21,15 +22,15 @@ def raising(error):
         (UserError("the file is damaged"), 1, "error: the file is damaged\n"),
         (MemoryError("Unable to allocate 4 PiB"), 1, "error: out of memory: Unable to allocate 4 PiB\n"),
         (PermissionError(13, "Permission denied", "a"), 1, "error: [Errno 13] Permission denied: 'a'\n"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from the last checkpoint\n"),
+        (KeyboardInterrupt(), 130, "interrupted; rerun the same command to resume from the last checkpoint\n"),
     ],
 )
-def test_run_command_makes_one_line_and_an_exit_code(capsys, error, code, line):
+def test_run_command_prints_one_line_and_returns_an_exit_code(capsys, error, code, line):
     assert run_command(raising(error)) == code
     assert capsys.readouterr().err == line
 
 
-def test_run_command_prints_names_that_are_no_text(monkeypatch):
+def test_run_command_prints_names_that_are_not_text(monkeypatch):
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     monkeypatch.setattr("sys.stdout", stdout)
     assert run_command(lambda: print("\udcff.png") or 0) == 0
@@ -37,18 +38,18 @@ def test_run_command_prints_names_that_are_no_text(monkeypatch):
     assert stdout.buffer.getvalue() == b"\\udcff.png\n"
 
 
-def test_run_command_passes_the_code_of_a_command_that_ends_well():
+def test_run_command_returns_the_code_of_the_command():
     assert run_command(lambda: 0) == 0
 
 
-def test_run_command_lets_our_own_bugs_through():
+def test_run_command_raises_bugs():
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 // 0)
     with pytest.raises(RuntimeError, match="ours"):
         run_command(raising(RuntimeError("ours")))
 
 
-def test_run_command_gives_advice_where_the_device_is_out_of_memory(capsys):
+def test_run_command_gives_advice_when_the_device_is_out_of_memory(capsys):
     def main():
         jnp.ones(10**14).block_until_ready()  # 400 TB
         return 0
@@ -58,13 +59,28 @@ def test_run_command_gives_advice_where_the_device_is_out_of_memory(capsys):
     assert line.startswith("error: RESOURCE_EXHAUSTED") and "accumulation_steps" in line and line.count("\n") == 1
 
 
-def test_parse_arguments_makes_one_usage_error():
+@pytest.mark.parametrize(
+    ("path", "level", "has_traceback", "shown"),
+    [
+        ("/site-packages/orbax/checkpoint/a.py", logging.WARNING, False, False),
+        ("/site-packages/orbax/checkpoint/a.py", logging.ERROR, True, False),
+        ("/site-packages/orbax/checkpoint/a.py", logging.ERROR, False, True),
+        ("/site-packages/grain/a.py", logging.WARNING, False, True),
+    ],
+)
+def test_run_command_drops_warnings_and_tracebacks_of_orbax_only(path, level, has_traceback, shown):
+    exception = (KeyError, KeyError(), None) if has_traceback else None
+    record = logging.LogRecord("absl", level, path, 1, "message", None, exception)
+    assert run_command(lambda: int(bool(logging.getLogger("absl").filter(record)))) == shown
+
+
+def test_parse_arguments_raises_a_usage_error():
     parser = argparse.ArgumentParser(prog="tool")
     parser.add_argument("--number", type=int)
     with pytest.raises(UsageError, match="argument --number: invalid int value: 'x' .see `tool --help`."):
         parse_arguments(parser, ["--number", "x"])
 
 
-def test_one_line_joins_lines_and_never_is_empty():
+def test_one_line_joins_lines_and_is_never_empty():
     assert one_line("a\n  b") == "a b"
     assert one_line(KeyError()) == "KeyError"

@@ -1,10 +1,19 @@
 import os
+import types
 
+import psutil
 import pytest
 
 from vit_jax.runtime import resources
 
 GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """A machine with 32 GiB, half of it in use."""
+    memory = types.SimpleNamespace(total=32 * GIB, available=16 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
 
 
 def write_files(root, files):
@@ -15,7 +24,6 @@ def write_files(root, files):
 
 
 VERSION_2 = {
-    "proc/meminfo": "MemTotal: 99 kB\nMemAvailable:   16777216 kB",
     "proc/self/cgroup": "0::/job/step",
     "sys/fs/cgroup/job/memory.max": 4 * GIB,
     "sys/fs/cgroup/job/memory.current": 3 * GIB,
@@ -25,7 +33,6 @@ VERSION_2 = {
     "sys/fs/cgroup/job/step/cpu.max": "max 100000",
 }
 VERSION_1 = {
-    "proc/meminfo": "MemAvailable:   16777216 kB",
     "proc/self/cgroup": "5:cpu,cpuacct:/a\n4:memory:/docker/0123\n3:pids:/b",
     "sys/fs/cgroup/memory/memory.limit_in_bytes": 4 * GIB,  # the path is the host's: the mount is the container's
     "sys/fs/cgroup/memory/memory.usage_in_bytes": 3 * GIB,
@@ -54,10 +61,12 @@ UNLIMITED = {
 def test_available_memory_and_cpus_without_limits_are_those_of_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
     write_files(tmp_path, UNLIMITED)
+    assert resources.total_memory(tmp_path) == 32 * GIB
     assert resources.available_memory(tmp_path) == 16 * GIB
     assert resources.available_cpus(tmp_path) == 2
 
 
 def test_available_memory_and_cpus_are_known_without_proc(tmp_path):
-    assert resources.available_memory(tmp_path) == resources.total_memory(tmp_path) > 0
+    assert resources.total_memory(tmp_path) == 32 * GIB
+    assert resources.available_memory(tmp_path) == 16 * GIB
     assert resources.available_cpus(tmp_path) >= 1

@@ -122,26 +122,6 @@ def test_create_program_accepts_a_frozen_head_that_is_not_zero():
     assert set(made.abstract_state.trainable) == {"lora"}
 
 
-@pytest.mark.parametrize(
-    ("mesh", "message"),
-    [
-        ({"data": 4, "fsdp": 4}, "config.mesh: data 4 × fsdp 4 does not fit 8 devices"),
-        ({"data": 0, "fsdp": 3}, "config.mesh: data 0 × fsdp 3 does not fit 8 devices"),
-        ({"data": 0, "fsdp": 16}, "config.mesh: data 0 × fsdp 16 does not fit 8 devices"),
-    ],
-)
-def test_a_mesh_that_the_devices_do_not_fill_is_refused(mesh, message):
-    with pytest.raises(UsageError) as error:
-        create(config_with(**{f"mesh.{axis}": size for axis, size in mesh.items()}))
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize(("mesh", "shape"), [((0, 1), (8, 1)), ((0, 4), (2, 4)), ((2, 1), (2, 1)), ((1, 3), (1, 3))])
-def test_a_mesh_takes_the_devices_it_needs(mesh, shape):
-    made = sharding.create_mesh(data=mesh[0], fsdp=mesh[1])
-    assert tuple(made.shape.values()) == shape
-
-
 def flops(config):
     return create(config, num_devices=1).lower().compile().cost_analysis()["flops"]
 

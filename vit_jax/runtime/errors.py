@@ -1,4 +1,4 @@
-"""Errors that a user can cause: one line on stderr and an exit code, never a traceback."""
+"""Errors that a user can cause: one line on stderr and an exit code instead of a traceback."""
 
 import argparse
 import io
@@ -7,73 +7,92 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+import absl.logging
+
 
 class UserError(ValueError):
-    """Something failed while running. The message says what was got, what was expected, what to do."""
+    """A failure while running. The message says what was got, what was expected, and what to do."""
 
     exit_code = 1
 
 
 class UsageError(UserError):
-    """Something was typed wrongly: a flag, a config key, a type, a range, an unknown name."""
+    """A wrong flag, config key, type, range or name."""
 
     exit_code = 2
 
 
 def run_command(main: Callable[[], int]) -> int:
-    """Calls `main` and turns what a user can cause into one line on stderr.
+    """Calls a command; an error that a user can cause becomes one line on stderr.
 
     Args:
-        main: a command; returns its exit code.
+        main: returns its exit code.
 
     Returns:
-        The exit code: that of `main`, 2 for a `UsageError`, 1 for another `UserError` or an
-        operating-system error that reached the top (a full disk, a missing permission) and where memory ran out,
-        130 for Ctrl-C.
+        The exit code: that of `main`, or of `report_error`.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file's name may hold what cannot be printed
-    # Orbax warns at length about what it does as it was told, and logs with a traceback the errors that it also raises.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names that cannot be printed, as stderr does
+    absl.logging.get_absl_logger().addFilter(_is_not_noise)
     try:
         return main()
-    except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        # The reader of our output went away (`… | head`): nothing to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    except MemoryError as error:
-        print(f"error: out of memory: {one_line(error)}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):  # JAX's word for a device that is out of memory
+    except (Exception, KeyboardInterrupt) as error:
+        code = report_error(error)
+        if code is None:
             raise
-        advice = (
-            "raise --config.accumulation_steps, set --config.remat=full, share the parameters between devices with "
-            "--config.mesh.fsdp, or lower eval_batch_size; --dry_run shows what is needed"
-        )
-        print(f"error: {one_line(str(error).splitlines()[0])} {advice}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return code
+
+
+def report_error(error: BaseException) -> int | None:
+    """Prints an error that a user can cause as one line on stderr.
+
+    Returns:
+        The exit code: 2 for a `UsageError`; 130 for Ctrl-C; 1 for another `UserError`, an error of the operating system
+        (a full disk, a missing permission), and where memory runs out. None for any other error, which is a bug.
+    """
+    match error:
+        case KeyboardInterrupt():
+            line, code = "interrupted; rerun the same command to resume from the last checkpoint", 130
+        case UserError():
+            line, code = f"error: {one_line(error)}", error.exit_code
+        case BrokenPipeError():  # the reader of stdout is gone, as in `… | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        case OSError():
+            line, code = f"error: {one_line(error)}", 1
+        case MemoryError():
+            line, code = f"error: out of memory: {one_line(error)}", 1
+        case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):  # a device of JAX
+            advice = (
+                "raise --config.accumulation_steps, set --config.remat=full, shard the parameters with "
+                "--config.mesh.fsdp, or lower eval_batch_size; --dry_run shows what is needed"
+            )
+            line, code = f"error: {one_line(str(error).splitlines()[0])} {advice}", 1
+        case _:
+            return None
+    print(line, file=sys.stderr)
+    return code
 
 
 def one_line(error: BaseException | str) -> str:
-    """The message of an error with its line breaks and runs of blanks made single blanks."""
+    """Returns the message of an error on one line; its class where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses a command line; what is wrong with it becomes a UsageError instead of argparse's two lines."""
+    """Parses a command line.
+
+    Raises:
+        UsageError: argparse refuses it.
+    """
 
     def fail(message: str) -> None:
         raise UsageError(f"{message} (see `{parser.prog} --help`)")
 
     parser.error = fail  # type: ignore[assignment, method-assign]
     return parser.parse_args(argv)
+
+
+def _is_not_noise(record: logging.LogRecord) -> bool:
+    """Drops Orbax's warnings about what it was told to do, and the tracebacks of errors that it also raises."""
+    return "orbax" not in record.pathname or (record.levelno >= logging.ERROR and not record.exc_info)

@@ -1,121 +1,114 @@
-"""The mesh of devices, and where arrays live on it."""
+"""The mesh of devices, and how batches and parameters are sharded over it."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, PyTree, Shaped, UInt8
 
 from vit_jax.runtime import resources
 from vit_jax.runtime.errors import UsageError
+from vit_jax.types import ImageSource
 
-_SMALLEST_SHARDED = 4096
-"""Arrays of fewer numbers are on every device: to collect them would cost more than they take."""
+_Tree = TypeVar("_Tree")
+
+_MIN_SHARDED_SIZE = 4096
+"""Smaller arrays are replicated: to gather them would cost more than the memory they take."""
 
 
 def create_mesh(devices: Sequence[jax.Device] | None = None, *, data: int = 0, fsdp: int = 1) -> Mesh:
-    """A mesh of the axes `data` and `fsdp`; batches are split over both, parameters over `fsdp`.
+    """Creates a mesh of the axes `data` and `fsdp`; batches are split over both, parameters over `fsdp`.
 
-    The axes are of type Auto: under Explicit, which has become JAX's default, Linen modules fail.
+    The axes are of type Auto: under Explicit, JAX's default, Linen modules fail.
 
     Args:
-        devices: to choose from; all devices of all processes unless given.
+        devices: to choose from; all devices of all processes by default.
         data: number of copies of the parameters; 0 takes as many as there are devices for.
         fsdp: number of devices that share one copy.
 
     Raises:
-        UsageError: there are not as many devices, or some process would have none of them.
+        UsageError: the devices do not fill the mesh, or one of several processes would have none of them.
     """
     devices = jax.devices() if devices is None else list(devices)
-    wanted = data * fsdp or len(devices)
-    if wanted > len(devices) or wanted % fsdp:
+    size = data * fsdp or len(devices)
+    if size > len(devices) or size % fsdp or (size < len(devices) and jax.process_count() > 1):
         raise UsageError(
-            f"config.mesh: data {data} × fsdp {fsdp} does not fit {len(devices)} devices; "
-            "fsdp must divide their number, and data 0 takes the rest"
+            f"mesh: data {data} × fsdp {fsdp} does not fit {len(devices)} devices; fsdp must divide their number, "
+            "data 0 takes the rest, and several processes must use all"
         )
-    if wanted < len(devices) and jax.process_count() > 1:
-        raise UsageError(
-            f"config.mesh: data {data} × fsdp {fsdp} leaves some of {len(devices)} devices out; "
-            "several processes must use all: set data to 0"
-        )
-    shape = (wanted // fsdp, fsdp)
-    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
+    return jax.make_mesh(
+        (size // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices[:size]
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis is split over all devices."""
+    """Returns the sharding of a batch: its first axis is split over all devices."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
-def param_shardings(tree: Any, mesh: Mesh) -> Any:
-    """Where parameters and all that has their shapes go.
+def param_shardings(tree: PyTree, mesh: Mesh) -> PyTree[NamedSharding]:
+    """Returns the shardings of parameters, and of all that has their shapes.
 
-    An array of at least 4,096 numbers is split over `fsdp` along its longest axis that divides; any other is
-    replicated. The rule knows shapes only, so that it holds for every model and optimizer.
+    An array of at least 4,096 numbers is split over `fsdp` along its longest axis that `fsdp` divides; any other is
+    replicated. The rule depends on shapes only, so that it holds for every model and optimizer.
 
     Args:
         tree: arrays, or shapes of arrays.
         mesh: of `create_mesh`.
-
-    Returns:
-        The tree with a `NamedSharding` for each leaf.
     """
+    return jax.tree.map(lambda leaf: _param_sharding(leaf.shape, mesh), tree)
+
+
+def _param_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     fsdp = mesh.shape["fsdp"]
-
-    def place_of(leaf: Any) -> NamedSharding:
-        axes = [axis for axis, length in enumerate(leaf.shape) if length % fsdp == 0]
-        if fsdp == 1 or not axes or math.prod(leaf.shape) < _SMALLEST_SHARDED:
-            return replicated(mesh)
-        longest = max(axes, key=lambda axis: leaf.shape[axis])
-        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
-
-    return jax.tree.map(place_of, tree)
+    axes = [axis for axis, length in enumerate(shape) if length % fsdp == 0]
+    if fsdp == 1 or not axes or math.prod(shape) < _MIN_SHARDED_SIZE:
+        return replicated(mesh)
+    longest = max(axes, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
 
 
-def with_sharding(tree: Any, shardings: Any) -> Any:
-    """Shapes and dtypes -> shapes, dtypes and places; `shardings`: one for all, or a tree of them."""
-    return jax.tree.map(
+def with_sharding(tree: _Tree, shardings: PyTree[NamedSharding]) -> _Tree:
+    """Returns shapes and dtypes with shardings: one for all leaves, or a tree of them."""
+    shapes: _Tree = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
-        _for_each(tree, shardings),
+        jax.tree.broadcast(shardings, tree),
     )
+    return shapes
 
 
-def device_put(tree: Any, shardings: Any) -> Any:
-    """Puts host arrays on the mesh.
+def device_put(tree: _Tree, shardings: PyTree[NamedSharding]) -> _Tree:
+    """Shards host arrays over the mesh, in one process or several.
 
     Args:
         tree: arrays that every process holds whole and equal.
-        shardings: where each leaf goes; one for all, or a tree of them.
-
-    Returns:
-        The tree of global arrays. `make_array_from_callback` serves one process and several alike.
+        shardings: one for all leaves, or a tree of them.
     """
-
-    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-        host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-    return jax.tree.map(put, tree, _for_each(tree, shardings))
+    arrays: _Tree = jax.tree.map(_put, tree, jax.tree.broadcast(shardings, tree))
+    return arrays
 
 
-def shard_rows(images: Any, rows: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Puts some of a split's pictures on the mesh, split over all devices; each process reads only its own of them.
+def _put(leaf: jax.typing.ArrayLike, sharding: NamedSharding) -> jax.Array:
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def shard_rows(images: ImageSource, rows: Int[np.ndarray, " b"], mesh: Mesh) -> UInt8[Array, "b h w 3"]:
+    """Shards some images of a split over all devices; each process reads only its own ones.
 
     Args:
-        images: uint8 [n h w 3] on the host, or what reads like it.
-        rows: int [b]; the devices divide b.
+        images: uint8 [n h w 3] on the host.
+        rows: which of them; the number of devices divides b.
         mesh: of `create_mesh`.
-
-    Returns:
-        uint8 [b h w 3].
     """
 
     def read(index: Any) -> np.ndarray:
@@ -124,13 +117,14 @@ def shard_rows(images: Any, rows: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback((len(rows), *images.shape[1:]), batch_sharding(mesh), read)
 
 
-def shard_local_batch(part: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Puts this process's equal part [b/p …] of a batch [b …] on the mesh, split over all devices."""
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), part)
+def shard_local_batch(local: Shaped[np.ndarray, "..."], mesh: Mesh) -> Shaped[Array, "..."]:
+    """Shards a batch [b …] over all devices, of which each process has an equal part [b/p …]."""
+    batch: jax.Array = jax.make_array_from_process_local_data(batch_sharding(mesh), local)
+    return batch
 
 
 def device_memory(device: jax.Device) -> tuple[int, str]:
-    """(bytes that one device may use, whose figure that is); simulated devices of a CPU share its memory."""
+    """Returns the bytes that one device may use, and whose figure that is; devices of a CPU share its memory."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:
         return limit, "the device's own figure"
@@ -138,10 +132,5 @@ def device_memory(device: jax.Device) -> tuple[int, str]:
 
 
 def pad_to_devices(batch_size: int, num_images: int, mesh: Mesh) -> int:
-    """The smallest batch that the devices divide and that holds `batch_size` pictures, or all if there are fewer."""
+    """Returns the smallest batch that the number of devices divides and that holds `batch_size` images, or all."""
     return -(-min(batch_size, num_images) // mesh.size) * mesh.size
-
-
-def _for_each(tree: Any, shardings: Any) -> Any:
-    """A single sharding repeated for every leaf."""
-    return jax.tree.map(lambda _: shardings, tree) if isinstance(shardings, NamedSharding) else shardings

@@ -1,0 +1,83 @@
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from vit_jax.runtime import resources, sharding
+from vit_jax.runtime.errors import UsageError
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(4, 4), (0, 3), (0, 16)])
+def test_create_mesh_refuses_a_mesh_that_the_devices_do_not_fill(data, fsdp):
+    with pytest.raises(UsageError, match=f"^mesh: data {data} × fsdp {fsdp} does not fit 8 devices; fsdp must divide"):
+        sharding.create_mesh(data=data, fsdp=fsdp)
+
+
+def test_create_mesh_refuses_to_leave_out_devices_of_several_processes(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UsageError, match="mesh: data 2 × fsdp 2 does not fit 8 devices; .* several processes must use"):
+        sharding.create_mesh(data=2, fsdp=2)
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "shape"), [(0, 1, (8, 1)), (0, 4, (2, 4)), (2, 1, (2, 1)), (1, 3, (1, 3)), (4, 2, (4, 2))]
+)
+def test_create_mesh_takes_the_devices_it_needs(data, fsdp, shape):
+    assert tuple(sharding.create_mesh(data=data, fsdp=fsdp).shape.values()) == shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((64, 128), PartitionSpec(None, "fsdp")),  # the longest axis
+        ((128, 66), PartitionSpec("fsdp")),
+        ((130, 64), PartitionSpec(None, "fsdp")),  # the longest that 4 divides
+        ((63, 127), PartitionSpec()),  # none that 4 divides
+        ((4092,), PartitionSpec()),  # fewer than 4,096
+        ((), PartitionSpec()),
+    ],
+)
+def test_param_shardings_splits_the_longest_axis_that_divides(shape, spec):
+    mesh = sharding.create_mesh(fsdp=4)
+    shardings = sharding.param_shardings({"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}, mesh)
+    assert shardings["kernel"].spec == spec
+
+
+@pytest.mark.parametrize("one_for_all", [True, False])
+def test_device_put_shards_host_arrays(one_for_all):
+    mesh = sharding.create_mesh(fsdp=8)
+    tree = {"a": np.arange(16.0), "b": {"c": np.float32(3)}}
+    whole = sharding.replicated(mesh)
+    shardings = whole if one_for_all else {"a": sharding.batch_sharding(mesh), "b": {"c": whole}}
+    placed = sharding.device_put(tree, shardings)
+    np.testing.assert_array_equal(placed["a"], tree["a"])
+    assert placed["b"]["c"] == 3 and placed["b"]["c"].sharding == whole
+    assert placed["a"].addressable_shards[0].data.shape == ((16,) if one_for_all else (2,))
+    shapes = sharding.with_sharding(tree, shardings)
+    assert jax.tree.map(lambda leaf: leaf.sharding, shapes) == jax.tree.map(lambda leaf: leaf.sharding, placed)
+
+
+def test_shard_rows_selects_images():
+    images = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    rows = np.array([3, 19, 0, 7, 7, 1, 2, 4])
+    batch = sharding.shard_rows(images, rows, sharding.create_mesh())
+    np.testing.assert_array_equal(batch, images[rows])
+    assert batch.addressable_shards[1].data.shape == (1, 2, 2, 3)
+
+
+@pytest.mark.parametrize(("batch_size", "num_images", "padded"), [(16, 100, 16), (10, 100, 16), (512, 44, 48)])
+def test_pad_to_devices_rounds_up_what_is_needed(batch_size, num_images, padded):
+    assert sharding.pad_to_devices(batch_size, num_images, sharding.create_mesh()) == padded
+
+
+@pytest.mark.parametrize(
+    ("stats", "expected"),
+    [({"bytes_limit": 100}, (100, "the device's own figure")), (None, (2**30, "the machine's memory"))],
+)
+def test_device_memory_is_the_devices_or_a_fraction_of_the_machines(monkeypatch, stats, expected):
+    monkeypatch.setattr(resources, "total_memory", lambda: 8 * 2**30)
+    device = types.SimpleNamespace(memory_stats=lambda: stats)
+    assert sharding.device_memory(device) == expected
