@@ -197,7 +197,7 @@ def evaluate_run(run: Run, *, test: Split | None = None, prefix: str = "test") -
     """
     test = load_test_dataset(run).test if test is None else test
     forward = steps.image_forward(run.model, **test_options(run.config, in_memory=test.in_memory))
-    test = dataclasses.replace(test, images=crop_on_host(run.config, test.images, run.config.test_augment))
+    test = dataclasses.replace(test, images=crop_on_host(run.config, test.images, run.config.ablation.test_augment))
     evaluate = create_evaluate(forward, test, run.mesh, batch_size=run.config.eval_batch_size)
     return metrics.means(fetch(evaluate(run.params)), prefix=prefix)
 
@@ -234,7 +234,7 @@ def predict(run: Run, images: np.ndarray) -> np.ndarray:
     logits = features.apply_to_all(
         run.model,
         run.params,
-        crop_on_host(run.config, images, run.config.test_augment),
+        crop_on_host(run.config, images, run.config.ablation.test_augment),
         run.mesh,
         prepare=forward.prepare,
         batch_size=run.config.eval_batch_size,

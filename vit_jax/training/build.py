@@ -62,7 +62,7 @@ def create_model(config: ConfigDict, source: Source | None, *, num_classes: int)
         raise UsageError("config.model is empty: give the model's sizes, or a pretrained file to read them off")
     return build_model(
         config.architecture,
-        arguments,
+        arguments | {"head_init": config.ablation.head_init},
         num_classes=num_classes,
         dtype=config.dtype,
         image_size=config.image_size,

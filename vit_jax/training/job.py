@@ -89,7 +89,9 @@ class Job:
             images = crop_on_host(config, dataset.train.images, config.augment, num_views=views, seed=config.seed)
             views_left = views * len(dataset.train) // len(images)
             train_images = compute(images, prepare=whole.augment, num_views=views_left, seed=config.seed)
-            test_images = compute(crop_on_host(config, dataset.test.images, config.test_augment), prepare=whole.prepare)
+            test_images = compute(
+                crop_on_host(config, dataset.test.images, config.ablation.test_augment), prepare=whole.prepare
+            )
             arrays = repeat(train_images, np.tile(dataset.train.labels, views), program.mesh)
             test = Split(images=test_images, labels=dataset.test.labels)
         else:
@@ -98,7 +100,7 @@ class Job:
                 if program.streamed
                 else repeat(dataset.train.images, dataset.train.labels, program.mesh)
             )
-            test_images = crop_on_host(config, dataset.test.images, config.test_augment)
+            test_images = crop_on_host(config, dataset.test.images, config.ablation.test_augment)
             test = Split(images=test_images, labels=dataset.test.labels)
         evaluate_params = create_evaluate(program.forward, test, program.mesh, batch_size=batch_size)
 
@@ -207,7 +209,7 @@ def load_dataset(config: ConfigDict, *, storage: str = "", shapes_only: bool = F
         test_split=names.test_split,
         image_size=config.image_size,
         classes=names.classes,
-        crops=not {config.augment, config.test_augment}.isdisjoint(CROPS),
+        crops=not {config.augment, config.ablation.test_augment}.isdisjoint(CROPS),
         storage=storage or names.storage,
         device_bytes=sharding.device_memory(jax.local_devices()[0])[0],
         shapes_only=shapes_only,

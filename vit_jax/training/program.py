@@ -102,8 +102,8 @@ def create_program(
         config.schedule,
         learning_rate=config.learning_rate,
         warmup_steps=config.warmup_steps,
-        num_steps=config.schedule_steps or config.num_steps,
-        hold_steps=config.schedule_every_steps,
+        num_steps=config.ablation.schedule_steps or config.num_steps,
+        hold_steps=config.ablation.schedule_every_steps,
     )
     num_layers = getattr(model, "num_layers", 0)
     if config.optimizer.layer_decay != 1 and not num_layers:
@@ -121,7 +121,7 @@ def create_program(
     shardings, everywhere = sharding.param_shardings(abstract_state, mesh), sharding.replicated(mesh)
 
     head_only = set(abstract_state.trainable) == {"head"}
-    dropout = has_dropout(model) and (config.frozen_dropout or not head_only)
+    dropout = has_dropout(model) and (config.ablation.frozen_dropout or not head_only)
     cached = stores_features(config, head_only=head_only, dropout=dropout)
     streamed = not (in_memory or cached)
     augment = device_augment(config.augment, in_memory=in_memory)
@@ -183,7 +183,7 @@ def device_augment(augment: str, *, in_memory: bool) -> str:
 def test_options(config: ConfigDict, *, in_memory: bool = True) -> dict[str, Any]:
     """Returns the test-time preprocessing, as options of `steps.image_forward`."""
     return {
-        "test_augment": device_augment(config.test_augment, in_memory=in_memory),
+        "test_augment": device_augment(config.ablation.test_augment, in_memory=in_memory),
         "image_size": config.image_size,
         "mean": config.image_mean,
         "std": config.image_std,
@@ -211,7 +211,7 @@ def check_gradients(trainable: Params, frozen: Params, model: Any) -> None:
     if model.head_init == "zeros" and not paths & {"head/kernel", "lora/head/kernel/b"}:
         raise UsageError(
             "config.trainable does not match head/kernel, which starts at zero, so that no parameter below the head "
-            "would get a gradient; add 'head/.*', or set config.model.head_init to 'xavier'"
+            "would get a gradient; add 'head/.*', or set config.ablation.head_init to 'xavier'"
         )
     has_lora = "lora" in trainable or "lora" in frozen
     if has_lora and not any(path.startswith("lora/") and path.endswith("/b") for path in paths):
@@ -236,7 +236,7 @@ def stores_features(config: ConfigDict, *, head_only: bool, dropout: bool) -> bo
     mixes = config.mixup_alpha > 0 or config.cutmix_alpha > 0
     obstacles = {
         f"trainable {config.trainable!r} trains more than the head": not head_only,
-        "frozen_dropout draws them anew": dropout,
+        "ablation.frozen_dropout changes them at every step": dropout,
         "mixup and cutmix need the pictures": mixes,
     }
     obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
