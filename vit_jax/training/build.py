@@ -211,10 +211,10 @@ def check_about(about: dict[str, Any], params: Params) -> None:
         UserError: the description is none, or not that of the parameters.
     """
     values = {"dtype": "float32"} | about
-    for key in ("architecture", "dtype", "image_size", "image_mean", "image_std"):
-        wrong = settings.complaint(key, values.get(key))
-        if wrong:
-            raise _damaged(wrong)
+    stored = ("architecture", "dtype", "image_size", "image_mean", "image_std")
+    for key in settings.KEYS:
+        if key.name in stored and not key.check.accepts(values.get(key.name)):
+            raise _damaged(f"{key.name} is {values.get(key.name)!r}; expected {key.check.expected}")
     names = about.get("class_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise _damaged(f"class_names is {names!r}; expected a list of texts")
