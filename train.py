@@ -1,11 +1,13 @@
 """Trains as a config says: `python train.py --config configs/NAME.py[:ARG] [--config.key=value …] [--workdir DIR]`."""
 
+import re
 import sys
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
+from vit_jax.config import check_key
 from vit_jax.runtime.errors import UsageError, one_line, run_command
 
 
@@ -35,36 +37,51 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def create_flags(argv: list[str]) -> flags.FlagValues:
-    """What may stand on the command line; each call makes its own, so that one process can read several lines."""
+    """Returns new definitions of the flags, so that one process can read several command lines."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
-        "config", None, "Recipe, such as configs/digits.py; keys: configs/base.py.", values, sys_argv=argv
+        "config",
+        None,
+        "Config file, such as configs/digits.py; python -m vit_jax.config prints every key.",
+        values,
+        lock_config=False,  # arguments that config.model does not have yet may be set
+        accept_new_attributes=True,
+        sys_argv=argv,
     )
-    flags.DEFINE_string("workdir", None, "Folder of the run; runs/NAME[-ARG] unless given.", values)
-    flags.DEFINE_bool("report", True, "Write report.html into the folder of a finished run.", values)
-    flags.DEFINE_bool("dry_run", False, "Print what the run would cost and start nothing.", values)
+    flags.DEFINE_string("workdir", None, "Run directory; runs/NAME[-ARG] by default.", values)
+    flags.DEFINE_bool("report", True, "Write report.html when the run is finished.", values)
+    flags.DEFINE_bool("dry_run", False, "Print the memory and time that the run needs, and exit.", values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes.", values)
-    flags.DEFINE_integer("num_processes", None, "How many processes; 1 looks for no others.", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "Which of the processes this is, counted from 0.", flag_values=values)
-    wait = "How long to wait for the other processes."
+    flags.DEFINE_integer("num_processes", None, "Number of processes; 1 disables their detection.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", flag_values=values)
+    wait = "Seconds to wait for the other processes."
     flags.DEFINE_integer("wait_seconds", 300, wait, lower_bound=1, flag_values=values)
     return values
 
 
 def parse_flags(argv: list[str]) -> flags.FlagValues:
-    """Reads the command line; all that can be mistyped there is a UsageError."""
+    """Reads the command line.
+
+    Raises:
+        UsageError: a flag, a key or a value is wrong, or the config file cannot be run.
+    """
+    for word in argv:
+        if override := re.match(r"--?(?:no)?config\.([^=]*)", word):
+            check_key(override[1])
     try:
         values = create_flags(argv)
         rest = values([sys.argv[0], *argv])[1:]
-        missing = not (values.config and values.config.to_dict())  # a file that is not there raises when first used
+        missing = not (values.config and values.config.to_dict())  # a missing file raises when it is first used
     except Exception as error:  # a config file is code: it can raise anything
-        # Of what ml_collections passes on of an error in a config file, the last line is the error.
-        reason = one_line(str(error).strip().rsplit("\n", maxsplit=1)[-1] if "Traceback" in str(error) else error)
-        raise UsageError(f"{reason} (configs/base.py has every key; see also python train.py --help)") from error
+        # ml_collections puts a traceback before the error, or the names of all keys behind it.
+        reason = str(error.args[0] if error.args else "").strip()
+        reason = re.sub("^'(Key .*) Other fields present.*", r"\1", reason, flags=re.DOTALL)
+        reason = reason.rsplit("\n", maxsplit=1)[-1].removeprefix("ValueError: ") or type(error).__name__
+        raise UsageError(f"{one_line(reason)} (see python train.py --help)") from error
     if rest:
         raise UsageError(f"unexpected {' '.join(rest)}; keys are set as --config.key=value")
     if missing:
-        raise UsageError("--config is missing: give a recipe, such as --config configs/digits.py")
+        raise UsageError("--config is missing; give a config file, such as --config configs/digits.py")
     return values
 
 

@@ -1,1 +1,1 @@
-"""Recipes: one small file each, all children of `base`."""
+"""Configs: a small file each, which overrides the defaults in `base`."""

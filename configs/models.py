@@ -1,4 +1,4 @@
-"""Hyper-parameters of each released variant: the constructor arguments of `vit_jax.models.VisionTransformer`."""
+"""Sizes of the ViT variants: constructor arguments of `vit_jax.models.VisionTransformer`."""
 
 from ml_collections import ConfigDict
 
@@ -14,12 +14,12 @@ VARIANTS = {
     "L_32": (32, 1024, 24, 16, 4096),
     "H_14": (14, 1280, 32, 16, 5120),
     "micro_4": (4, 96, 4, 4, 384),
-    # Hybrids: patches of what a ResNet gives, see STEM_UNITS; the number in the name counts pixels.
+    # Hybrids: patches of the feature map of a ResNet, see STEM_UNITS; the number in the name counts pixels.
     "R50_B_16": (1, 768, 12, 12, 3072),
     "R50_L_32": (1, 1024, 24, 16, 4096),
     "R26_B_32": (1, 768, 12, 12, 3072),
     "R26_S_32": (1, 384, 12, 6, 1536),
-    "R_Ti_16": (8, 192, 12, 3, 768),  # in truth of 32 pixels: the name leaves the root's max-pool out
+    "R_Ti_16": (8, 192, 12, 3, 768),  # 32 pixels: the name does not count the root's max-pool
 }
 """Dosovitskiy et al. 2021, table 1; Ti and S: Touvron et al. 2021, table 1; micro_4: this project; hybrids: Steiner et
 al. 2021, "How to train your ViT?"."""
@@ -31,18 +31,18 @@ STEM_UNITS = {
     "R26_S_32": (2, 2, 2, 2),
     "R_Ti_16": (),
 }
-"""Bottlenecks of each block of a hybrid's ResNet."""
+"""Number of bottlenecks in each block of a hybrid's ResNet."""
 
 
 def get_config(variant: str = "B_16", *, dropout_rate: float = 0.0) -> ConfigDict:
-    """Constructor arguments of a variant.
+    """Returns the constructor arguments of a variant.
 
     Args:
         variant: a key of `VARIANTS`.
         dropout_rate: after position embeddings, attention output and in the MLP.
 
     Raises:
-        ValueError: the variant is not in the table.
+        ValueError: there is no such variant.
     """
     if variant not in VARIANTS:
         raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}")

@@ -57,7 +57,7 @@ def copy_run(workdir, target, changes):
         ({"image_size": 24}, "image size", ["16", "24"]),
         ({"image_mean": [0.485, 0.456, 0.406]}, "image mean", ["0.5, 0.5, 0.5", "0.485, 0.456, 0.406"]),
         ({"image_std": [0.25, 0.5, 0.5]}, "image std", ["0.5, 0.5, 0.5", "0.25, 0.5, 0.5"]),
-        ({"test_augment": "flip"}, "test augment", ["none", "flip"]),
+        ({"ablation.test_augment": "flip"}, "test augment", ["none", "flip"]),
         ({"dataset.data_dir": "/data"}, "data directory", ["default", "/data"]),
         ({}, None, None),
         ({"learning_rate": 0.5}, None, None),

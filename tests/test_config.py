@@ -1,18 +1,29 @@
 import importlib
 import json
 import re
+import subprocess
+import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, set_keys
 from ml_collections import ConfigDict
 
+import train
 from configs import base, digits
 from vit_jax import config as settings
+from vit_jax import models
+from vit_jax.data import preprocess
 from vit_jax.runtime.errors import UsageError, UserError
+from vit_jax.training import optim
+
+NAMES = [
+    path.stem for path in sorted((ROOT / "configs").glob("*.py")) if path.stem not in ("__init__", "base", "models")
+]
+KEYS = {key.name: key for key in settings.KEYS}
 
 
 def config_with(**changes) -> ConfigDict:
-    """The digits recipe with keys such as `optimizer.name` set to anything at all."""
+    """The digits config with keys such as `optimizer.name` set to any value at all."""
     config = digits.get_config().to_dict()
     for key, value in changes.items():
         *parents, name = key.split(".")
@@ -23,53 +34,158 @@ def config_with(**changes) -> ConfigDict:
     return ConfigDict(config)
 
 
-RECIPES = [path.stem for path in sorted((ROOT / "configs").glob("*.py")) if path.stem not in ("__init__", "models")]
+def write_config(workdir, **changes) -> None:
+    settings.save_config(config_with(**changes), workdir)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_check_config_accepts_every_recipe_with_every_argument(name):
-    """A recipe's arguments are those that it names when it refuses another; base takes none and is incomplete."""
-    recipe = importlib.import_module(f"configs.{name}")
+def write_text(workdir, text: str) -> None:
+    (workdir / "config.json").write_text(text)
+
+
+# The keys
+
+
+@pytest.mark.parametrize("key", settings.KEYS, ids=lambda key: key.name)
+def test_every_key_is_documented_in_a_few_words(key):
+    assert 10 <= len(key.doc) + len(key.check.expected) <= 300
+    assert key.name == "dataset.name" or key.check.accepts(key.default)
+
+
+def test_get_config_has_every_key_at_its_default():
+    config = settings.get_config()
+    assert set(settings._flatten(config.to_dict(), leaf="model")) == set(KEYS)
+    assert (config.seed, config.optimizer.momentum, config.trainable, config.model.to_dict()) == (0, 0.9, "full", {})
+
+
+def test_get_config_is_locked_except_for_the_arguments_of_the_model():
+    config = settings.get_config()
+    with pytest.raises(AttributeError, match="learning_rate"):
+        config.learning_rat = 0.1
+    config.model.patch_size = 16
+
+
+def test_get_config_takes_a_name_or_patterns_as_trainable():
+    config = settings.get_config()
+    config.trainable = ("head/.*",)
+    config.trainable = "head"
+    assert settings.get_config().trainable == "full"
+
+
+def test_main_prints_every_key(capsys):
+    assert settings.main() == 0
+    printed = capsys.readouterr().out
+    assert [line.split(" = ")[0] for line in printed.splitlines() if line[0] != " "] == list(KEYS)
+    assert "optimizer.momentum = 0.9\n    of sgd (a number in [0, 1))" in printed
+
+
+@pytest.mark.parametrize(
+    ("key", "choices"),
+    [
+        ("architecture", models.ARCHITECTURES),
+        ("augment", preprocess.AUGMENTATIONS),
+        ("ablation.test_augment", preprocess.AUGMENTATIONS),
+        ("ablation.head_init", models.HEAD_INITS),
+        ("optimizer.name", optim.OPTIMIZERS),
+        ("optimizer.decayed", optim.DECAYED),
+        ("schedule", optim.SCHEDULES),
+        ("remat", ["none", *models.REMAT_POLICIES]),
+    ],
+)
+def test_choices_are_those_that_the_modules_dispatch_on(key, choices):
+    assert KEYS[key].check.expected == f"one of {', '.join(choices)}"
+
+
+def test_modes_are_those_of_optim():
+    assert settings.MODES == tuple(optim.MODES)
+
+
+def test_config_needs_neither_jax_nor_the_configs_directory():
+    code = """
+import sys
+sys.modules["configs"] = None
+from vit_jax import config
+run = config.get_config()
+run.dataset.name, run.pretrained, run.image_size = "digits", "micro", 16
+config.check_config(run)
+assert not {"jax", "numpy"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# Config files
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_check_config_accepts_every_config_with_every_argument(name):
+    """The arguments of a config are those that it names when it refuses another."""
+    module = importlib.import_module(f"configs.{name}")
     with pytest.raises(ValueError, match=rf"configs/{name}.py takes .*, got 'tail'") as error:
-        recipe.get_config("tail")
-    if name == "base":
-        return
-    arguments = re.search("takes (.*), got", str(error.value))[1]
-    for argument in re.split(", | or ", arguments):
-        settings.check_config(recipe.get_config(argument))
-    settings.check_config(recipe.get_config())
+        module.get_config("tail")
+    for argument in re.search("takes (.*), got", str(error.value))[1].split(", "):
+        settings.check_config(module.get_config(argument))
+    settings.check_config(module.get_config())
 
 
-def test_every_key_of_base_is_checked():
-    assert set(settings._flatten(base.get_config().to_dict())) == set(settings._RULES)
+def test_base_is_a_view_of_the_keys():
+    assert base.get_config().to_dict() == settings.get_config().to_dict()
+    with pytest.raises(ValueError, match="configs/base.py takes no argument, got 'tail'"):
+        base.get_config("tail")
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "steps"),
+    [(50_000, 256, 195), (50_000, 128, 390), (40_000, 128, 312), (50_000, 64, 781), (1437, 64, 22)],
+)
+def test_steps_per_epoch_counts_whole_batches(num_images, batch_size, steps):
+    assert base.steps_per_epoch(num_images, batch_size) == steps
+
+
+def test_reference_results_are_of_the_dataset_of_their_config():
+    for name in NAMES:
+        config = importlib.import_module(f"configs.{name}").get_config()
+        assert {dataset for dataset, _, _ in config.reference_results} <= {config.dataset.name}, name
+
+
+# Checks
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("batch_size", 0, "config.batch_size is 0; expected a whole number of at least 1"),
-        ("batch_size", 2.5, "config.batch_size is 2.5; expected a whole number"),
-        ("batch_size", True, "config.batch_size is True; expected a whole number"),
-        ("num_steps", -1, "config.num_steps is -1; expected a whole number of at least 0"),
-        ("learning_rate", float("nan"), "config.learning_rate is nan"),
-        ("learning_rate", "fast", "config.learning_rate is 'fast'; expected a number"),
+        ("batch_size", 0, "config.batch_size is 0; expected a positive integer"),
+        ("batch_size", 2.5, "config.batch_size is 2.5; expected a positive integer"),
+        ("batch_size", True, "config.batch_size is True; expected a positive integer"),
+        ("num_steps", -1, "config.num_steps is -1; expected a non-negative integer"),
+        ("learning_rate", float("nan"), "config.learning_rate is nan; expected a non-negative number"),
+        ("learning_rate", "fast", "config.learning_rate is 'fast'; expected a non-negative number"),
+        ("learning_rate", 1e39, "expected a non-negative number"),
+        ("optimizer.momentum", 1.0, "config.optimizer.momentum is 1.0; expected a number in [0, 1)"),
+        ("optimizer.layer_decay", 0.0, "config.optimizer.layer_decay is 0.0; expected a number in (0, 1]"),
         ("schedule", "cosinus", "config.schedule is 'cosinus'; expected one of cosine, linear, constant"),
         ("optimizer.name", "lion", "config.optimizer.name is 'lion'; expected one of sgd, adam, adamw"),
-        ("dataset.name", "", "config.dataset.name is ''; expected a text that is not empty"),
-        ("trainable", "haed", "no mode 'haed'"),
-        ("trainable", ("head/(",), "is not a regular expression"),
-        ("trainable", ("a{99999999999999999999}",), "is not a regular expression"),
-        ("trainable", ("(" * 5000 + ")" * 5000,), "is not a regular expression"),
-        ("trainable", ("[[:alpha:]]",), "is not a regular expression"),
-        ("seed", 2**31, "expected a whole number of at least 0, at most 2,147,483,647"),
-        ("image_size", 16_385, "expected a whole number of at least 1, at most 16,384"),
-        ("learning_rate", 1e39, "expected a number of at least 0"),
-        ("learning_rate", float("nan"), "expected a number of at least 0"),
-        ("image_mean", (10**400, 0, 0), "expected three numbers from 0 to 1"),
-        ("image_std", (127.5, 127.5, 127.5), "expected three numbers above 0, at most 1"),
-        ("accumulation_steps", 3, "config.batch_size 64 does not divide into 3 accumulation_steps"),
+        ("dataset.name", "", "config.dataset.name is ''; expected a string that is not empty"),
+        ("dataset.classes", "cat", "config.dataset.classes is 'cat'; expected a tuple of strings"),
+        ("trainable", "haed", "config.trainable is 'haed'; expected one of full, head, mlp, attention, bias, lora, or"),
+        ("trainable", (), "or a tuple of regular expressions"),
+        ("trainable", ("head/(",), "or a tuple of regular expressions"),
+        ("trainable", ("a{99999999999999999999}",), "or a tuple of regular expressions"),
+        ("trainable", ("(" * 5000 + ")" * 5000,), "or a tuple of regular expressions"),
+        ("trainable", ("[[:alpha:]]",), "or a tuple of regular expressions"),
+        ("lora.targets", ("(",), "config.lora.targets is ('(',); expected a tuple of regular expressions"),
+        ("seed", 2**31, "expected a non-negative integer below 2^31"),
+        ("image_size", 16_385, "expected an integer from 1 to 16,384"),
+        ("image_mean", (10**400, 0, 0), "expected three numbers in [0, 1]"),
+        ("image_mean", (0.5, 0.5), "expected three numbers in [0, 1]"),
+        ("image_std", (127.5, 127.5, 127.5), "expected three numbers in (0, 1]"),
+        ("image_std", (0.0, 0.5, 0.5), "expected three numbers in (0, 1]"),
+        ("reference_results", (("Li", 0.6),), "expected a tuple of (dataset, label, accuracy)"),
+        ("ablation.frozen_dropout", 1, "config.ablation.frozen_dropout is 1; expected True or False"),
+        ("accumulation_steps", 3, "config.accumulation_steps 3 does not divide batch_size 64"),
         ("warmup_steps", 10_000, "config.warmup_steps 10000 is above num_steps 220"),
-        ("batch_sise", 8, "config.batch_sise: no such key; did you mean config.batch_size?"),
+        ("batch_sise", 8, "config.batch_sise: no such key; did you mean batch_size?"),
+        ("model", 3, "config.model is 3; expected a ConfigDict"),
+        ("model.head_init", "xavier", "config.model.head_init: set config.ablation.head_init instead"),
+        ("dataset", 3, "config.dataset.name is missing; start from vit_jax.config.get_config()"),
     ],
 )
 def test_check_config_refuses(key, value, message):
@@ -81,12 +197,12 @@ def test_check_config_refuses(key, value, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_steps": 1, "warmup_steps": 1}, "num_steps and warmup_steps are both 1"),
-        ({"warmup_steps": 50, "schedule_steps": 49}, "schedule_steps 49 is not above warmup_steps 50"),
-        ({"warmup_steps": 50, "schedule_steps": 50}, "schedule_steps 50 is not above warmup_steps 50"),
+        ({"num_steps": 1, "warmup_steps": 1}, "num_steps and warmup_steps are 1"),
+        ({"warmup_steps": 50, "ablation.schedule_steps": 49}, "schedule_steps 49 is not above warmup_steps 50"),
+        ({"warmup_steps": 50, "ablation.schedule_steps": 50}, "schedule_steps 50 is not above warmup_steps 50"),
     ],
 )
-def test_check_config_rejects_a_schedule_that_trains_nothing(changes, message):
+def test_check_config_refuses_a_schedule_that_trains_nothing(changes, message):
     with pytest.raises(UsageError, match=message):
         settings.check_config(config_with(**changes))
 
@@ -95,69 +211,198 @@ def test_check_config_names_a_missing_key():
     config = config_with()
     with config.unlocked():
         del config["schedule"]
-    with pytest.raises(UsageError, match="config.schedule is missing: start from configs/base.py"):
+    with pytest.raises(UsageError, match=r"config.schedule is missing; start from vit_jax.config.get_config\(\)"):
         settings.check_config(config)
 
 
-def test_a_config_is_read_back_as_it_was_saved(tmp_path):
-    config = config_with(trainable=("head/.*", "cls"))
+def test_check_config_refuses_a_dict():
+    with pytest.raises(UsageError, match="config is a dict; expected a ConfigDict"):
+        settings.check_config(config_with().to_dict())
+
+
+@pytest.mark.parametrize("name", ["seed", "optimizer", "optimizer.name", "model", "model.patch_size"])
+def test_check_key_accepts_keys_groups_and_arguments_of_the_model(name):
+    settings.check_key(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("learning_rat", "did you mean learning_rate?"),
+        ("lr", "did you mean learning_rate?"),
+        ("epochs", "did you mean num_steps?"),
+        ("momentum", "did you mean optimizer.momentum?"),
+        ("test_augment", "did you mean ablation.test_augment?"),
+        ("optimizer.momentun", "did you mean optimizer.momentum?"),
+        ("optimizer.name.x", "did you mean optimizer.name?"),
+        ("xyz", "`python -m vit_jax.config` prints all"),
+    ],
+)
+def test_check_key_suggests_a_key(name, advice):
+    with pytest.raises(UsageError) as error:
+        settings.check_key(name)
+    assert str(error.value) == f"config.{name}: no such key; {advice}"
+
+
+# Saved configs
+
+
+def test_load_config_reads_what_save_config_wrote(tmp_path):
+    config = set_keys(digits.get_config(), {"trainable": ("head/.*", "cls"), "model.pool": "token"})
     settings.save_config(config, tmp_path)
     settings.check_same(config, tmp_path)
-    assert list(settings.load_config(tmp_path).trainable) == ["head/.*", "cls"]
+    loaded = settings.load_config(tmp_path)
+    assert json.loads(json.dumps(loaded.to_dict())) == json.loads(json.dumps(config.to_dict()))
 
 
 def test_check_same_shows_what_differs(tmp_path):
-    settings.save_config(config_with(), tmp_path)
-    with pytest.raises(UsageError, match=r"learning_rate: 0.001 → 0.5; seed: 0 → 7\)"):
-        settings.check_same(config_with(learning_rate=0.5, seed=7), tmp_path)
+    write_config(tmp_path)
+    with pytest.raises(UsageError, match=r"learning_rate: 0.001 → 0.5; model.num_heads: 4 → 2; seed: 0 → 7\)"):
+        settings.check_same(config_with(**{"learning_rate": 0.5, "seed": 7, "model.num_heads": 2}), tmp_path)
 
 
-def test_check_same_lets_through_what_does_not_matter(tmp_path):
-    settings.save_config(config_with(), tmp_path)
-    settings.check_same(config_with(log_every_steps=1, eval_batch_size=7), tmp_path)
+def test_check_same_lets_resumable_keys_differ(tmp_path):
+    write_config(tmp_path)
+    results = (("digits", "other work", 0.9),)
+    settings.check_same(config_with(log_every_steps=1, eval_batch_size=7, reference_results=results), tmp_path)
 
 
-def test_load_config_reads_a_checkpoint_where_config_json_is_missing(tmp_path):
-    saved = json.loads(config_with(seed=7).to_json())
-    del saved["dataset"]["storage"]
-    assert settings.load_config(tmp_path, saved=saved).seed == 7
-    assert settings.load_config(tmp_path, saved=saved).dataset.storage == "auto"
-    with pytest.raises(UserError, match="config.json is missing, and the checkpoint.*; put the file back"):
-        settings.load_config(tmp_path)
-    (tmp_path / "config.json").write_text("{")  # damaged
-    assert settings.load_config(tmp_path, saved=saved).seed == 7
-
-
-def test_load_config_prefers_config_json(tmp_path):
-    settings.save_config(config_with(seed=1), tmp_path)
-    assert settings.load_config(tmp_path, saved=config_with(seed=2).to_dict()).seed == 1
+def test_resumable_keys_are_those_that_no_result_depends_on():
+    assert [key.name for key in settings.KEYS if key.resumable] == [
+        "dataset.data_dir", "dataset.num_workers", "eval_batch_size", "remat", "mesh.fsdp", "mesh.data",
+        "log_every_steps", "eval_every_steps", "checkpoint_every_steps", "reference_results",
+    ]  # fmt: skip
 
 
 def test_check_same_compares_with_the_checkpoint_rather_than_config_json(tmp_path):
-    settings.save_config(config_with(seed=7), tmp_path)
+    write_config(tmp_path, seed=7)
     saved = json.loads(config_with().to_json())
     settings.check_same(config_with(log_every_steps=1), tmp_path, saved=saved)
     with pytest.raises(UsageError, match="seed: 0 → 7"):
         settings.check_same(config_with(seed=7), tmp_path, saved=saved)
 
 
-def test_a_run_that_is_older_than_a_key_goes_on(tmp_path):
-    config = digits.get_config()
-    tree = json.loads(json.dumps(config.to_dict()))
-    del tree["dataset"]["storage"], tree["dataset"]["num_workers"]
-    (tmp_path / "config.json").write_text(json.dumps(tree))
+def test_load_config_reads_a_checkpoint_where_config_json_is_missing_or_damaged(tmp_path):
+    saved = json.loads(config_with(seed=7).to_json())
+    assert settings.load_config(tmp_path, saved=saved).seed == 7
+    with pytest.raises(UserError, match="config.json cannot be read: .*No such file.*; give the --workdir of a run"):
+        settings.load_config(tmp_path)
+    write_text(tmp_path, "{")
+    assert settings.load_config(tmp_path, saved=saved).seed == 7
+
+
+def test_load_config_prefers_config_json(tmp_path):
+    write_config(tmp_path, seed=1)
+    assert settings.load_config(tmp_path, saved=config_with(seed=2).to_dict()).seed == 1
+
+
+def test_load_config_gives_a_run_older_than_a_key_its_default(tmp_path):
+    tree = json.loads(json.dumps(digits.get_config().to_dict()))
+    del tree["dataset"]["storage"], tree["ablation"]
+    write_text(tmp_path, json.dumps(tree))
     assert settings.load_config(tmp_path).dataset.storage == "auto"
-    settings.check_same(config, tmp_path)
+    assert settings.load_config(tmp_path).ablation.head_init == "zeros"
+    settings.check_same(digits.get_config(), tmp_path)
+    with pytest.raises(UsageError, match="ablation.head_init: 'zeros' → 'xavier'"):
+        settings.check_same(config_with(**{"ablation.head_init": "xavier"}), tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[]", '"a text"', '{"seed": 0}', '{"dataset": 3}'])
-def test_load_config_says_that_keys_are_missing(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config.json lacks .*: it is damaged, or no run's; give the --workdir"):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "3",
+        '"config"',
+        '{"seed": 0}',
+        '{"dataset": 3}',
+        '{"seed": {}}',
+        '{"seed": "x"}',
+        '{"a.b": 3}',
+        '{"a": {}}',
+    ],
+)
+def test_load_config_refuses_what_is_not_a_config(tmp_path, text):
+    write_text(tmp_path, text)
+    with pytest.raises(UserError, match="config.json is damaged, or of another version of vit_jax: ") as error:
+        settings.load_config(tmp_path)
+    assert error.value.exit_code == 1
+
+
+def test_load_config_refuses_a_damaged_file(tmp_path):
+    write_text(tmp_path, "{")
+    with pytest.raises(UserError, match="config.json cannot be read: "):
         settings.load_config(tmp_path)
 
 
-def test_load_config_says_that_a_file_is_damaged(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="could not be read"):
-        settings.load_config(tmp_path)
+# Flags of train.py
+
+old_import = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """A config file whose get_config has this body."""
+
+    def write(body: str) -> str:
+        path = tmp_path / "mine.py"
+        path.write_text(
+            f"from configs import base\ndef get_config(arg='x'):\n    config = base.get_config()\n    {body}\n"
+        )
+        return str(path)
+
+    return write
+
+
+@old_import
+def test_parse_flags_sets_keys_and_new_arguments_of_the_model():
+    argv = ["--config=configs/digits.py:scratch", "--config.trainable=('head/.*',)", "--config.model.pool=token"]
+    config = train.parse_flags([*argv, "--config.ablation.test_augment=flip"]).config
+    assert (config.trainable, config.model.pool, config.ablation.test_augment) == (("head/.*",), "token", "flip")
+
+
+@old_import
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config.learning_rat=0.1"], "config.learning_rat: no such key; did you mean learning_rate?"),
+        (["--config.epochs=20"], "config.epochs: no such key; did you mean num_steps?"),
+        (["--noconfig.frozen_dropout"], "config.frozen_dropout: no such key; did you mean ablation.frozen_dropout?"),
+        (["--config.batch_size=many"], "flag --config.batch_size=many: invalid literal for int"),
+        (["--config.batch_size"], "Missing value for flag --config.batch_size"),
+        (["--config=configs/nothing.py"], "No such file or directory: 'configs/nothing.py'"),
+        (["--config=configs/digits.py:tune"], "configs/digits.py takes finetune, scratch, got 'tune' (see"),
+        (["--workdri=x"], "Unknown command line flag 'workdri'. Did you mean: workdir"),
+        (["again"], "unexpected again; keys are set as --config.key=value"),
+    ],
+)
+def test_parse_flags_refuses(words, message):
+    with pytest.raises(UsageError) as error:
+        train.parse_flags(["--config=configs/digits.py", *words])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@old_import
+def test_parse_flags_needs_a_config():
+    with pytest.raises(UsageError, match="--config is missing; give a config file, such as --config configs/digits.py"):
+        train.parse_flags([])
+
+
+@old_import
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            "config.learning_rat = 0.1",
+            'Key "learning_rat" does not exist and cannot be added since the config is locked. ',
+        ),
+        ("config.batch_size = 'x'", "TypeError: Could not override field 'batch_size' "),
+        ("1 / 0", "division by zero "),
+        ("def (", "invalid syntax "),
+        ("raise ValueError", "ValueError "),
+        ("return None", "--config is missing"),
+    ],
+)
+def test_parse_flags_gives_the_error_of_a_config_file_in_one_line(config_file, body, message):
+    with pytest.raises(UsageError) as error:
+        train.parse_flags([f"--config={config_file(body)}"])
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)

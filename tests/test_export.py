@@ -54,7 +54,7 @@ def logits_of(source, images):
     ("key", "value", "message"),
     [
         ("image_size", 20, r"image_size 20 \(parameters: 16\)"),
-        ("image_size", "16", "image_size is '16'; expected a whole number"),
+        ("image_size", "16", "image_size is '16'; expected an integer"),
         ("image_mean", [127, 127, 127], r"image_mean is \[127, 127, 127\]; expected three numbers from 0 to 1"),
         ("class_names", ["0"] * 9, r"number of class_names 9 \(parameters: 10\)"),
         ("class_names", None, "class_names is None; expected a list of texts"),
@@ -91,7 +91,7 @@ def test_what_is_loaded_again_is_the_run_to_the_bit(workdir, exported, images, n
 def bfloat16_workdir(tmp_path_factory):
     """A run that computes in bfloat16, with a head that is not zero."""
     config = digits.get_config()
-    config.model.head_init = "xavier"
+    config.ablation.head_init = "xavier"
     config.update(dtype="bfloat16", num_steps=0, warmup_steps=0)
     folder = tmp_path_factory.mktemp("bfloat16") / "digits"
     trainer.train_and_evaluate(config, folder)

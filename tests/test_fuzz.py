@@ -498,7 +498,8 @@ def picture_case(rng: np.random.Generator, number: int, folder: Path) -> Case:
 
 WHOLE = """
 seed image_size feature_views lora.rank batch_size eval_batch_size accumulation_steps mesh.fsdp mesh.data num_steps
-schedule_steps schedule_every_steps warmup_steps log_every_steps eval_every_steps checkpoint_every_steps
+ablation.schedule_steps ablation.schedule_every_steps warmup_steps log_every_steps eval_every_steps
+checkpoint_every_steps
 model.num_layers model.hidden_size model.num_heads model.mlp_dim model.patch_size
 """
 NUMBER = """
@@ -506,12 +507,12 @@ lora.alpha optimizer.momentum optimizer.weight_decay optimizer.layer_decay optim
 label_smoothing mixup_alpha cutmix_alpha ema_decay model.dropout_rate
 """
 NAME = """
-architecture dtype augment test_augment features optimizer.name optimizer.momentum_dtype optimizer.decayed schedule
-remat
+architecture dtype augment ablation.test_augment ablation.head_init features optimizer.name
+optimizer.momentum_dtype optimizer.decayed schedule remat
 """
 TEXT = "pretrained dataset.name dataset.data_dir dataset.train_split dataset.test_split"
 TUPLE = "image_mean image_std trainable lora.targets dataset.classes"
-FLAG = "frozen_dropout"
+FLAG = "ablation.frozen_dropout"
 NINES = "9" * 30
 # Words apart by blanks; what holds blanks or is made stands behind.
 VALUES = {

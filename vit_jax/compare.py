@@ -102,7 +102,7 @@ def _test_settings(config: Any) -> dict[str, str]:
         str(config.image_size),
         ", ".join(f"{mean:g}" for mean in config.image_mean),
         ", ".join(f"{std:g}" for std in config.image_std),
-        config.test_augment,
+        config.ablation.test_augment,
         str(Path(data_dir).resolve()) if data_dir else "default",
     )
     return dict(zip(_TEST_SETTINGS, values, strict=True))

@@ -1,125 +1,190 @@
-"""A run's config: checked key by key, written to `config.json`, and compared with that of the run it resumes."""
+"""The config of a run: every key, declared once. `python -m vit_jax.config` prints them all."""
 
 import difflib
 import json
-from collections.abc import Callable
+import math
+import re
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
-from vit_jax import models
-from vit_jax.data import preprocess
-from vit_jax.runtime.errors import UsageError, UserError, one_line
+from vit_jax.runtime.errors import UsageError, UserError, one_line, run_command
 from vit_jax.runtime.files import write_atomically
-from vit_jax.training import optim
 
-_LARGEST_WHOLE = 2**31 - 1
-"""Steps and the like are 32 bits wide on the device."""
-_LARGEST_NUMBER = 1e38
-"""Of float32, about."""
+MODES = ("full", "head", "mlp", "attention", "bias", "lora")  # of `trainable`; `training.optim` has their patterns
+_ABOVE_0, _BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
+_INT32_MAX, _FLOAT32_MAX = 2**31 - 1, 1e38  # steps and seeds are int32 on the device
 
 
-class _Rule(NamedTuple):
-    types: tuple[type, ...]
+class Check(NamedTuple):
+    """Type and range of a value."""
+
     expected: str
-    holds: Callable[[Any], bool]
+    accepts: Callable[[Any], bool]
 
 
-def _whole(least: int, most: int = _LARGEST_WHOLE) -> _Rule:
-    expected = f"a whole number of at least {least}, at most {most:,}"
-    return _Rule((int,), expected, lambda value: least <= value <= most)
+def _is_integer(value: object, low: int, high: int = _INT32_MAX) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _number(expected: str, holds: Callable[[float], bool]) -> _Rule:
-    return _Rule((int, float), expected, lambda value: abs(value) <= _LARGEST_NUMBER and holds(value))
+def _is_number(value: object, low: float = 0.0, high: float = _FLOAT32_MAX) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
-def _one_of(*names: str) -> _Rule:
-    return _Rule((str,), "one of " + ", ".join(names), lambda value: value in names)
+def _is_pattern(value: object) -> bool:
+    try:
+        with warnings.catch_warnings(action="error", category=FutureWarning):  # "[[:alpha:]]" is not supported
+            return isinstance(value, str) and bool(re.compile(value))
+    except (re.error, OverflowError, RecursionError, FutureWarning):
+        return False
 
 
-def _are_shares(values: Any) -> bool:
-    return len(values) == 3 and all(isinstance(value, int | float) and 0 <= value <= 1 for value in values)
+def _are(value: object, check: Callable[[Any], bool], lengths: range = range(_INT32_MAX)) -> bool:
+    return isinstance(value, tuple | list) and len(value) in lengths and all(map(check, value))
 
 
-_TEXT = _Rule((str,), "a text", lambda value: True)
-_NAME = _Rule((str,), "a text that is not empty", bool)
-_SHARE = _number("a number of at least 0 and below 1", lambda value: 0 <= value < 1)
-_NOT_NEGATIVE = _number("a number of at least 0", lambda value: value >= 0)
-_FLOATS = _one_of("float32", "bfloat16")
+def _are_3_numbers(value: object, low: float = 0.0) -> bool:
+    return _are(value, partial(_is_number, low=low, high=1), range(3, 4))
 
-_RULES = {
-    "seed": _whole(0),
-    "architecture": _one_of(*models.ARCHITECTURES),
-    "dtype": _FLOATS,
-    "pretrained": _TEXT,
-    "dataset.name": _NAME,
-    "dataset.data_dir": _TEXT,
-    "dataset.train_split": _NAME,
-    "dataset.test_split": _NAME,
-    "dataset.classes": _Rule(
-        (tuple, list), "a tuple of class names", lambda value: all(isinstance(x, str) for x in value)
-    ),
-    "dataset.storage": _one_of("auto", "memory", "stream"),
-    "dataset.num_workers": _whole(0, 1024),
-    "image_size": _whole(1, 16_384),
-    "image_mean": _Rule((tuple, list), "three numbers from 0 to 1", _are_shares),
-    "image_std": _Rule(
-        (tuple, list), "three numbers above 0, at most 1", lambda value: _are_shares(value) and min(value) > 0
-    ),
-    "augment": _one_of(*preprocess.AUGMENTATIONS),
-    "test_augment": _one_of(*preprocess.AUGMENTATIONS),
-    "trainable": _Rule((str, tuple, list), "a mode's name or a tuple of regular expressions", bool),
-    "frozen_dropout": _Rule((bool,), "True or False", lambda value: True),
-    "features": _one_of("auto", "cached", "fresh"),
-    "feature_views": _whole(1),
-    "lora.rank": _whole(1),
-    "lora.alpha": _number("a number above 0", lambda value: value > 0),
-    "lora.targets": _Rule((tuple, list), "a tuple of regular expressions", bool),
-    "optimizer.name": _one_of(*optim.OPTIMIZERS),
-    "optimizer.momentum": _SHARE,
-    "optimizer.momentum_dtype": _FLOATS,
-    "optimizer.weight_decay": _NOT_NEGATIVE,
-    "optimizer.decayed": _one_of(*optim.DECAYED),
-    "optimizer.layer_decay": _number("a number above 0, at most 1", lambda value: 0 < value <= 1),
-    "optimizer.clip_norm": _NOT_NEGATIVE,
-    "learning_rate": _NOT_NEGATIVE,
-    "schedule": _one_of(*optim.SCHEDULES),
-    "schedule_steps": _whole(0),
-    "schedule_every_steps": _whole(1),
-    "warmup_steps": _whole(0),
-    "label_smoothing": _SHARE,
-    "mixup_alpha": _NOT_NEGATIVE,
-    "cutmix_alpha": _NOT_NEGATIVE,
-    "ema_decay": _SHARE,
-    "batch_size": _whole(1),
-    "eval_batch_size": _whole(1),
-    "accumulation_steps": _whole(1),
-    "remat": _one_of("none", *models.REMAT_POLICIES),
-    "mesh.fsdp": _whole(1),
-    "mesh.data": _whole(0),
-    "num_steps": _whole(0),
-    "log_every_steps": _whole(1),
-    "eval_every_steps": _whole(1),
-    "checkpoint_every_steps": _whole(1),
-}
 
-_ADDED_LATER = {"dataset.storage": "auto", "dataset.num_workers": 0}
-"""Keys that runs may be older than, with the value that changes nothing."""
+def _is_result(value: object) -> bool:
+    return isinstance(value, tuple | list) and list(map(type, value)) == [str, str, float]
 
-# A run may go on with these changed: they do not touch what it computes.
-_FREE = (
-    "dataset.data_dir",
-    "dataset.num_workers",
-    "eval_batch_size",
-    "remat",
-    "mesh.fsdp",
-    "mesh.data",
-    "log_every_steps",
-    "eval_every_steps",
-    "checkpoint_every_steps",
+
+def _one_of(*choices: str) -> Check:
+    return Check(f"one of {', '.join(choices)}", choices.__contains__)
+
+
+_POSITIVE = Check("a positive integer below 2^31", partial(_is_integer, low=1))
+_COUNT = Check("a non-negative integer below 2^31", partial(_is_integer, low=0))
+_NUMBER = Check("a non-negative number", _is_number)
+_FRACTION = Check("a number in [0, 1)", partial(_is_number, high=_BELOW_1))
+_STRING = Check("a string", lambda value: isinstance(value, str))
+_NAME = Check("a string that is not empty", lambda value: isinstance(value, str) and value != "")
+_STRINGS = Check("a tuple of strings", partial(_are, check=_STRING.accepts))
+_DTYPE = _one_of("float32", "bfloat16")
+_AUGMENT = _one_of("none", "flip", "pad_crop", "square_crop", "inception")
+_PATTERNS = Check("a tuple of regular expressions", partial(_are, check=_is_pattern, lengths=range(1, _INT32_MAX)))
+_TRAINABLE = Check(f"one of {', '.join(MODES)}, or {_PATTERNS.expected}", lambda x: x in MODES or _PATTERNS.accepts(x))
+
+
+class Key(NamedTuple):
+    """A key of a config: `--config.NAME=VALUE` on the command line."""
+
+    name: str
+    default: Any
+    check: Check
+    doc: str  # meaning and unit
+    resumable: bool = False  # whether a resumed run may change it: no result depends on it
+
+
+# fmt: off
+KEYS = (
+    Key("seed", 0, _COUNT, "of initialization, order of images, augmentation and dropout"),
+    Key("architecture", "vit", _one_of("vit", "resnet50"), "Vision Transformer, or ResNet-50 (BiT)"),
+    Key("model", {}, Check("a ConfigDict", lambda value: isinstance(value, dict)),
+        "constructor arguments of the model; sizes that are left out are read from the pretrained checkpoint"),
+    Key("dtype", "float32", _DTYPE, "of activations and matrix products; parameters are always float32"),
+    Key("pretrained", "", _STRING,
+        'released name such as "imagenet21k/ViT-B_16" or "augreg/B_16", "micro", or a path; "" trains from scratch'),
+
+    Key("dataset.name", "", _NAME, "cifar10 | cifar100 | digits | folder:DIR | tfds:NAME"),
+    Key("dataset.data_dir", "", _STRING, 'archive or directory on disk; "" downloads into the cache', resumable=True),
+    Key("dataset.train_split", "train", _NAME, 'may be a slice, such as "train[:90%]"'),
+    Key("dataset.test_split", "test", _NAME, '"train[90%:]" tunes without looking at the test images'),
+    Key("dataset.classes", (), _STRINGS, "names of the classes to keep; () keeps all"),
+    Key("dataset.storage", "auto", _one_of("auto", "memory", "stream"),
+        "memory: images are decoded once and kept on the device; stream: for every step; auto: memory if half of it "
+        "is enough, unless large images, or images of different sizes, are cropped; same results"),
+    Key("dataset.num_workers", 0, Check("an integer from 0 to 1,024", partial(_is_integer, low=0, high=1024)),
+        "processes that decode streamed images; 0: one per available processor", resumable=True),
+    Key("image_size", 224, Check("an integer from 1 to 16,384", partial(_is_integer, low=1, high=16_384)),
+        "height and width of the model's input, pixels"),
+    Key("image_mean", (0.5, 0.5, 0.5), Check("three numbers in [0, 1]", _are_3_numbers),
+        "of red, green and blue in [0, 1]; the model's input is (image - mean) / std: [-1, 1] by default"),
+    Key("image_std", (0.5, 0.5, 0.5), Check("three numbers in (0, 1]", partial(_are_3_numbers, low=_ABOVE_0)),
+        "of red, green and blue in [0, 1]"),
+    Key("augment", "none", _AUGMENT, "of training images; pad_crop, square_crop and inception crop and flip"),
+
+    Key("trainable", "full", _TRAINABLE,
+        "parameters to train: a mode, or regular expressions that match whole paths; mlp, attention, bias and lora "
+        "include the head, bias also norms; a pattern that names lora, as in '(lora|head)/.*', adds LoRA weights"),
+    Key("features", "auto", _one_of("auto", "cached", "fresh"),
+        "auto: features of a frozen backbone are cached unless images are augmented; cached: also if they are"),
+    Key("feature_views", 1, _POSITIVE, "augmented views of each image that are cached; an epoch trains on one"),
+    Key("lora.rank", 8, _POSITIVE, "of the products A·B"),
+    Key("lora.alpha", 16.0, Check("a positive number", partial(_is_number, low=_ABOVE_0)), "scale is alpha / rank"),
+    Key("lora.targets", (".*/query/kernel", ".*/value/kernel"), _PATTERNS, "paths of kernels that get LoRA weights"),
+
+    Key("optimizer.name", "sgd", _one_of("sgd", "adam", "adamw"), "of the three, only sgd has momentum"),
+    Key("optimizer.momentum", 0.9, _FRACTION, "of sgd"),
+    Key("optimizer.momentum_dtype", "float32", _DTYPE, "of sgd; bfloat16 halves the optimizer's memory"),
+    Key("optimizer.weight_decay", 0.0, _NUMBER, "sgd, adam: L2, added to the gradient; adamw: decoupled"),
+    Key("optimizer.decayed", "all", _one_of("all", "kernels"),
+        "parameters that decay; kernels excludes norms, biases, position embeddings and cls"),
+    Key("optimizer.layer_decay", 1.0, Check("a number in (0, 1]", partial(_is_number, low=_ABOVE_0, high=1)),
+        "factor on the learning rate from each block to the one below"),
+    Key("optimizer.clip_norm", 0.0, _NUMBER, "global norm of the gradient, before weight decay; 0: no clipping"),
+    Key("learning_rate", 0.01, _NUMBER, "peak of the schedule (lr)"),
+    Key("schedule", "cosine", _one_of("cosine", "linear", "constant"), "cosine and linear decay to zero at num_steps"),
+    Key("warmup_steps", 0, _COUNT, "updates; linear from 0 at the first"),
+    Key("label_smoothing", 0.0, _FRACTION, "fraction of the target that is spread over all classes"),
+    Key("mixup_alpha", 0.0, _NUMBER, "fractions of blended images are sampled from Beta(alpha, alpha); 0: no mixup"),
+    Key("cutmix_alpha", 0.0, _NUMBER, "the same for pasted boxes; with both, each image is mixed in one of two ways"),
+    Key("ema_decay", 0.0, _FRACTION, "of EMA parameters; at most (1 + step) / (10 + step), step from 0; 0: no EMA"),
+
+    Key("batch_size", 128, _POSITIVE, "images per update, over all devices and processes"),
+    Key("eval_batch_size", 256, _POSITIVE, "images; rounded up to a multiple of the devices", resumable=True),
+    Key("accumulation_steps", 1, _POSITIVE, "parts of a batch that are computed in turn, to save memory; same update"),
+    Key("remat", "none", _one_of("none", "dots", "full"),
+        "activations that blocks recompute in the backward pass: dots all but matrix products", resumable=True),
+    Key("mesh.fsdp", 1, _POSITIVE, "devices that share a copy of parameters and optimizer state", resumable=True),
+    Key("mesh.data", 0, _COUNT, "copies of parameters and optimizer state; 0: as many as fit", resumable=True),
+
+    Key("num_steps", 1000, _COUNT, "updates; epochs × (training images // batch_size)"),
+    Key("log_every_steps", 10, _POSITIVE, "updates between training lines of metrics.jsonl", resumable=True),
+    Key("eval_every_steps", 500, _POSITIVE, "updates between evaluations; always one at the end", resumable=True),
+    Key("checkpoint_every_steps", 500, _POSITIVE, "updates; also after each evaluation", resumable=True),
+    Key("reference_results", (), Check("a tuple of (dataset, label, accuracy)", partial(_are, check=_is_result)),
+        "test accuracies of other work, for the report", resumable=True),
+
+    # No ordinary run sets these; they show what a setting is worth.
+    Key("ablation.test_augment", "none", _AUGMENT, "of test images, the same at every evaluation"),
+    Key("ablation.schedule_steps", 0, _COUNT, "updates until the schedule ends; 0: num_steps"),
+    Key("ablation.schedule_every_steps", 1, _POSITIVE, "updates between changes of the learning rate after warm-up"),
+    Key("ablation.frozen_dropout", False, Check("True or False", lambda value: isinstance(value, bool)),
+        "dropout also in a backbone that is frozen as a whole"),
+    Key("ablation.head_init", "zeros", _one_of("zeros", "xavier"), "of the new head's kernel"),
 )
+# fmt: on
+
+
+def get_config() -> ConfigDict:
+    """Returns the defaults, locked against keys that do not exist; `model` is open and empty."""
+    tree: dict[str, Any] = {}
+    for key in KEYS:
+        group, _, name = key.name.rpartition(".")
+        (tree.setdefault(group, {}) if group else tree)[name] = key.default
+    config = ConfigDict(tree | {"trainable": FieldReference("full", field_type=object)}).lock()  # a string or a tuple
+    config.model.unlock()
+    return config
+
+
+def check_key(name: str) -> None:
+    """Raises UsageError unless `name` is a key, a group of keys or an argument of the model."""
+    if name.startswith("model.") or any(name == key.name or key.name.startswith(f"{name}.") for key in KEYS):
+        return
+    near = [key.name for key in KEYS if key.name.endswith(f".{name}")]
+    near += difflib.get_close_matches(name, [key.name for key in KEYS], n=1)
+    near += [key.name for key in KEYS if re.search(rf"\b{re.escape(name)}\b", key.doc)]
+    advice = f"did you mean {near[0]}?" if near else "`python -m vit_jax.config` prints all"
+    raise UsageError(f"config.{name}: no such key; {advice}")
 
 
 def check_config(config: ConfigDict) -> None:
@@ -128,43 +193,32 @@ def check_config(config: ConfigDict) -> None:
     Raises:
         UsageError: names the first key that is wrong, what was got and what was expected.
     """
-    flat = _flatten(config.to_dict())
-    for key in flat:
-        if key not in _RULES and not key.startswith("model."):
-            near = difflib.get_close_matches(key, _RULES, n=1)
-            raise UsageError(f"config.{key}: no such key" + (f"; did you mean config.{near[0]}?" if near else ""))
-    for key in _RULES:
-        if key not in flat:
-            raise UsageError(f"config.{key} is missing: start from configs/base.py, which holds every key")
-        wrong = complaint(key, flat[key])
-        if wrong:
-            raise UsageError(f"config.{wrong}")
-    optim.trainable_patterns(config.trainable)
-    optim.check_patterns(config.lora.targets, key="lora.targets")
+    for complaint in _complaints(config):
+        raise UsageError(complaint)
+
+
+def _complaints(config: ConfigDict) -> Iterator[str]:
+    if not isinstance(config, ConfigDict):
+        yield f"config is a {type(config).__name__}; expected a ConfigDict; start from vit_jax.config.get_config()"
+    values = _flatten(config.to_dict(), leaf="model")
+    for name in values:
+        check_key(name)
+    for key in KEYS:
+        if key.name not in values:
+            yield f"config.{key.name} is missing; start from vit_jax.config.get_config()"
+        elif not key.check.accepts(values[key.name]):
+            yield f"config.{key.name} is {values[key.name]!r}; expected {key.check.expected}"
+    if "head_init" in config.model:
+        yield "config.model.head_init: set config.ablation.head_init instead"
     if config.batch_size % config.accumulation_steps:
-        raise UsageError(
-            f"config.batch_size {config.batch_size} does not divide into {config.accumulation_steps} accumulation_steps"
-        )
+        yield f"config.accumulation_steps {config.accumulation_steps} does not divide batch_size {config.batch_size}"
     if config.warmup_steps > config.num_steps:
-        raise UsageError(f"config.warmup_steps {config.warmup_steps} is above num_steps {config.num_steps}")
+        yield f"config.warmup_steps {config.warmup_steps} is above num_steps {config.num_steps}"
     if config.num_steps == config.warmup_steps == 1:
-        raise UsageError(
-            "config.num_steps and warmup_steps are both 1, so that the only update has learning rate 0; "
-            "set warmup_steps to 0"
-        )
-    if 0 < config.schedule_steps <= config.warmup_steps:
-        raise UsageError(
-            f"config.schedule_steps {config.schedule_steps} is not above warmup_steps {config.warmup_steps}, so that "
-            "the learning rate is 0 after its peak; raise schedule_steps, or set it to 0 to decay until num_steps"
-        )
-
-
-def complaint(key: str, value: Any) -> str:
-    """What is wrong with the type or range of one key's value; empty where it is right."""
-    rule = _RULES[key]
-    if isinstance(value, rule.types) and isinstance(value, bool) == (bool in rule.types) and rule.holds(value):
-        return ""
-    return f"{key} is {value!r}; expected {rule.expected}"
+        yield "config.num_steps and warmup_steps are 1: the only update has learning rate 0; set warmup_steps to 0"
+    if 0 < config.ablation.schedule_steps <= config.warmup_steps:
+        limits = f"{config.ablation.schedule_steps} is not above warmup_steps {config.warmup_steps}"
+        yield f"config.ablation.schedule_steps {limits}: no update would follow the peak; raise it, or set it to 0"
 
 
 def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | None = None) -> None:
@@ -176,17 +230,17 @@ def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | Non
         saved: the config in the latest checkpoint, as JSON values; None reads config.json.
 
     Raises:
-        UsageError: something that matters differs; the message is the difference.
+        UsageError: a key that is not `resumable` differs; the message is the difference.
         UserError: the run's own config cannot be read.
     """
-    old_config = load_config(workdir) if saved is None else _complete(saved, workdir / "checkpoints")
-    old, new = _flatten(old_config.to_dict()), _flatten(json.loads(json.dumps(config.to_dict())))
-    keys = [key for key in sorted(old.keys() | new.keys()) if key not in _FREE and old.get(key) != new.get(key)]
-    if keys:
-        changes = "; ".join(f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in keys)
+    run_config = load_config(workdir) if saved is None else _complete(saved, workdir / "checkpoints")
+    old, new = (_flatten(json.loads(json.dumps(each.to_dict()))) for each in (run_config, config))
+    fixed = sorted((old.keys() | new.keys()) - {key.name for key in KEYS if key.resumable})
+    changes = "; ".join(f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in fixed if old.get(k) != new.get(k))
+    if changes:
         raise UsageError(
             f"{workdir} belongs to a run with another config ({changes}); "
-            "give another --workdir, or delete this one to start afresh"
+            "give another --workdir, or delete this one to start again"
         )
 
 
@@ -196,54 +250,53 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
 
 
 def load_config(workdir: Path, *, saved: dict[str, Any] | None = None) -> ConfigDict:
-    """Reads `workdir/config.json`; keys that were added after the run was started get their neutral values.
+    """Reads `workdir/config.json`; keys that are newer than the run get their defaults.
 
     Args:
         workdir: of the run.
         saved: the config in a checkpoint, as JSON values; replaces a config.json that is missing or damaged.
 
     Raises:
-        UserError: it is missing, not JSON, or lacks keys.
+        UserError: it cannot be read, or is not a config.
     """
     path = workdir / "config.json"
     try:
         tree = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    except (OSError, ValueError) as error:
         if saved is None:
-            raise UserError(
-                f"{path} is missing, and the checkpoint, of an older version, does not hold the config; "
-                "put the file back, or give another --workdir"
-            ) from error
-        tree = saved
-    except (ValueError, OSError) as error:
-        if saved is None:
-            raise UserError(f"{path} could not be read: {one_line(error)}; give the --workdir of a run") from error
+            raise UserError(f"{path} cannot be read: {one_line(error)}; give the --workdir of a run") from error
         tree = saved
     return _complete(tree, path)
 
 
 def _complete(tree: Any, path: Path) -> ConfigDict:
-    """A config from JSON, with the keys that were added after it was written.
-
-    Raises:
-        UserError: it lacks other keys; the message names `path`, where it was read.
-    """
-    flat = _ADDED_LATER | (_flatten(tree) if isinstance(tree, dict) else {})
-    missing = [key for key in _RULES if key not in flat]
-    if missing:
-        raise UserError(
-            f"{path} lacks {', '.join(missing[:3])}: it is damaged, or no run's; give the --workdir of a run"
-        )
-    config = ConfigDict(tree)
-    for key in _ADDED_LATER:
-        parent, _, name = key.rpartition(".")
-        (config[parent] if parent else config)[name] = flat[key]
+    """Returns the config that was read from `path`, with defaults for missing keys."""
+    config = get_config()
+    try:
+        with config.unlocked():
+            config.update(tree)
+        check_config(config)
+    except (UsageError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged, or of another version of vit_jax: {one_line(error)}") from error
     return config
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries -> one, keys joined by dots."""
+def _flatten(tree: dict[str, Any], prefix: str = "", *, leaf: str = "") -> dict[str, Any]:
+    """Returns the values of nested dictionaries, keys joined by dots; the one of key `leaf` stays a dictionary."""
     flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    for name, value in tree.items():
+        group = isinstance(value, dict) and name != leaf
+        flat |= _flatten(value, f"{prefix}{name}.") if group else {prefix + name: value}
     return flat
+
+
+def main() -> int:
+    """Prints every key: name, default, meaning and unit, type and range."""
+    for key in KEYS:
+        text = f"{key.doc} ({key.check.expected}{'; a resumed run may change it' if key.resumable else ''})"
+        print(f"{key.name} = {key.default!r}\n{textwrap.indent(textwrap.fill(text, 96), '    ')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -226,7 +226,7 @@ def test_evaluation_is_that_of_pictures_in_memory(folder, whole, tmp_path):
     "changes",
     [
         {"augment": "inception", "image_size": 8},
-        {"augment": "pad_crop", "test_augment": "square_crop"},
+        {"augment": "pad_crop", "ablation.test_augment": "square_crop"},
         {"augment": "inception", "trainable": "head", "features": "cached", "feature_views": 2, "mixup_alpha": 0.0},
     ],
     ids=["inception", "pad_crop", "cached_views"],

@@ -82,7 +82,6 @@ def test_a_model_from_scratch_needs_sizes():
         ({"dropout_rate": "0.1"}, "config.model.dropout_rate is '0.1'; expected a number"),
         ({"num_layers": True}, "config.model.num_layers is True; expected a whole number"),
         ({"gelu_approximate": 1}, "config.model.gelu_approximate is 1; expected True or False"),
-        ({"head_init": "ones"}, "config.model.head_init is 'ones'; expected one of zeros, xavier"),
         ({"pool": "max"}, "config.model.pool is 'max'; expected one of cls, mean, map"),
         (
             {"stem_units": (2, 0)},

@@ -56,9 +56,8 @@ def test_train_and_evaluate_caches_the_same_features_for_any_eval_batch_size(tmp
 @pytest.mark.parametrize("features", ["cached", "fresh"])
 def test_evaluate_run_crops_test_images_as_training_did(tmp_path, features):
     """Test-time crops have keys of their own, whatever the seed."""
-    config = head_config(
-        features=features, seed=3, test_augment="square_crop", num_steps=22, eval_every_steps=22, warmup_steps=0
-    )
+    config = head_config(features=features, seed=3, num_steps=22, eval_every_steps=22, warmup_steps=0)
+    config.ablation.test_augment = "square_crop"
     results = trainer.train_and_evaluate(config, tmp_path)
     assert trainer.evaluate_run(trainer.load_run(tmp_path)) == pytest.approx(results, abs=1e-5)
 

@@ -39,8 +39,8 @@ def create(config, *, num_devices=8, num_images=1437):
         ({"trainable": "head", "augment": "flip", "features": "cached", "feature_views": 4}, True),
         ({"trainable": "head", "mixup_alpha": 0.1}, False),
         ({"trainable": "head", "model": {**SIZES, "dropout_rate": 0.1}}, True),
-        ({"trainable": "head", "model": {**SIZES, "dropout_rate": 0.1}, "frozen_dropout": True}, False),
-        ({"trainable": "head", "frozen_dropout": True}, True),
+        ({"trainable": "head", "model": {**SIZES, "dropout_rate": 0.1}, "ablation.frozen_dropout": True}, False),
+        ({"trainable": "head", "ablation.frozen_dropout": True}, True),
     ],
 )
 def test_features_are_stored_where_the_backbone_is_a_fixed_function(changes, cached):
@@ -59,10 +59,10 @@ def test_features_are_stored_where_the_backbone_is_a_fixed_function(changes, cac
             {
                 "features": "cached",
                 "trainable": "head",
-                "frozen_dropout": True,
+                "ablation.frozen_dropout": True,
                 "model": {**SIZES, "dropout_rate": 0.1},
             },
-            "frozen_dropout draws them anew",
+            "ablation.frozen_dropout changes them at every step",
         ),
         ({"trainable": "head", "feature_views": 4}, "config.feature_views is 4, which needs features 'cached'"),
         ({"trainable": (".*/adapter/.*",)}, "'.*/adapter/.*' matches no parameter"),
@@ -118,7 +118,7 @@ def test_create_program_refuses_parameters_without_gradients(changes, message):
 
 
 def test_create_program_accepts_a_frozen_head_that_is_not_zero():
-    made = create(config_with(trainable=("lora/.*",), model={**SIZES, "head_init": "xavier"}))
+    made = create(config_with(trainable=("lora/.*",), **{"ablation.head_init": "xavier"}))
     assert set(made.abstract_state.trainable) == {"lora"}
 
 
@@ -146,7 +146,7 @@ def test_low_rank_adaptation_computes_no_gradient_of_the_kernels():
     ("changes", "on"),
     [
         ({"trainable": "head"}, False),
-        ({"trainable": "head", "frozen_dropout": True}, True),
+        ({"trainable": "head", "ablation.frozen_dropout": True}, True),
         ({"trainable": "mlp"}, True),
     ],
 )
