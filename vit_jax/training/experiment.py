@@ -125,20 +125,10 @@ class Experiment:
         to_device = functools.partial(sharding.device_put, shardings=sharding.replicated(self.mesh))
         augment, test_augment = config.augment, config.ablation.test_augment
         if self.storage == Storage.FEATURES:
-            forward, params = self.image_forward, optim.merge_params(state.trainable, state.frozen)
-            train_features = compute_features(
-                forward,
-                params,
-                train.images,
-                self.mesh,
-                augment=augment,
-                device_augment=forward.augment,
-                num_views=config.feature_views,
-                seed=config.seed,
-            )
-            test_features = compute_features(
-                forward, params, test.images, self.mesh, augment=test_augment, device_augment=forward.test_augment
-            )
+            params = optim.merge_params(state.trainable, state.frozen)
+            compute = functools.partial(compute_features, self.image_forward, params, mesh=self.mesh)
+            train_features = compute(train.images, augment=augment, num_views=config.feature_views, seed=config.seed)
+            test_features = compute(test.images, augment=test_augment)
             return Examples(train_features, to_device(train.labels), test_features, to_device(test.labels))
         test_images = batches.crop_when_decoded(test.images, augment=test_augment, image_mean=config.image_mean)
         if self.storage == Storage.STREAM:

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from vit_jax.data import EncodedImages, preprocess
 from vit_jax.data.batches import Batch, crop_when_decoded
 from vit_jax.runtime.errors import UsageError
-from vit_jax.training.inference import Augment, ImageForward, Inference
+from vit_jax.training.inference import ImageForward, Inference
 from vit_jax.types import ImageSource, Params
 
 _BATCH_SIZE = 128
@@ -80,7 +81,6 @@ def compute_features(
     mesh: Mesh,
     *,
     augment: str,
-    device_augment: Augment,
     num_views: int = 1,
     seed: int = 0,
 ) -> jax.Array:
@@ -92,7 +92,6 @@ def compute_features(
         images: uint8 [n h w 3], on the host.
         mesh: batches are split over its devices.
         augment: see `preprocess.prepare`.
-        device_augment: what is left of it to the device, see `preprocess.device_augment`.
         num_views: number of times that every image is augmented.
         seed: of the augmentation.
 
@@ -100,9 +99,11 @@ def compute_features(
         [views · n d], on every device: all images once, then all of them again.
     """
     cropped = crop_when_decoded(images, augment=augment, image_mean=forward.image_mean, num_views=num_views, seed=seed)
-    inference = Inference(_backbone(forward, test_augment=device_augment), mesh, batch_size=_BATCH_SIZE)
+    on_device = preprocess.device_augment(augment, in_memory=not isinstance(images, EncodedImages))
+    backbone = dataclasses.replace(_backbone(forward), test_augment=on_device)
+    inference = Inference(backbone, mesh, batch_size=_BATCH_SIZE)
     return inference.outputs(params, cropped, num_views=num_views * len(images) // len(cropped), seed=seed)
 
 
-def _backbone(forward: ImageForward, **changes: Augment) -> ImageForward:
-    return dataclasses.replace(forward, model=forward.model.clone(num_classes=None), **changes)
+def _backbone(forward: ImageForward) -> ImageForward:
+    return dataclasses.replace(forward, model=forward.model.clone(num_classes=None))
