@@ -199,7 +199,7 @@ def check_config(config: ConfigDict) -> None:
 
 def _complaints(config: ConfigDict) -> Iterator[str]:
     if not isinstance(config, ConfigDict):
-        yield f"config is a {type(config).__name__}; expected a ConfigDict; start from vit_jax.config.get_config()"
+        yield f"config is a {type(config).__name__}; expected a ConfigDict, as from vit_jax.config.get_config()"
     values = _flatten(config.to_dict(), leaf="model")
     for name in values:
         check_key(name)
@@ -226,7 +226,6 @@ def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | Non
 
     Args:
         config: to resume with.
-        workdir: of the run.
         saved: the config in the latest checkpoint, as JSON values; None reads config.json.
 
     Raises:
@@ -253,7 +252,6 @@ def load_config(workdir: Path, *, saved: dict[str, Any] | None = None) -> Config
     """Reads `workdir/config.json`; keys that are newer than the run get their defaults.
 
     Args:
-        workdir: of the run.
         saved: the config in a checkpoint, as JSON values; replaces a config.json that is missing or damaged.
 
     Raises:
