@@ -226,6 +226,7 @@ def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | Non
 
     Args:
         config: to resume with.
+        workdir: of the run.
         saved: the config in the latest checkpoint, as JSON values; None reads config.json.
 
     Raises:
@@ -238,8 +239,7 @@ def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | Non
     changes = "; ".join(f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in fixed if old.get(k) != new.get(k))
     if changes:
         raise UsageError(
-            f"{workdir} belongs to a run with another config ({changes}); "
-            "give another --workdir, or delete this one to start again"
+            f"{workdir} belongs to a run with another config ({changes}); delete it or give another --workdir"
         )
 
 
@@ -252,6 +252,7 @@ def load_config(workdir: Path, *, saved: dict[str, Any] | None = None) -> Config
     """Reads `workdir/config.json`; keys that are newer than the run get their defaults.
 
     Args:
+        workdir: of the run.
         saved: the config in a checkpoint, as JSON values; replaces a config.json that is missing or damaged.
 
     Raises:
