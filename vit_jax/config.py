@@ -238,9 +238,7 @@ def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | Non
     fixed = sorted((old.keys() | new.keys()) - {key.name for key in KEYS if key.resumable})
     changes = "; ".join(f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in fixed if old.get(k) != new.get(k))
     if changes:
-        raise UsageError(
-            f"{workdir} belongs to a run with another config ({changes}); delete it or give another --workdir"
-        )
+        raise UsageError(f"{workdir} is of a run with another config ({changes}); delete it or give another --workdir")
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:
