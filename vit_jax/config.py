@@ -199,7 +199,7 @@ def check_config(config: ConfigDict) -> None:
 
 def _complaints(config: ConfigDict) -> Iterator[str]:
     if not isinstance(config, ConfigDict):
-        yield f"config is a {type(config).__name__}; expected a ConfigDict; start from vit_jax.config.get_config()"
+        yield f"config is a {type(config).__name__}; expected a ConfigDict, as from vit_jax.config.get_config()"
     values = _flatten(config.to_dict(), leaf="model")
     for name in values:
         check_key(name)
@@ -238,10 +238,7 @@ def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | Non
     fixed = sorted((old.keys() | new.keys()) - {key.name for key in KEYS if key.resumable})
     changes = "; ".join(f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in fixed if old.get(k) != new.get(k))
     if changes:
-        raise UsageError(
-            f"{workdir} belongs to a run with another config ({changes}); "
-            "give another --workdir, or delete this one to start again"
-        )
+        raise UsageError(f"{workdir} is of a run with another config ({changes}); delete it or give another --workdir")
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:
