@@ -10,9 +10,9 @@ import numpy as np
 
 from vit_jax import pretrained
 from vit_jax.data import preprocess
+from vit_jax.pretrained import ModelMetadata
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
-from vit_jax.training import build
 from vit_jax.types import Params
 
 
@@ -110,12 +110,12 @@ def load_exported(name_or_path: str) -> Classifier:
     Raises:
         UserError: it cannot be read, is no known model, or has no head.
     """
-    params, about = pretrained.read_model(name_or_path)
+    params, metadata = pretrained.read_model(name_or_path)
     try:
-        about = about or build.describe_file(params)
+        metadata = metadata or ModelMetadata.from_params(params)
         if "head" not in params:
             raise UserError("it has no head and knows no classes; start a run from it (config.pretrained)")
-        return Classifier(**fields(build.rebuild_model(about, params), params, about))
+        return Classifier(**fields(params, metadata))
     except UserError as error:
         raise UserError(f"{name_or_path}: {error}") from error
 
@@ -126,13 +126,14 @@ def require_trained_head(classifier: Classifier, name: str) -> None:
         raise UserError(f"{name} has a head of zeros, which says nothing; fine-tune the model first")
 
 
-def fields(model: Any, params: Params, about: dict[str, Any]) -> dict[str, Any]:
-    """What a `Classifier` is made of, from the description of a model (`build.describe`)."""
+def fields(params: Params, metadata: ModelMetadata) -> dict[str, Any]:
+    """Returns the fields of a `Classifier`; raises UserError if the metadata is not that of the parameters."""
+    metadata.validate(params)
     return {
-        "model": model,
+        "model": metadata.create_model(),
         "params": params,
-        "class_names": tuple(about["class_names"]),
-        "image_size": about["image_size"],
-        "image_mean": tuple(about["image_mean"]),
-        "image_std": tuple(about["image_std"]),
+        "class_names": metadata.class_names,
+        "image_size": metadata.image_size,
+        "image_mean": metadata.image_mean,
+        "image_std": metadata.image_std,
     }

@@ -42,7 +42,7 @@ def export_npz(run: Any, out: Path) -> None:
 
     from vit_jax import pretrained
 
-    pretrained.save_npz(out, jax.device_get(run.params), run.about)
+    pretrained.save_npz(out, jax.device_get(run.params), run.metadata)
 
 
 def export_orbax(run: Any, out: Path) -> None:
@@ -50,7 +50,7 @@ def export_orbax(run: Any, out: Path) -> None:
     from vit_jax import pretrained
 
     with _new_folder(out) as folder:
-        pretrained.save_folder(folder, run.params, run.about)
+        pretrained.save_folder(folder, run.params, run.metadata)
 
 
 def export_safetensors(run: Any, out: Path) -> None:
@@ -59,15 +59,15 @@ def export_safetensors(run: Any, out: Path) -> None:
 
     from vit_jax.pretrained import huggingface
 
-    if run.about["architecture"] != "vit":
-        raise UserError(f"--format safetensors is for Vision Transformers; this is a {run.about['architecture']}")
-    config, preprocessor = huggingface.huggingface_config(run.about)
+    if run.metadata.architecture != "vit":
+        raise UserError(f"--format safetensors is for Vision Transformers; this is a {run.metadata.architecture}")
+    config, preprocessor = huggingface.huggingface_config(run.metadata)
     with _new_folder(out) as folder:
         tensors = save(huggingface.to_huggingface(run.params), metadata={"format": "pt"})
         (folder / "model.safetensors").write_bytes(tensors)
         _write_json(folder / "config.json", config)
         _write_json(folder / "preprocessor_config.json", preprocessor)
-        _write_json(folder / "about.json", run.about)
+        _write_json(folder / "about.json", run.metadata.to_json())
 
 
 def export_stablehlo(run: Any, out: Path) -> None:
@@ -85,7 +85,7 @@ def export_stablehlo(run: Any, out: Path) -> None:
     )
     with _new_folder(out) as folder:
         (folder / "model.stablehlo").write_bytes(exported.serialize())
-        _write_json(folder / "about.json", run.about)
+        _write_json(folder / "about.json", run.metadata.to_json())
 
 
 FORMATS: dict[str, Callable[[Any, Path], None]] = {

@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 from vit_jax import classifier
 from vit_jax import config as settings
 from vit_jax.classifier import Classifier
+from vit_jax.pretrained import ModelMetadata
 from vit_jax.runtime import distributed, sharding
 from vit_jax.runtime.errors import UserError, one_line
-from vit_jax.training import build, checkpoint, features, lora, metrics, steps
+from vit_jax.training import checkpoint, features, lora, metrics, steps
 from vit_jax.training.job import create_evaluate, create_job, crop_on_host, load_dataset
 from vit_jax.training.program import Program, test_options
 from vit_jax.training.writer import Writer, format_number, read_records, read_results
@@ -148,12 +149,14 @@ class Run(Classifier):
         config: laid out as in `configs/base.py`.
         step: of the checkpoint.
         mesh: of all devices, where `params` lie.
-        about: metadata of the model, see `build.describe`; "command" is the one that trained it.
+        metadata: of the model.
+        about: the same as JSON, with what else the checkpoint says; "command" is the one that trained it.
     """
 
     config: ConfigDict
     step: int
     mesh: Mesh
+    metadata: ModelMetadata
     about: dict[str, Any]
 
 
@@ -180,8 +183,10 @@ def load_run(workdir: str | Path, *, step: int | None = None, use_ema: bool = Tr
     config = settings.load_config(workdir, saved=about.pop("config", None))  # out of `about`, which exports write
     params = lora.merge_lora_weights(params, alpha=config.lora.alpha)
     about = {"dtype": config.dtype} | about  # not in checkpoints of older versions
-    model = build.rebuild_model(about, params)
-    return Run(**classifier.fields(model, params, about), config=config, step=step, mesh=mesh, about=about)
+    metadata = ModelMetadata.from_json(about)
+    return Run(
+        **classifier.fields(params, metadata), metadata=metadata, config=config, step=step, mesh=mesh, about=about
+    )
 
 
 def evaluate_run(run: Run, *, test: Split | None = None, prefix: str = "test") -> dict[str, float]:

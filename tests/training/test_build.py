@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import reference
@@ -57,9 +59,9 @@ def test_options_that_a_file_does_not_know_are_kept(file):
 
 def test_what_a_file_says_beyond_its_sizes_is_taken_unless_the_config_says_otherwise(file, tmp_path):
     params = pretrained.load_npz(file)
-    about = build.describe_file(params)
-    about["model"] |= {"gelu_approximate": False, "layer_norm_epsilon": 1e-12}
-    pretrained.save_npz(tmp_path / "other.npz", params, about)
+    metadata = pretrained.ModelMetadata.from_params(params)
+    arguments = {**metadata.model, "gelu_approximate": False, "layer_norm_epsilon": 1e-12}
+    pretrained.save_npz(tmp_path / "other.npz", params, dataclasses.replace(metadata, model=arguments))
     model = create_model(config_with(pretrained=str(tmp_path / "other.npz")))
     assert (model.gelu_approximate, model.layer_norm_epsilon) == (False, 1e-12)
     model = create_model(config_with(pretrained=str(tmp_path / "other.npz"), model={"gelu_approximate": True}))
@@ -76,20 +78,20 @@ def test_a_model_from_scratch_needs_sizes():
     [
         ({"hiden_size": 24}, "config.model.hiden_size: VisionTransformer has no such argument"),
         ({"num_classes": 24}, "config.model.num_classes: VisionTransformer has no such argument"),
-        ({"num_layers": 0}, "config.model.num_layers is 0; expected a whole number of at least 1"),
-        ({"num_layers": 1.5}, "config.model.num_layers is 1.5; expected a whole number"),
+        ({"num_layers": 0}, "config.model.num_layers is 0; expected a positive integer"),
+        ({"num_layers": 1.5}, "config.model.num_layers is 1.5; expected a positive integer"),
         ({"dropout_rate": 1.0}, "config.model.dropout_rate is 1.0; expected a number of at least 0 and below 1"),
         ({"dropout_rate": "0.1"}, "config.model.dropout_rate is '0.1'; expected a number"),
-        ({"num_layers": True}, "config.model.num_layers is True; expected a whole number"),
+        ({"num_layers": True}, "config.model.num_layers is True; expected a positive integer"),
         ({"gelu_approximate": 1}, "config.model.gelu_approximate is 1; expected True or False"),
         ({"head_init": "ones"}, "config.model.head_init is 'ones'; expected one of zeros, xavier"),
         ({"pool": "max"}, "config.model.pool is 'max'; expected one of cls, mean, map"),
         (
             {"stem_units": (2, 0)},
-            "config.model.stem_units is (2, 0); expected None, or a tuple of whole numbers of at least 1",
+            "config.model.stem_units is (2, 0); expected None, or a tuple of positive integers",
         ),
         ({"stem_units": (1,), "stem_width": 48}, "config.model.stem_width 48 is not a multiple of 32"),
-        ({"num_heads": 5}, "hidden_size 24 does not divide into 5 heads"),
+        ({"num_heads": 5}, "config.model.hidden_size 24 is not a multiple of num_heads 5"),
         ({"patch_size": 5}, "config.image_size 16 is not a multiple of the patch, 5 pixels"),
     ],
 )

@@ -1,7 +1,5 @@
 """From a config and a released file to the model and its parameters."""
 
-import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,12 +7,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-import vit_jax
-from vit_jax import config as settings
-from vit_jax import pretrained
-from vit_jax.data import preprocess
-from vit_jax.models import ARCHITECTURES, HEAD_INITS, POOLS
-from vit_jax.runtime.errors import UsageError, UserError, one_line
+from vit_jax import models, pretrained
+from vit_jax.models import ARCHITECTURES
+from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.types import Params
 
 INFER = {"vit": pretrained.infer_architecture, "resnet50": pretrained.infer_resnet}
@@ -23,28 +18,25 @@ INFER = {"vit": pretrained.infer_architecture, "resnet50": pretrained.infer_resn
 _NOT_IN_SHAPES = ("gelu_approximate", "layer_norm_epsilon")
 """Arguments that are part of what parameters mean, and that their shapes do not tell."""
 
-_LARGEST_SIZE = 2**16
-"""Of a module's constructor arguments: larger models than there are, and no tracing without end."""
-
 
 class Source(NamedTuple):
     """What a run starts from: parameters, and what their file says of the model, if it does."""
 
     params: Params
-    about: dict[str, Any] | None
+    metadata: pretrained.ModelMetadata | None
 
 
 def load_source(config: ConfigDict) -> Source | None:
     """Reads the pretrained file; None where the run starts from scratch."""
     if not config.pretrained:
         return None
-    params, about = pretrained.read_model(config.pretrained)
+    params, metadata = pretrained.read_model(config.pretrained)
     try:
-        if about is not None:
-            check_about(about, params)
+        if metadata is not None:
+            metadata.validate(params)
     except UserError as error:
         raise UserError(f"{config.pretrained}: {error}") from error
-    return Source(params, about)
+    return Source(params, metadata)
 
 
 def create_model(config: ConfigDict, source: Source | None, *, num_classes: int) -> Any:
@@ -55,19 +47,19 @@ def create_model(config: ConfigDict, source: Source | None, *, num_classes: int)
             sizes = INFER[config.architecture](source.params)
         except UserError as error:
             raise UserError(f"{config.pretrained}: {error}") from error
-        said = source.about["model"] if source.about else {}
+        said = source.metadata.model if source.metadata else {}
         meant = {key: said[key] for key in _NOT_IN_SHAPES if key in said}
         arguments = meant | agree(arguments, sizes, config.pretrained)
     elif not arguments:
         raise UsageError("config.model is empty: give the model's sizes, or a pretrained file to read them off")
-    return build_model(
-        config.architecture,
-        arguments,
-        num_classes=num_classes,
-        dtype=config.dtype,
-        image_size=config.image_size,
-        remat=config.remat,
-    )
+    try:
+        model = models.create_model(
+            config.architecture, arguments, num_classes=num_classes, dtype=config.dtype, remat=config.remat
+        )
+        model.validate(config.image_size)
+    except UsageError as error:
+        raise UsageError(f"config.{error}") from error
+    return model
 
 
 def needs_file(config: ConfigDict) -> bool:
@@ -108,169 +100,18 @@ def agree(arguments: dict[str, Any], sizes: dict[str, Any], name: str) -> dict[s
     return sizes | arguments
 
 
-def build_model(
-    architecture: str,
-    arguments: dict[str, Any],
-    *,
-    num_classes: int,
-    dtype: str = "float32",
-    image_size: int | None = None,
-    remat: str = "none",
-) -> Any:
-    """The module, its arguments checked.
-
-    Args:
-        architecture: a key of `ARCHITECTURES`.
-        arguments: of its constructor, as they come from a config or from JSON.
-        num_classes: of the head.
-        dtype: of the computation.
-        image_size: pixels, that the model has to take; None checks none.
-        remat: see the module.
-    """
-    module = ARCHITECTURES[architecture]
-    fields = {field.name: field.type for field in dataclasses.fields(module)}
-    arguments = _with_tuples(arguments)
-    for key, value in arguments.items():
-        if key not in fields or key in ("num_classes", "dtype", "remat", "parent", "name"):
-            raise UsageError(f"config.model.{key}: {module.__name__} has no such argument")
-        expected = _expected(key, fields[key], value)
-        if expected:
-            raise UsageError(f"config.model.{key} is {value!r}; expected {expected}")
-    model = module(num_classes=num_classes, dtype=jnp.dtype(dtype), remat=remat, **arguments)
-    complaint = model.complaint(image_size) if image_size is not None else ""
-    if complaint:
-        raise UsageError(complaint)
-    return model
-
-
 def _with_tuples(arguments: dict[str, Any]) -> dict[str, Any]:
     """Lists, as configs and JSON have them, as the tuples that modules and files have."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
 
 
-def _expected(key: str, kind: Any, value: Any) -> str:
-    """What a constructor's argument should be, where it is not."""
-
-    def is_size(number: Any) -> bool:
-        return isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= _LARGEST_SIZE
-
-    bounds = f"of at least 1, at most {_LARGEST_SIZE:,}"
-    size, sizes = f"a whole number {bounds}", f"a tuple of whole numbers {bounds}"
-
-    def are_sizes(numbers: Any) -> bool:
-        return isinstance(numbers, tuple) and all(map(is_size, numbers))
-
-    checks = {
-        "head_init": (value in HEAD_INITS, f"one of {', '.join(HEAD_INITS)}"),
-        "pool": (value in POOLS, f"one of {', '.join(POOLS)}"),
-        bool: (isinstance(value, bool), "True or False"),
-        float: (isinstance(value, int | float) and 0 <= value < 1, "a number of at least 0 and below 1"),
-        int: (is_size(value), size),
-        int | None: (value is None or is_size(value), size),
-        tuple[int, ...]: (are_sizes(value) and bool(value), sizes),
-        tuple[int, ...] | None: (value is None or are_sizes(value), f"None, or {sizes}"),
-    }
-    holds, expected = checks.get(key) or checks[kind]
-    return "" if holds else expected
-
-
 def describe(config: ConfigDict, model: Any, class_names: Sequence[str]) -> dict[str, Any]:
-    """What a checkpoint says of its model, as JSON values."""
-    skipped = ("parent", "name", "dtype", "remat")
-    arguments = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in skipped}
-    return {
-        "vit_jax": vit_jax.__version__,
-        "architecture": config.architecture,
-        "model": arguments,
-        "dtype": config.dtype,
-        "image_size": config.image_size,
-        "image_mean": list(config.image_mean),
-        "image_std": list(config.image_std),
-        "class_names": list(class_names),
-    }
-
-
-def rebuild_model(about: dict[str, Any], params: Params) -> Any:
-    """Creates the module that metadata describes; exports of older versions, without "dtype", compute in float32.
-
-    Raises:
-        UserError: the description is none, or not that of the parameters.
-    """
-    check_about(about, params)
-    sizes, dtype = dict(about["model"]), about.get("dtype", "float32")
-    try:
-        return build_model(about["architecture"], sizes, num_classes=sizes.pop("num_classes"), dtype=dtype)
-    except UsageError as error:
-        raise _damaged(one_line(error)) from error
-
-
-def check_about(about: dict[str, Any], params: Params) -> None:
-    """Compares a description with what `describe` writes, and with the parameters beside it.
-
-    Raises:
-        UserError: the description is none, or not that of the parameters.
-    """
-    values = {"dtype": "float32"} | about
-    for key in ("architecture", "dtype", "image_size", "image_mean", "image_std"):
-        wrong = settings.complaint(key, values.get(key))
-        if wrong:
-            raise _damaged(wrong)
-    names = about.get("class_names")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise _damaged(f"class_names is {names!r}; expected a list of texts")
-    if not isinstance(about.get("model"), dict):
-        raise _damaged("it names no model")
-    architecture = about["architecture"]
-    said, sizes = _with_tuples(about["model"]), INFER[architecture](params)
-    said |= {"image_size": about["image_size"], "number of class_names": len(names)}
-    image_size = image_size_of(params, sizes) or about["image_size"]
-    sizes |= {"image_size": image_size, "number of class_names": sizes["num_classes"]}
-    others = [f"{key} {said.get(key)} (parameters: {sizes[key]})" for key in sizes if said.get(key) != sizes[key]]
-    if others:
-        raise _damaged(", ".join(others))
-
-
-def _damaged(why: str) -> UserError:
-    return UserError(f"what the file says of its model is damaged ({why}); export it again")
-
-
-def describe_file(params: Params) -> dict[str, Any]:
-    """What can be told of a released file's model by its parameters: `describe`.
-
-    The classes of a head of 1,000 are ImageNet's; others are numbers.
-
-    Raises:
-        UserError: it is of no known model, or of patches that are no square.
-    """
-    architecture = "resnet50" if "resnet" in params else "vit"
-    sizes = INFER[architecture](params)
-    num_classes = sizes["num_classes"] or 0
-    names = [name for _, name in pretrained.imagenet_classes()]
-    return {
-        "architecture": architecture,
-        "model": sizes,
-        "dtype": "float32",
-        "image_size": image_size_of(params, sizes) or 224,
-        "image_mean": list(preprocess.HALF),
-        "image_std": list(preprocess.HALF),
-        "class_names": names if num_classes == len(names) else [str(i) for i in range(num_classes)],
-    }
-
-
-def image_size_of(params: Params, sizes: dict[str, Any]) -> int | None:
-    """Pixels, square, that position embeddings are of; None for a model that has none.
-
-    Args:
-        params: of the model.
-        sizes: read off them.
-
-    Raises:
-        UserError: they are not of a square.
-    """
-    if "Transformer" not in params:
-        return None
-    num_patches = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - ("cls" in params)
-    side = math.isqrt(num_patches)
-    if not side or side * side != num_patches:
-        raise UserError(f"the position embeddings are of {num_patches} patches, which is not a square")
-    return side * ARCHITECTURES["vit"](**sizes).pixels_per_patch
+    """Returns the metadata of a model as JSON values."""
+    metadata = pretrained.ModelMetadata.from_model(
+        model,
+        image_size=config.image_size,
+        class_names=class_names,
+        image_mean=config.image_mean,
+        image_std=config.image_std,
+    )
+    return metadata.to_json()
