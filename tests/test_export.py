@@ -5,6 +5,7 @@ import json
 import stat
 import subprocess
 import sys
+import zipfile
 
 import jax
 import numpy as np
@@ -16,8 +17,7 @@ import vit_jax
 from configs import digits
 from vit_jax import export, pretrained, trainer
 from vit_jax.runtime.errors import UserError
-from vit_jax.training import build
-from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training import build, checkpoint
 
 FORMATS = ("npz", "orbax", "safetensors", "stablehlo")
 
@@ -54,25 +54,32 @@ def logits_of(source, images):
     ("key", "value", "message"),
     [
         ("image_size", 20, r"image_size 20 \(parameters: 16\)"),
-        ("image_size", "16", "image_size is '16'; expected an integer"),
+        ("image_size", "16", "image_size is '16'; expected a positive integer"),
         ("image_mean", [127, 127, 127], r"image_mean is \[127, 127, 127\]; expected three numbers from 0 to 1"),
         ("class_names", ["0"] * 9, r"number of class_names 9 \(parameters: 10\)"),
-        ("class_names", None, "class_names is None; expected a list of texts"),
+        ("class_names", None, "class_names is None; expected a list of strings"),
         ("architecture", "vgg", "architecture is 'vgg'; expected one of vit"),
-        ("model", None, "it names no model"),
+        ("model", None, "model is None; expected an object"),
         ("dtype", "float16", "dtype is 'float16'; expected one of float32, bfloat16"),
         ("num_heads", 3, r"num_heads 3 \(parameters: 4\)"),
     ],
 )
-def test_a_description_of_another_model_is_refused(exported, tmp_path, key, value, message):
-    about = pretrained.read_about(exported / "npz")
-    (about["model"] if key in about["model"] else about)[key] = value
+def test_metadata_of_another_model_is_refused(exported, tmp_path, key, value, message):
+    metadata = pretrained.read_metadata(exported / "npz").to_json()
+    (metadata["model"] if key in metadata["model"] else metadata)[key] = value
     path = tmp_path / "x.npz"
-    pretrained.save_npz(path, pretrained.load_npz(exported / "npz"), about)
-    with pytest.raises(UserError, match=f"x.npz: what the file says of its model is damaged .*{message}"):
+    write_with_comment(path, exported / "npz", metadata)
+    with pytest.raises(UserError, match=f"x.npz.* metadata.*{message}"):
         vit_jax.load(path)
-    with pytest.raises(UserError, match=f"x.npz: what the file says of its model is damaged .*{message}"):
+    with pytest.raises(UserError, match=f"x.npz.* metadata.*{message}"):
         build.load_source(ConfigDict({"pretrained": str(path)}))
+
+
+def write_with_comment(path, exported, metadata):
+    """Writes metadata of any content, as version 0.1 did."""
+    pretrained.save_npz(path, pretrained.load_npz(exported))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = json.dumps(metadata).encode()
 
 
 @pytest.mark.parametrize("name", ["npz", "orbax", "safetensors"])
@@ -91,7 +98,7 @@ def test_what_is_loaded_again_is_the_run_to_the_bit(workdir, exported, images, n
 def bfloat16_workdir(tmp_path_factory):
     """A run that computes in bfloat16, with a head that is not zero."""
     config = digits.get_config()
-    config.ablation.head_init = "xavier"
+    config.model.head_init = "xavier"
     config.update(dtype="bfloat16", num_steps=0, warmup_steps=0)
     folder = tmp_path_factory.mktemp("bfloat16") / "digits"
     trainer.train_and_evaluate(config, folder)
@@ -119,21 +126,21 @@ def test_export_keeps_the_dtype_of_the_computation(bfloat16_workdir, images, tmp
 
 
 def test_load_takes_exports_without_a_dtype_for_float32(exported, tmp_path):
-    about = pretrained.read_about(exported / "npz")
-    assert about.pop("dtype") == "float32"
-    pretrained.save_npz(tmp_path / "old.npz", pretrained.load_npz(exported / "npz"), about)
+    metadata = pretrained.read_metadata(exported / "npz").to_json()
+    assert metadata.pop("dtype") == "float32"
+    write_with_comment(tmp_path / "old.npz", exported / "npz", metadata)
     assert vit_jax.load(tmp_path / "old.npz").model.dtype == "float32"
 
 
 def test_load_takes_the_dtype_of_older_runs_from_their_config(bfloat16_workdir, monkeypatch):
-    restore_params = Checkpoints.restore_params
+    restore_params = checkpoint.restore_params
 
     def restore_older(*args, **options):
         params, about = restore_params(*args, **options)
         del about["dtype"]
         return params, about
 
-    monkeypatch.setattr(Checkpoints, "restore_params", restore_older)
+    monkeypatch.setattr(checkpoint, "restore_params", restore_older)
     run = vit_jax.load(bfloat16_workdir)
     assert run.model.dtype == run.about["dtype"] == "bfloat16"
 
@@ -144,7 +151,7 @@ def test_create_model_takes_its_dtype_from_the_config(bfloat16_workdir, tmp_path
     config = digits.get_config()
     config.pretrained = str(tmp_path / "bfloat16.npz")
     source = build.load_source(config)
-    assert source.about["dtype"] == "bfloat16"
+    assert source.metadata.dtype == "bfloat16"
     assert build.create_model(config, source, num_classes=10).dtype == "float32"
 
 
@@ -202,11 +209,11 @@ np.save({str(tmp_path / "logits.npy")!r}, logits[1])
 
 
 def test_every_export_says_what_it_is(workdir, exported):
-    about = trainer.load_run(workdir).about
-    assert about["vit_jax"] == vit_jax.__version__ and about["class_names"] == [str(i) for i in range(10)]
-    assert pretrained.read_about(exported / "npz") == about
+    metadata = trainer.load_run(workdir).metadata
+    assert metadata.vit_jax == vit_jax.__version__ and metadata.class_names == tuple(str(i) for i in range(10))
+    assert pretrained.read_metadata(exported / "npz") == metadata
     for name in ("orbax", "stablehlo", "safetensors"):
-        assert json.loads((exported / name / "about.json").read_text()) == about
+        assert json.loads((exported / name / "about.json").read_text()) == metadata.to_json()
     modes = {path.name: path.stat().st_mode & stat.S_IROTH for path in (exported / "safetensors").iterdir()}
     assert all(modes.values()), modes
     config = json.loads((exported / "safetensors/config.json").read_text())

@@ -96,7 +96,9 @@ def about() -> dict:
 def good_npz(folder: Path) -> bytes:
     path = folder / "good.npz"
     if not path.exists():
-        pretrained.save_npz(path, unflatten_dict(released_arrays(), sep="/"), about())
+        pretrained.save_npz(
+            path, unflatten_dict(released_arrays(), sep="/"), pretrained.ModelMetadata.from_json(about())
+        )
     return path.read_bytes()
 
 

@@ -1,14 +1,16 @@
 """`python -m vit_jax.export --workdir DIR --format FORMAT --out PATH`: a run's model for use elsewhere."""
 
 import argparse
+import contextlib
 import json
+import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vit_jax.runtime.errors import UserError, parse_arguments, run_command
-from vit_jax.runtime.files import atomic_path
+from vit_jax.runtime.errors import UserError, one_line, parse_arguments, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,16 +42,15 @@ def export_npz(run: Any, out: Path) -> None:
 
     from vit_jax import pretrained
 
-    pretrained.save_npz(out, jax.device_get(run.params), run.about)
+    pretrained.save_npz(out, jax.device_get(run.params), run.metadata)
 
 
 def export_orbax(run: Any, out: Path) -> None:
     """The parameters as a checkpoint of their own: `StandardCheckpointer().restore(out / "params")`."""
     from vit_jax import pretrained
 
-    with atomic_path(out) as folder:
-        folder.mkdir()
-        pretrained.save_folder(folder, run.params, run.about)
+    with _new_folder(out) as folder:
+        pretrained.save_folder(folder, run.params, run.metadata)
 
 
 def export_safetensors(run: Any, out: Path) -> None:
@@ -58,16 +59,15 @@ def export_safetensors(run: Any, out: Path) -> None:
 
     from vit_jax.pretrained import huggingface
 
-    if run.about["architecture"] != "vit":
-        raise UserError(f"--format safetensors is for Vision Transformers; this is a {run.about['architecture']}")
-    config, preprocessor = huggingface.huggingface_config(run.about)
-    with atomic_path(out) as folder:
-        folder.mkdir()
+    if run.metadata.architecture != "vit":
+        raise UserError(f"--format safetensors is for Vision Transformers; this is a {run.metadata.architecture}")
+    config, preprocessor = huggingface.huggingface_config(run.metadata)
+    with _new_folder(out) as folder:
         tensors = save(huggingface.to_huggingface(run.params), metadata={"format": "pt"})
         (folder / "model.safetensors").write_bytes(tensors)
         _write_json(folder / "config.json", config)
         _write_json(folder / "preprocessor_config.json", preprocessor)
-        _write_json(folder / "about.json", run.about)
+        _write_json(folder / "about.json", run.metadata.to_json())
 
 
 def export_stablehlo(run: Any, out: Path) -> None:
@@ -83,10 +83,9 @@ def export_stablehlo(run: Any, out: Path) -> None:
     exported = export.export(jax.jit(lambda images: run.forward(params, images)), platforms=("cpu", "cuda", "tpu"))(
         pictures
     )
-    with atomic_path(out) as folder:
-        folder.mkdir()
+    with _new_folder(out) as folder:
         (folder / "model.stablehlo").write_bytes(exported.serialize())
-        _write_json(folder / "about.json", run.about)
+        _write_json(folder / "about.json", run.metadata.to_json())
 
 
 FORMATS: dict[str, Callable[[Any, Path], None]] = {
@@ -95,6 +94,20 @@ FORMATS: dict[str, Callable[[Any, Path], None]] = {
     "safetensors": export_safetensors,
     "stablehlo": export_stablehlo,
 }
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that is renamed when the body is done, and removed when it fails."""
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.part")
+    try:
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or one_line(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

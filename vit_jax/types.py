@@ -56,6 +56,9 @@ class ImageModel(Protocol):
     def clone(self, *, num_classes: int | None) -> "ImageModel":
         """The same module with another head, or none."""
 
+    def validate(self, image_size: int | None = None) -> None:
+        """Raises UsageError where the sizes do not fit each other or the image size, in pixels."""
+
     def create_head(self, num_classes: int, name: str | None = None) -> Any:
         """The layer [b d] -> [b num_classes], for use apart from the model on cached features."""
 

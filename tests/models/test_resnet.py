@@ -169,8 +169,8 @@ def test_a_dry_run_says_what_a_run_costs(capsys, trainable):
     ("changes", "message"),
     [
         ({"model": {"units": UNITS, "width": 48}}, "config.model.width 48 is not a multiple of 32"),
-        ({"model": {"units": (3, 0)}}, "config.model.units is (3, 0); expected a tuple of whole"),
-        ({"model": {"units": 50}}, "config.model.units is 50; expected a tuple of whole"),
+        ({"model": {"units": (3, 0)}}, "config.model.units is (3, 0); expected a tuple of positive"),
+        ({"model": {"units": 50}}, "config.model.units is 50; expected a tuple of positive"),
         ({"model": {"patch_size": 4}}, "config.model.patch_size: ResNet has no such argument"),
         ({"architecture": "resnet"}, "config.architecture is 'resnet'; expected one of vit, resnet50"),
         ({"trainable": "mlp"}, "'.*/MlpBlock_3/.*' matches no parameter"),

@@ -16,7 +16,7 @@ import vit_jax
 from configs import digits
 from vit_jax import classifier, export, models, pretrained, trainer, visualize
 from vit_jax.pretrained.formats import LAYOUTS
-from vit_jax.runtime.errors import UserError
+from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.training import build
 
 SIZES = {"patch_size": 4, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "mlp_dim": 40}
@@ -215,7 +215,9 @@ def test_an_array_of_another_shape_is_one_line(name):
     for key in file.keys() - {"opt/0"}:
         for other in (np.float32(1), np.zeros((0, 2), np.float32)):
             with pytest.raises(UserError) as caught:
-                build.describe_file(pretrained.to_original(unflatten_dict(file | {key: np.asarray(other)}, sep="/")))
+                pretrained.ModelMetadata.from_params(
+                    pretrained.to_original(unflatten_dict(file | {key: np.asarray(other)}, sep="/"))
+                )
             assert "\n" not in str(caught.value)
 
 
@@ -271,8 +273,10 @@ def test_bfloat16_reaches_the_stem_and_the_pooling():
 def test_pictures_that_do_not_divide_into_a_hybrids_patches_are_refused():
     model = models.VisionTransformer(CLASSES, **HYBRID)
     assert model.pixels_per_patch == 8
-    assert model.complaint(36) == "config.image_size 36 is not a multiple of the patch, 8 pixels"
-    assert "stem_width 48 is not a multiple of 32" in model.clone(stem_width=48).complaint(32)
+    with pytest.raises(UsageError, match="image_size 36 is not a multiple of the patch, 8 pixels"):
+        model.validate(36)
+    with pytest.raises(UsageError, match="stem_width 48 is not a multiple of 32"):
+        model.clone(stem_width=48).validate(32)
 
 
 def config_from(file, **changes):

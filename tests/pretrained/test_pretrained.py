@@ -1,6 +1,7 @@
 import contextlib
 import importlib.resources
 import io
+import json
 import os
 import pathlib
 import tracemalloc
@@ -130,50 +131,70 @@ def many_class_names():
     return [f"{i:05}: a rather long name of a class, with a synonym or two, and more: é, 中" for i in range(21_843)]
 
 
+def metadata_with(class_names):
+    return pretrained.ModelMetadata(
+        "vit", {**MICRO, "num_classes": len(class_names)}, image_size=8, class_names=tuple(class_names)
+    )
+
+
 @pytest.mark.parametrize("num_names", [0, 1, 800, 21_843])
 def test_save_npz_keeps_metadata_of_any_length_out_of_the_arrays(path, num_names):
-    flat, about = flat_params(), {"class_names": many_class_names()[:num_names]}
-    pretrained.save_npz(path, nest(flat), about)
-    assert pretrained.read_about(path) == about
+    flat, metadata = flat_params(), metadata_with(many_class_names()[:num_names])
+    pretrained.save_npz(path, nest(flat), metadata)
+    assert pretrained.read_metadata(path) == metadata
     assert zipfile.ZipFile(path).testzip() is None
     assert list(np.load(path).files) == list(flat)
     assert list(flatten_dict(pretrained.load_npz(path), sep="/")) == list(flat)
     for key, leaf in flat.items():
         np.testing.assert_array_equal(np.load(path)[key], leaf)
     again = path.with_name("again.npz")
-    pretrained.save_npz(again, nest(flat), about)
+    pretrained.save_npz(again, nest(flat), metadata)
     assert again.read_bytes() == path.read_bytes()
 
 
 def test_save_npz_keeps_short_metadata_in_the_comment_of_the_archive(path):
-    about = {"class_names": ["cat", "dog"]}
-    pretrained.save_npz(path, nest(flat_params()), about)
-    assert zipfile.ZipFile(path).comment == b'{"class_names":["cat","dog"]}'
+    metadata = metadata_with(["cat", "dog"])
+    pretrained.save_npz(path, nest(flat_params()), metadata)
+    value = json.loads(zipfile.ZipFile(path).comment)
+    assert value.keys() == {"crc32", "metadata"} and value["metadata"] == metadata.to_json()
 
 
 def test_save_npz_refuses_metadata_that_its_comments_cannot_hold(path):
-    pretrained.save_npz(path, {"cls": np.zeros(2)}, {"x": "x" * 131_062})
-    with pytest.raises(UserError, match="its metadata has 131,071 bytes; expected at most 131,070"):
-        pretrained.save_npz(path, {"cls": np.zeros(2)}, {"x": "x" * 131_063})
-    assert len(pretrained.read_about(path)["x"]) == 131_062
+    pretrained.save_npz(path, {"cls": np.zeros(2)}, metadata_with(["x" * 130_000]))
+    with pytest.raises(UserError, match="the metadata has 132,[0-9]* bytes; expected at most 131,070"):
+        pretrained.save_npz(path, {"cls": np.zeros(2)}, metadata_with(["x" * 132_000]))
+    assert len(pretrained.read_metadata(path).class_names[0]) == 130_000
 
 
 @pytest.mark.parametrize("place", [b'["00000', b'"21842'])
-def test_read_about_refuses_damaged_metadata(path, place):
-    pretrained.save_npz(path, nest(flat_params()), {"class_names": many_class_names()})
+def test_read_metadata_refuses_damaged_metadata(path, place):
+    pretrained.save_npz(path, nest(flat_params()), metadata_with(many_class_names()))
     content = path.read_bytes()
     assert content.count(place) == 1
     path.write_bytes(content.replace(place, b"\x00" * len(place)))
     with pytest.raises(UserError, match="params.npz has damaged metadata: .*; export or copy it again"):
-        pretrained.read_about(path)
+        pretrained.read_metadata(path)
+
+
+def test_read_metadata_notices_every_flipped_bit(path):
+    metadata = metadata_with(["cat", "dog"])
+    pretrained.save_npz(path, {"cls": np.zeros(2)}, metadata)
+    content = path.read_bytes()
+    start = content.index(b'{"crc32"')
+    for bit in range(8 * start, 8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(UserError, match="params.npz has damaged metadata"):
+            pretrained.read_metadata(path)
 
 
 @pytest.mark.parametrize("comment", [b"", b"written by another tool", b"[1]", b"\xff{"])
-def test_read_about_is_none_for_the_comments_of_other_tools(path, comment):
+def test_read_metadata_is_none_for_the_comments_of_other_tools(path, comment):
     pretrained.save_npz(path, nest(flat_params()))
     with zipfile.ZipFile(path, "a") as archive:
         archive.comment = comment
-    assert pretrained.read_about(path) is None
+    assert pretrained.read_metadata(path) is None
 
 
 def refusal(path):

@@ -1,13 +1,96 @@
-"""Linen modules whose parameter names are the released files' keys."""
+"""Linen modules whose parameter names are the keys of the pretrained checkpoints."""
 
-from typing import Any
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+
+import jax.numpy as jnp
 
 from vit_jax.models.common import HEAD_INITS, REMAT_POLICIES
 from vit_jax.models.resnet import ResNet
 from vit_jax.models.vit import POOLS, VisionTransformer
+from vit_jax.runtime.errors import UsageError
+from vit_jax.types import ImageModel
 
-__all__ = ["ARCHITECTURES", "HEAD_INITS", "POOLS", "REMAT_POLICIES", "ResNet", "VisionTransformer"]
+__all__ = [
+    "ARCHITECTURES",
+    "HEAD_INITS",
+    "POOLS",
+    "REMAT_POLICIES",
+    "ResNet",
+    "VisionTransformer",
+    "create_model",
+    "model_arguments",
+]
 
-ARCHITECTURES: dict[str, Any] = {"vit": VisionTransformer, "resnet50": ResNet}
-"""`config.architecture` -> module. Each names the arguments that a file's shapes give (`SIZES`), makes its head
-(`create_head`) and says whether its sizes fit together (`complaint`)."""
+ARCHITECTURES: dict[str, type[VisionTransformer] | type[ResNet]] = {"vit": VisionTransformer, "resnet50": ResNet}
+
+_CHOICES = {"head_init": HEAD_INITS, "pool": POOLS}
+_NOT_ARGUMENTS = ("num_classes", "dtype", "remat", "parent", "name")
+_MAX_SIZE = 2**16
+
+
+def create_model(
+    architecture: str,
+    arguments: Mapping[str, object],
+    *,
+    num_classes: int | None,
+    dtype: str = "float32",
+    remat: str = "none",
+) -> ImageModel:
+    """Creates a module after checking its arguments.
+
+    Args:
+        architecture: a key of `ARCHITECTURES`.
+        arguments: of the module's constructor; lists, as in JSON, are taken for tuples.
+        num_classes: width of the head; None creates no head.
+        dtype: of the computation.
+        remat: "none", or a key of `REMAT_POLICIES`.
+
+    Raises:
+        UsageError: an unknown architecture, an unknown argument, or a value of a wrong type or range.
+    """
+    if architecture not in ARCHITECTURES:
+        raise UsageError(f"architecture is {architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
+    module = ARCHITECTURES[architecture]
+    annotations = {field.name: field.type for field in dataclasses.fields(module) if field.name not in _NOT_ARGUMENTS}
+    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    for name, value in arguments.items():
+        if name not in annotations:
+            raise UsageError(f"model.{name}: {module.__name__} has no such argument; expected {', '.join(annotations)}")
+        if expected := _expected(name, annotations[name], value):
+            raise UsageError(f"model.{name} is {value!r}; expected {expected}")
+    create: typing.Any = module
+    model: ImageModel = create(num_classes=num_classes, dtype=jnp.dtype(dtype), remat=remat, **arguments)
+    model.validate()
+    return model
+
+
+def model_arguments(model: ImageModel) -> dict[str, typing.Any]:
+    """Returns the constructor arguments of a module, except `dtype` and `remat`."""
+    names = [field.name for field in dataclasses.fields(typing.cast(typing.Any, model))]
+    return {name: getattr(model, name) for name in names if name not in ("dtype", "remat", "parent", "name")}
+
+
+def _expected(name: str, annotation: object, value: object) -> str:
+    """Returns a description of the values that an argument may have, or "" where `value` is one of them."""
+    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if value is None and types.NoneType in kinds:
+        return ""
+    or_none = "None, or " if types.NoneType in kinds else ""
+    if name in _CHOICES:
+        return "" if value in tuple(_CHOICES[name]) else f"one of {', '.join(_CHOICES[name])}"
+    if bool in kinds:
+        return "" if isinstance(value, bool) else "True or False"
+    if float in kinds:
+        valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+        return "" if valid else "a number of at least 0 and below 1"
+    if int in kinds:
+        return "" if _is_size(value) else f"{or_none}a positive integer up to {_MAX_SIZE:,}"
+    valid = isinstance(value, tuple) and all(map(_is_size, value)) and (bool(value) or bool(or_none))
+    return "" if valid else f"{or_none}a tuple of positive integers up to {_MAX_SIZE:,}"
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MAX_SIZE

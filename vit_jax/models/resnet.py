@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.models.common import REMAT_POLICIES, create_head, shard_batch
+from vit_jax.runtime.errors import UsageError
 
 NUM_GROUPS = 32
 
@@ -244,6 +245,11 @@ class ResNet(nn.Module):
         return create_head(num_classes, dtype=self.dtype, head_init=self.head_init, name=name)
 
     @nn.nowrap
-    def complaint(self, image_size: int) -> str:
-        """What is wrong with the sizes together; empty where they fit."""
-        return "" if self.width % NUM_GROUPS == 0 else f"config.model.width {self.width} is not a multiple of 32"
+    def validate(self, image_size: int | None = None) -> None:
+        """Checks the width; any image size is accepted.
+
+        Raises:
+            UsageError: the width is not a multiple of the number of groups.
+        """
+        if self.width % NUM_GROUPS:
+            raise UsageError(f"model.width {self.width} is not a multiple of {NUM_GROUPS}")

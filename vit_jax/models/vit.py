@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from vit_jax.models.common import REMAT_POLICIES, create_head, shard_batch
 from vit_jax.models.hybrid import apply_stem, stem_reduction
 from vit_jax.models.resnet import NUM_GROUPS
+from vit_jax.runtime.errors import UsageError
 
 POOLS = ("cls", "mean", "map")
 """How tokens become features: the class token's alone, the mean over all, or what a learned probe attends to."""
@@ -311,12 +312,15 @@ class VisionTransformer(nn.Module):
         return create_head(num_classes, dtype=self.dtype, head_init=self.head_init, name=name)
 
     @nn.nowrap
-    def complaint(self, image_size: int) -> str:
-        """What is wrong with the sizes together; empty where they fit."""
+    def validate(self, image_size: int | None = None) -> None:
+        """Checks that the sizes fit each other and, if given, the image size in pixels.
+
+        Raises:
+            UsageError: they do not.
+        """
         if self.hidden_size % self.num_heads:
-            return f"config.model: hidden_size {self.hidden_size} does not divide into {self.num_heads} heads"
+            raise UsageError(f"model.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.stem_units is not None and self.stem_width % NUM_GROUPS:
-            return f"config.model.stem_width {self.stem_width} is not a multiple of {NUM_GROUPS}"
-        if image_size % self.pixels_per_patch:
-            return f"config.image_size {image_size} is not a multiple of the patch, {self.pixels_per_patch} pixels"
-        return ""
+            raise UsageError(f"model.stem_width {self.stem_width} is not a multiple of {NUM_GROUPS}")
+        if image_size is not None and image_size % self.pixels_per_patch:
+            raise UsageError(f"image_size {image_size} is not a multiple of the patch, {self.pixels_per_patch} pixels")

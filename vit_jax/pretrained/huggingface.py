@@ -10,6 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.pretrained.infer import POSITION_KEY, differences, expected_shapes
+from vit_jax.pretrained.metadata import ModelMetadata
 from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.types import Params
 
@@ -58,9 +59,9 @@ def to_huggingface(params: Params) -> dict[str, np.ndarray]:
     return tensors
 
 
-def huggingface_config(about: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`config.json` and `preprocessor_config.json` of a model, from its description (`build.describe`)."""
-    model, names = about["model"], list(about["class_names"])
+def huggingface_config(metadata: ModelMetadata) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`config.json` and `preprocessor_config.json` of a model, from its metadata."""
+    model, names = metadata.model, metadata.class_names
     config = {
         "architectures": ["ViTForImageClassification"],
         "model_type": "vit",
@@ -72,7 +73,7 @@ def huggingface_config(about: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
         "hidden_dropout_prob": model["dropout_rate"],
         "attention_probs_dropout_prob": model["attention_dropout_rate"],
         "layer_norm_eps": model["layer_norm_epsilon"],
-        "image_size": about["image_size"],
+        "image_size": metadata.image_size,
         "patch_size": model["patch_size"],
         "num_channels": 3,
         "qkv_bias": True,
@@ -80,7 +81,7 @@ def huggingface_config(about: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
         "label2id": {name: i for i, name in enumerate(names)},
         "torch_dtype": "float32",
     }
-    size = {"height": about["image_size"], "width": about["image_size"]}
+    size = {"height": metadata.image_size, "width": metadata.image_size}
     preprocessor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
@@ -89,21 +90,20 @@ def huggingface_config(about: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(about["image_mean"]),
-        "image_std": list(about["image_std"]),
+        "image_mean": list(metadata.image_mean),
+        "image_std": list(metadata.image_std),
     }
     return config, preprocessor
 
 
-def load_huggingface(folder: Path) -> tuple[Params, dict[str, Any]]:
+def load_huggingface(folder: Path) -> tuple[Params, ModelMetadata]:
     """Reads the folder of a `ViTForImageClassification` or `ViTModel`; neither torch nor transformers is needed.
 
     Args:
         folder: holds config.json and model.safetensors; preprocessor_config.json where pictures are not from -1 to 1.
 
     Returns:
-        (params, about): those of a `VisionTransformer`, with a head of zeros where the folder has none, and its
-        description as `build.describe` gives it.
+        (params, metadata): of a `VisionTransformer`, with a head of zeros where the folder has none.
 
     Raises:
         UserError: files are missing or damaged, or this is another model.
@@ -113,19 +113,20 @@ def load_huggingface(folder: Path) -> tuple[Params, dict[str, Any]]:
         raise UserError(f"{folder} holds a model of type {config.get('model_type')!r}; expected 'vit'")
     tensors = _read_tensors(folder / "model.safetensors")
     try:
-        about = _describe(config, _read_json(folder / "preprocessor_config.json", default={}))
+        value = _describe(config, _read_json(folder / "preprocessor_config.json", default={}))
         # Parameters are float32 always; `export` writes the dtype of the computation beside their two files.
-        about["dtype"] = _read_json(folder / "about.json", default={}).get("dtype", "float32")
+        value["dtype"] = _read_json(folder / "about.json", default={}).get("dtype", "float32")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder}/config.json does not describe a ViT ({one_line(error)}); download it again"
         ) from error
-    model = about["model"]
+    metadata = ModelMetadata.from_json(value)
+    model = metadata.model
     shapes = expected_shapes(
         **{name: model[name] for name in ("patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim")},
         representation_size=None,
         num_classes=model["num_classes"],
-        num_tokens=1 + (about["image_size"] // model["patch_size"]) ** 2,
+        num_tokens=1 + (metadata.image_size // model["patch_size"]) ** 2,
     )
     tensors = {name if name.startswith(("vit.", "classifier.")) else f"vit.{name}": t for name, t in tensors.items()}
     if "classifier.weight" not in tensors:
@@ -139,11 +140,11 @@ def load_huggingface(folder: Path) -> tuple[Params, dict[str, Any]]:
             f"{folder}/model.safetensors is not of the model in config.json: {differences(found, expected)}"
         )
     flat = {key: _from_theirs(key, tensors[_their_name(key)], shape) for key, shape in shapes.items()}
-    return unflatten_dict(flat, sep="/"), about
+    return unflatten_dict(flat, sep="/"), metadata
 
 
 def _describe(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
-    """Their two files as `build.describe`."""
+    """Returns their two files as the JSON of `ModelMetadata`."""
     acts = {"gelu": False, "gelu_pytorch_tanh": True, "gelu_new": True}
     if config.get("hidden_act", "gelu") not in acts:
         raise ValueError(f"hidden_act {config['hidden_act']!r} is none of {', '.join(acts)}")

@@ -9,36 +9,37 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax.pretrained.formats import to_original
 from vit_jax.pretrained.huggingface import load_huggingface
-from vit_jax.pretrained.npz import load_npz, read_about
+from vit_jax.pretrained.metadata import ModelMetadata
+from vit_jax.pretrained.npz import load_npz, read_metadata
 from vit_jax.pretrained.released import resolve
 from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.types import Params
 
 
-def read_model(name_or_path: str) -> tuple[Params, dict[str, Any] | None]:
+def read_model(name_or_path: str) -> tuple[Params, ModelMetadata | None]:
     """Reads parameters wherever they lie.
 
     Args:
         name_or_path: a released name, an `.npz` file, a folder of `save_folder`, or one of Hugging Face's.
 
     Returns:
-        (params, about): names as in the released files, and what the file says of its model, as `build.describe` has
-        it; None where it does not say.
+        (params, metadata): with the keys of the original ViT checkpoint format; None where a file has no metadata.
 
     Raises:
         UserError: there is none, or it is damaged or not finite.
     """
     path = resolve(name_or_path)
+    metadata: ModelMetadata | None
     if not path.is_dir():
-        params, about = to_original(load_npz(path)), read_about(path)
+        params, metadata = to_original(load_npz(path)), read_metadata(path)
     elif (path / "model.safetensors").exists():
-        params, about = load_huggingface(path)
+        params, metadata = load_huggingface(path)
     elif (path / "params").is_dir():
-        params, about = load_folder(path)
+        params, metadata = load_folder(path)
     else:
         raise UserError(f"{path} is a folder without parameters; give an .npz file, or a folder that export wrote")
     _check_finite(path, params)
-    return params, about
+    return params, metadata
 
 
 def _check_finite(path: Path, params: Params) -> None:
@@ -50,16 +51,16 @@ def _check_finite(path: Path, params: Params) -> None:
             raise UserError(f"{path}: {key} holds numbers that float32 cannot (NaN or infinity); give another file")
 
 
-def save_folder(folder: Path, params: Params, about: dict[str, Any]) -> None:
-    """Writes parameters alone, as Orbax does, into `folder/params`, and what they are into `folder/about.json`."""
+def save_folder(folder: Path, params: Params, metadata: ModelMetadata) -> None:
+    """Writes parameters alone, as Orbax does, into `folder/params`, and the metadata into `folder/about.json`."""
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / "params").absolute(), params)
-    (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+    (folder / "about.json").write_text(json.dumps(metadata.to_json(), indent=2) + "\n")
 
 
-def load_folder(folder: Path) -> tuple[Params, dict[str, Any]]:
+def load_folder(folder: Path) -> tuple[Params, ModelMetadata]:
     """Reads what `save_folder` wrote.
 
     Raises:
@@ -68,11 +69,13 @@ def load_folder(folder: Path) -> tuple[Params, dict[str, Any]]:
     import orbax.checkpoint as ocp
 
     try:
-        about = json.loads((folder / "about.json").read_text())
+        metadata = ModelMetadata.from_json(json.loads((folder / "about.json").read_text()))
         with ocp.StandardCheckpointer() as checkpointer:
             path = (folder / "params").absolute()
             shapes = dict(checkpointer.metadata(path).item_metadata)
-            return checkpointer.restore(path, _zeros(shapes)), about
+            return checkpointer.restore(path, _zeros(shapes)), metadata
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} could not be read: {one_line(error)[:300]}; export it again") from error
 

@@ -4,12 +4,14 @@ import json
 import math
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vit_jax.pretrained.metadata import ModelMetadata
 from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.runtime.files import atomic_path
 from vit_jax.types import FlatParams, Params
@@ -23,7 +25,7 @@ class _ObjectsError(Exception):
     """An array of Python objects, which are pickled."""
 
 
-def load_npz(path: str | os.PathLike) -> Params:
+def load_npz(path: str | os.PathLike[str]) -> Params:
     """Reads a parameter file; every member's CRC is checked, nothing is ever unpickled.
 
     Args:
@@ -143,51 +145,69 @@ def _nest(path: Path, flat: FlatParams) -> Params:
     return unflatten_dict(flat, sep="/")
 
 
-def read_about(path: str | os.PathLike) -> dict[str, Any] | None:
-    """Returns the metadata that `save_npz` wrote; None for files without any, such as the released ones.
+def read_metadata(path: str | os.PathLike[str]) -> ModelMetadata | None:
+    """Reads the metadata that `save_npz` wrote; None for files without any, such as Google's.
 
     Raises:
-        UserError: there is metadata, but it is damaged.
+        UserError: the metadata is damaged.
     """
     with zipfile.ZipFile(path) as archive:
-        text = b"".join([archive.comment, *(info.comment for info in archive.infolist())])
-    if not text.startswith(b"{"):
+        members = archive.infolist()
+        text = b"".join([archive.comment, *(info.comment for info in members)])
+    if not text.startswith(b"{") and b'"metadata":{' not in text:  # no one flipped bit hides both
         return None
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = json.loads(text)
+        if "architecture" not in value:  # as in files of version 0.1, which have no checksum
+            if value["crc32"] != _crc32(value["metadata"], members):
+                raise UserError("its checksum is wrong")
+            value = value["metadata"]
+        return ModelMetadata.from_json(value)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} has damaged metadata: {one_line(error)}; export or copy it again") from error
 
 
-def save_npz(path: str | os.PathLike, params: Params, about: dict[str, Any] | None = None) -> None:
+def _crc32(metadata: object, members: list[zipfile.ZipInfo]) -> str:
+    """Returns the checksum of the metadata, the names of the arrays, and their checksums."""
+    return f"{zlib.crc32(_encode([metadata, [[info.filename, info.CRC] for info in members]])):08x}"
+
+
+def _encode(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
+
+
+def save_npz(path: str | os.PathLike[str], params: Params, metadata: ModelMetadata | None = None) -> None:
     """Writes parameters as `numpy.savez` does: stored, not compressed; equal parameters give equal bytes.
 
-    The file is written beside and then renamed, so that what stands at `path` is always whole.
+    The file is written under a temporary name and then renamed, so that `path` is never a partial file.
 
     The metadata is JSON in the comments of the ZIP archive: its own, and, past the 65,535 bytes that a comment can
-    have, those of its members in their order. A member of its own would be one more array for everyone who loops over
-    `numpy.load(path)`; comments are invisible there.
+    have, those of its members in their order. A member would be one more array for everyone who loops over
+    `numpy.load(path)`; comments are invisible there. It has a checksum; the arrays have those of ZIP.
 
     Args:
-        path: where it shall stand; its folder exists.
+        path: file to write; its directory exists.
         params: nested dictionary of arrays, NumPy's or JAX's; their joined keys become the file's keys.
-        about: metadata, as JSON values, that `read_about` returns.
+        metadata: read again by `read_metadata`.
 
     Raises:
-        UserError: the file cannot be written, or `about` takes more than 65,535 bytes for each array and once more.
-            What stood at `path` is unchanged.
+        UserError: the file cannot be written, or the metadata is too long. An existing file at `path` is unchanged.
     """
     path = Path(path)
-    text = b"" if about is None else json.dumps(about, separators=(",", ":")).encode()
-    flat = flatten_dict(params, sep="/")
-    most = (1 + len(flat)) * zipfile.ZIP_MAX_COMMENT
-    if len(text) > most:
-        raise UserError(f"cannot write {path}: its metadata has {len(text):,} bytes; expected at most {most:,}")
-    comments = [text[i : i + zipfile.ZIP_MAX_COMMENT] for i in range(0, len(text), zipfile.ZIP_MAX_COMMENT)]
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        archive.comment = comments[0] if comments else b""
-        for key, leaf in flat.items():
+        for key, leaf in flatten_dict(params, sep="/").items():
             with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asarray(leaf), allow_pickle=False)
-        for info, comment in zip(archive.infolist(), comments[1:], strict=False):
-            info.comment = comment
+        if metadata is not None:
+            _set_comments(archive, metadata.to_json())
+
+
+def _set_comments(archive: zipfile.ZipFile, metadata: dict[str, Any]) -> None:
+    members = archive.infolist()
+    text = _encode({"crc32": _crc32(metadata, members), "metadata": metadata})
+    step = zipfile.ZIP_MAX_COMMENT
+    if len(text) > step * (1 + len(members)):
+        raise UserError(f"the metadata has {len(text):,} bytes; expected at most {step * (1 + len(members)):,}")
+    archive.comment = text[:step]
+    for i, info in enumerate(members):
+        info.comment = text[step * (i + 1) : step * (i + 2)]

@@ -434,14 +434,14 @@ def create_model(
         UsageError: its arguments are wrong, or do not fit the pretrained checkpoint.
     """
     if saved:
-        return saved.model.create_model().clone(remat=config.remat)
-    arguments = model_arguments(config.model.to_dict(), config.architecture, source)
+        architecture, arguments = saved.model.architecture, dict(saved.model.model)
+        num_classes = arguments.pop("num_classes")
+    else:
+        architecture = config.architecture
+        arguments = model_arguments(config.model.to_dict(), architecture, source)
+        arguments["head_init"] = config.ablation.head_init
     model = models.create_model(
-        config.architecture,
-        arguments | {"head_init": config.ablation.head_init},
-        num_classes=num_classes,
-        dtype=config.dtype,
-        remat=config.remat,
+        architecture, arguments, num_classes=num_classes, dtype=config.dtype, remat=config.remat
     )
     model.validate(config.image_size)
     return model
