@@ -79,14 +79,15 @@ class Classifier:
         """Returns the inputs of the head, float32 [n d]; arguments as in `predict`."""
         return self._apply(self.model.clone(num_classes=None), images, batch_size=batch_size)
 
-    def preprocess(self, images: np.ndarray) -> jax.Array:
+    def preprocess(self, images: np.ndarray | jax.Array) -> jax.Array:
         """Returns the inputs of the model, float32 [n s s 3]: uint8 images [n h w 3] resized and normalized."""
         keys = jnp.zeros((len(images), 2), jnp.uint32)  # nothing is sampled
         return self._forward(self.model).preprocess(keys, jnp.asarray(images))
 
     def forward(self, params: Params, images: jax.Array) -> jax.Array:
         """Returns logits, float32 [b classes], of uint8 images [b h w 3]: a pure function, for export."""
-        return self.model.apply({"params": params}, self.preprocess(images)).astype(jnp.float32)
+        logits: jax.Array = self.model.apply({"params": params}, self.preprocess(images))
+        return logits.astype(jnp.float32)
 
     def evaluate(self, split: Split, *, batch_size: int = 256, prefix: str = "test") -> dict[str, float]:
         """Returns "test/loss", "test/accuracy" and "test/accuracy_top5" over all images, each counted exactly once.
@@ -110,7 +111,8 @@ class Classifier:
             if images.ndim not in (3, 4) or images.shape[-1] != 3 or images.dtype != np.uint8:
                 raise ValueError(f"got images {images.dtype} {list(images.shape)}; expected uint8 [n h w 3] or [h w 3]")
             if images.ndim == 3:
-                return self._apply(model, images[None], batch_size=batch_size)[0]
+                one: np.ndarray = self._apply(model, images[None], batch_size=batch_size)[0]
+                return one
         if not len(images):
             inputs = self.preprocess(np.zeros((1, 1, 1, 3), np.uint8))
             shape = jax.eval_shape(model.apply, {"params": self.params}, inputs)

@@ -16,7 +16,8 @@ from vit_jax.config import check_config, check_same, save_config
 from vit_jax.runtime import distributed
 from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.training.checkpoint import Checkpoints
-from vit_jax.training.experiment import Augment, Optimizer, create_experiment
+from vit_jax.training.experiment import Optimizer, create_experiment
+from vit_jax.training.inference import Augment
 from vit_jax.training.info import RunInfo
 from vit_jax.training.writer import Writer, format_number, read_records, read_results
 from vit_jax.types import Dataset
@@ -62,7 +63,9 @@ def train_and_evaluate(
         if saved and step == config.num_steps:
             print(f"already finished at step {step:,}, nothing trained")
             return summarize(config, workdir)
-        experiment, state = create_experiment(config, saved=saved, **custom)
+        experiment, state = create_experiment(
+            config, dataset=dataset, augment=augment, optimizer=optimizer, saved=saved
+        )
         if saved:
             print(f"resuming from step {step:,}")
             state = checkpoints.restore(step, state)

@@ -1,7 +1,8 @@
 """Batches on the devices: one type, whether the images are in memory, streamed, or cached as features."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import flax.struct
 import jax
@@ -34,6 +35,14 @@ class Batch:
     labels: jax.Array
     rows: jax.Array
 
+    @classmethod
+    def abstract(cls, inputs: jax.ShapeDtypeStruct) -> "Batch":
+        """Returns the shapes of a batch, from that of its inputs."""
+        labels = jax.ShapeDtypeStruct(inputs.shape[:1], jnp.int32)
+        create: Any = cls  # shapes in place of arrays
+        batch: Batch = create(inputs, labels, labels)
+        return batch
+
 
 def resident_batches(
     inputs: jax.Array,
@@ -47,7 +56,7 @@ def resident_batches(
     num_views: int = 1,
     max_updates: int = 1,
     stops: tuple[int, ...] = (),
-) -> Iterator[tuple[int, Batch]]:
+) -> Generator[tuple[int, Batch], None, None]:
     """Yields the training batches of a run whose examples are in device memory; nothing is transferred to sample them.
 
     The order of an epoch is a function of the seed and the epoch; the remainder of an epoch is dropped.
@@ -131,7 +140,7 @@ def streamed_batches(
     first_step: int,
     num_steps: int,
     num_workers: int = 0,
-) -> Iterator[tuple[int, Batch]]:
+) -> Generator[tuple[int, Batch], None, None]:
     """Yields the training batches of a run whose images are decoded and cropped by worker processes.
 
     Order and crops are those of `resident_batches`. Closing the iterator ends the processes.

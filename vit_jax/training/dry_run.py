@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from vit_jax.data.batches import Batch
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
 from vit_jax.training import metrics, steps
-from vit_jax.training.experiment import Experiment, Storage, create_model, dataset_options, plan_experiment
+from vit_jax.training.experiment import Plan, create_model, dataset_options, plan_experiment
+from vit_jax.training.features import Storage
 from vit_jax.training.inference import Inference
 from vit_jax.training.initialize import load_pretrained, needs_pretrained
 from vit_jax.training.writer import format_number
@@ -52,26 +54,26 @@ def dry_run(config: ConfigDict) -> None:
     needs_file = config.pretrained and needs_pretrained(config.model, config.architecture)
     source = load_pretrained(config.pretrained) if needs_file else None
     model = create_model(config, source, num_classes=len(info.class_names))
-    experiment = plan_experiment(
+    plan = plan_experiment(
         config, model, mesh, num_images=info.num_train, image_shape=info.image_shape, in_memory=info.in_memory
     )
     print("compiling the training step and the evaluation …", flush=True)
-    training = measure(experiment.lower().compile(), mesh.size, config.batch_size // config.accumulation_steps)
+    training = measure(plan.lower().compile(), mesh.size, config.batch_size // config.accumulation_steps)
     eval_batch_size = sharding.pad_to_devices(config.eval_batch_size, info.num_test, mesh)
-    evaluation = measure(lower_evaluation(experiment, eval_batch_size).compile(), mesh.size, eval_batch_size)
+    evaluation = measure(lower_evaluation(plan, eval_batch_size).compile(), mesh.size, eval_batch_size)
 
-    examples = bytes_of_examples(experiment, info.num_train, info.num_test)
-    state = training.arguments - sum(map(_bytes_per_device, jax.tree.leaves(experiment.abstract_batch)))
+    examples = bytes_of_examples(plan, info.num_train, info.num_test)
+    state = training.arguments - sum(map(_bytes_per_device, jax.tree.leaves(plan.abstract_batch)))
     needed = training.arguments + examples + max(training.temporaries, evaluation.temporaries)
     storage = {Storage.FEATURES: ", as cached features", Storage.STREAM: ", two batches", Storage.MEMORY: ""}
     device = mesh.devices.flat[0]
     available, origin = sharding.device_memory(device)
     rows = {
-        "training, per image": _work(training) + storage[experiment.storage].replace(", two batches", ""),
+        "training, per image": _work(training) + storage[plan.storage].replace(", two batches", ""),
         "evaluation, per image": _work(evaluation),
         "memory per device": f"{_gib(needed)} of {_gib(available)} ({origin}); {mesh.size} × {device.device_kind}",
         "  training state": _gib(state),
-        "  images": _gib(examples) + storage[experiment.storage],
+        "  images": _gib(examples) + storage[plan.storage],
         "  temporaries": f"{_gib(training.temporaries)} to train, {_gib(evaluation.temporaries)} to evaluate",
     }
     print("\n" + "\n".join(f"{name:<23}{value}" for name, value in rows.items()))
@@ -94,7 +96,8 @@ def measure(compiled: jax.stages.Compiled, num_devices: int, num_images: int) ->
         num_devices: that it runs on; the compiler counts for one.
         num_images: processed while a loop's body runs once: the compiler counts a body once.
     """
-    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    cost: Any = compiled.cost_analysis()
+    memory: Any = compiled.memory_analysis()
     per_image = num_devices / num_images
     return Cost(
         flops=cost["flops"] * per_image,
@@ -104,13 +107,12 @@ def measure(compiled: jax.stages.Compiled, num_devices: int, num_images: int) ->
     )
 
 
-def lower_evaluation(experiment: Experiment, batch_size: int) -> jax.stages.Lowered:
+def lower_evaluation(plan: Plan, batch_size: int) -> jax.stages.Lowered:
     """Traces the evaluation of a batch of images by the whole model."""
-    mesh, forward = experiment.mesh, experiment.image_forward
-    evaluated_params = functools.partial(steps.evaluated_params, lora_alpha=experiment.config.lora.alpha)
-    params = jax.eval_shape(evaluated_params, experiment.abstract_state)
-    labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    batch = Batch(jax.ShapeDtypeStruct((batch_size, *experiment.image_shape), jnp.uint8), labels, labels)
+    mesh, forward = plan.mesh, plan.image_forward
+    evaluated_params = functools.partial(steps.evaluated_params, lora_alpha=plan.config.lora.alpha)
+    params = jax.eval_shape(evaluated_params, plan.abstract_state)
+    batch = Batch.abstract(jax.ShapeDtypeStruct((batch_size, *plan.image_shape), jnp.uint8))
     sums = jax.eval_shape(metrics.zero_sums)
     eval_step = jax.jit(Inference(forward, mesh, batch_size=batch_size).eval_step)
     return eval_step.lower(
@@ -120,18 +122,19 @@ def lower_evaluation(experiment: Experiment, batch_size: int) -> jax.stages.Lowe
     )
 
 
-def bytes_of_examples(experiment: Experiment, num_train: int, num_test: int) -> int:
+def bytes_of_examples(plan: Plan, num_train: int, num_test: int) -> int:
     """Returns the bytes per device of all images or features, or of two streamed batches."""
-    batch = experiment.abstract_batch
-    if experiment.storage == Storage.STREAM:
+    batch = plan.abstract_batch
+    if plan.storage == Storage.STREAM:
         return 2 * sum(map(_bytes_per_device, jax.tree.leaves(batch)))
-    views = experiment.config.feature_views if experiment.storage == Storage.FEATURES else 1
+    views = plan.config.feature_views if plan.storage == Storage.FEATURES else 1
     example = math.prod(batch.inputs.shape[1:]) * batch.inputs.dtype.itemsize
     return (views * num_train + num_test) * example + (num_train + num_test) * np.dtype(np.int32).itemsize
 
 
 def _bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    shape: tuple[int, ...] = leaf.sharding.shard_shape(leaf.shape)
+    return int(math.prod(shape) * leaf.dtype.itemsize)
 
 
 def _work(cost: Cost) -> str:

@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -37,37 +37,36 @@ from vit_jax.training.initialize import (
 from vit_jax.training.steps import RepeatedTrainStep, TrainState, TrainStep
 from vit_jax.types import Dataset, ImageModel, ImageSource, Params, Split
 
-Optimizer = optax.GradientTransformation | Callable[[optax.Schedule], optax.GradientTransformation]
+Optimizer: TypeAlias = optax.GradientTransformation | Callable[[optax.Schedule], optax.GradientTransformation]
 """An optax transformation, or a function from the config's learning-rate schedule to one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The examples of a run, loaded by `Experiment.load_examples`.
+    """The examples of a run: images or features on every device, or images that are decoded batch by batch.
 
     Attributes:
-        train_inputs: images or features on every device; streamed images are not among them.
-        train_labels: int32 [n], on every device.
-        test_inputs: images or features on every device, or images that are decoded batch by batch.
+        train_inputs: [n …].
+        train_labels: int32 [n], where `train_inputs` are.
+        test_inputs: [n …].
         test_labels: int32 [n], where `test_inputs` are.
     """
 
-    train_inputs: jax.Array | None
-    train_labels: jax.Array | None
+    train_inputs: jax.Array | ImageSource
+    train_labels: jax.Array | np.ndarray
     test_inputs: jax.Array | ImageSource
     test_labels: jax.Array | np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """A run: data, model, and the functions that train and evaluate it.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """An experiment without its data: model, functions and shapes.
 
     Attributes:
         config: see `vit_jax.config`.
         mesh: of devices.
         model: Linen module.
         storage: where the training examples are.
-        patterns: of the trainable parameters, as regular expressions.
         steps_per_epoch: whole batches in the training split.
         abstract_state: shapes, dtypes and shardings of the training state.
         abstract_batch: the same of a training batch.
@@ -75,15 +74,12 @@ class Experiment:
         image_forward: from images to logits.
         image_shape: height, width and channels of the images as they are stored.
         init_state: parameters -> state before the first update; jitted.
-        dataset: None where only shapes are known (a dry run).
-        info: facts of the run, for its checkpoints; None where only shapes are known.
     """
 
     config: ConfigDict
     mesh: Mesh
     model: ImageModel
     storage: Storage
-    patterns: tuple[str, ...]
     steps_per_epoch: int
     abstract_state: TrainState
     abstract_batch: Batch
@@ -91,8 +87,6 @@ class Experiment:
     image_forward: ImageForward
     image_shape: tuple[int, ...]
     init_state: Callable[[Params], TrainState]
-    dataset: Dataset | None = None
-    info: RunInfo | None = None
 
     @property
     def max_updates(self) -> int:
@@ -112,15 +106,26 @@ class Experiment:
         jitted = jax.jit(step, out_shardings=out_shardings, donate_argnums=0)
         return jitted.lower(self.abstract_state, self.abstract_batch)
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment(Plan):
+    """Everything that training needs.
+
+    Attributes:
+        dataset: on the host.
+        info: facts of the run, for its checkpoints.
+    """
+
+    dataset: Dataset
+    info: RunInfo
+
     @functools.cached_property
     def inference(self) -> Inference:
         """Evaluation of what is stored: images, or cached features."""
-        forward = FeatureForward(self.model) if self.storage == Storage.FEATURES else self.image_forward
-        return Inference(forward, self.mesh, batch_size=self.config.eval_batch_size)
+        return Inference(self.train_step.forward, self.mesh, batch_size=self.config.eval_batch_size)
 
     def load_examples(self, state: TrainState) -> Examples:
         """Puts images on the devices, or computes the features that the frozen backbone gives for them."""
-        assert self.dataset is not None
         config, train, test = self.config, self.dataset.train, self.dataset.test
         to_device = functools.partial(sharding.device_put, shardings=sharding.replicated(self.mesh))
         augment, test_augment = config.augment, config.ablation.test_augment
@@ -132,32 +137,35 @@ class Experiment:
             return Examples(train_features, to_device(train.labels), test_features, to_device(test.labels))
         test_images = batches.crop_when_decoded(test.images, augment=test_augment, image_mean=config.image_mean)
         if self.storage == Storage.STREAM:
-            return Examples(None, None, test_images, test.labels)
+            return Examples(train.images, train.labels, test_images, test.labels)
         return Examples(*map(to_device, (train.images, train.labels, test_images, test.labels)))
 
-    def train_batches(self, examples: Examples, first_step: int) -> Iterator[tuple[int, Batch]]:
+    def train_batches(self, examples: Examples, first_step: int) -> Generator[tuple[int, Batch], None, None]:
         """Yields (finished updates after the batch, batch), from the update after `first_step` on."""
-        config = self.config
-        options = {"batch_size": config.batch_size, "seed": config.seed, "first_step": first_step}
-        if self.storage == Storage.STREAM:
-            return batches.streamed_batches(
-                self.dataset.train,
+        config, inputs, labels = self.config, examples.train_inputs, examples.train_labels
+        if isinstance(inputs, jax.Array) and isinstance(labels, jax.Array):
+            return batches.resident_batches(
+                inputs,
+                labels,
                 self.mesh,
-                augment=config.augment,
-                margin_color=preprocess.margin_color(config.image_mean),
+                batch_size=config.batch_size,
+                seed=config.seed,
+                first_step=first_step,
                 num_steps=config.num_steps,
-                num_workers=config.dataset.num_workers,
-                **options,
+                num_views=config.feature_views,
+                max_updates=self.max_updates,
+                stops=(config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps),
             )
-        return batches.resident_batches(
-            examples.train_inputs,
-            examples.train_labels,
+        return batches.streamed_batches(
+            self.dataset.train,
             self.mesh,
+            augment=config.augment,
+            margin_color=preprocess.margin_color(config.image_mean),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            first_step=first_step,
             num_steps=config.num_steps,
-            num_views=config.feature_views,
-            max_updates=self.max_updates,
-            stops=(config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps),
-            **options,
+            num_workers=config.dataset.num_workers,
         )
 
     def evaluate(self, state: TrainState, examples: Examples) -> dict[str, float]:
@@ -218,7 +226,7 @@ def create_experiment(
             "or give another --workdir to start a new run"
         )
     model = create_model(config, source, num_classes=len(dataset.class_names), saved=saved)
-    experiment = plan_experiment(
+    plan = plan_experiment(
         config,
         model,
         mesh,
@@ -239,15 +247,15 @@ def create_experiment(
         config=config.to_dict(),
         dataset=fingerprint,
         storage="memory" if dataset.train.in_memory else "stream",
-        num_trainable=sum(leaf.size for leaf in jax.tree.leaves(experiment.abstract_state.trainable)),
+        num_trainable=sum(leaf.size for leaf in jax.tree.leaves(plan.abstract_state.trainable)),
         command=shlex.join(["python", *sys.argv]),
         custom=tuple(name for name, value in given.items() if value is not None),
     )
-    experiment = dataclasses.replace(experiment, dataset=dataset, info=info)
-    state = experiment.abstract_state
+    experiment = Experiment(**vars(plan), dataset=dataset, info=info)
+    state = plan.abstract_state
     if saved is None:
         params = create_params(model, source, image_size=config.image_size, seed=config.seed)
-        state = experiment.init_state(sharding.device_put(params, sharding.param_shardings(params, mesh)))
+        state = plan.init_state(sharding.device_put(params, sharding.param_shardings(params, mesh)))
     return experiment, state
 
 
@@ -261,7 +269,7 @@ def plan_experiment(
     in_memory: bool = True,
     augment: Augment | None = None,
     optimizer: Optimizer | None = None,
-) -> Experiment:
+) -> Plan:
     """Builds an experiment from shapes alone: nothing is loaded, and the devices need not exist.
 
     Args:
@@ -325,8 +333,7 @@ def plan_experiment(
         max_updates = min(config.log_every_steps, max(1, config.num_steps))
         batch = abstract_batch(image_forward, params, images, max_updates=max_updates)
     else:
-        labels = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
-        batch = Batch(images, labels, labels)
+        batch = Batch.abstract(images)
     max_updates = len(batch.labels) // config.batch_size
     batch_sharding = batches.train_batch_sharding(mesh, max_updates=max_updates)
     train_step = TrainStep(
@@ -342,12 +349,11 @@ def plan_experiment(
         ema_decay=config.ema_decay,
         lora_alpha=config.lora.alpha,
     )
-    return Experiment(
+    return Plan(
         config=config,
         mesh=mesh,
         model=model,
         storage=storage,
-        patterns=patterns,
         steps_per_epoch=num_images // config.batch_size,
         abstract_state=sharding.with_sharding(abstract_state, state_shardings),
         abstract_batch=sharding.with_sharding(batch, batch_sharding),

@@ -70,8 +70,7 @@ def abstract_batch(forward: ImageForward, params: Params, images: jax.ShapeDtype
     inputs = jax.eval_shape(backbone.preprocess, jax.ShapeDtypeStruct((size, 2), jnp.uint32), images)
     features = jax.eval_shape(backbone.logits, params, inputs)
     num_examples = size * max(1, min(max_updates, _MAX_EXAMPLES // size))
-    labels = jax.ShapeDtypeStruct((num_examples,), jnp.int32)
-    return Batch(jax.ShapeDtypeStruct((num_examples, *features.shape[1:]), features.dtype), labels, labels)
+    return Batch.abstract(jax.ShapeDtypeStruct((num_examples, *features.shape[1:]), features.dtype))
 
 
 def compute_features(

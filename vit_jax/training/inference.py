@@ -72,10 +72,12 @@ class ImageForward:
     def logits(self, params: Params, inputs: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
         """float32 [b s s 3] -> [b classes]."""
         if not self.dropout or dropout_keys is None:
-            return self.model.apply({"params": params}, inputs)
+            logits: jax.Array = self.model.apply({"params": params}, inputs)
+            return logits
 
         def apply(image: jax.Array, key: jax.Array) -> jax.Array:
-            return self.model.apply({"params": params}, image[None], train=True, rngs={"dropout": key})[0]
+            logits: jax.Array = self.model.apply({"params": params}, image[None], train=True, rngs={"dropout": key})
+            return logits[0]
 
         # One key per image, so that dropout does not depend on how the batch is split.
         axis_names = jax.sharding.get_abstract_mesh().axis_names
@@ -97,7 +99,8 @@ class FeatureForward:
     def logits(self, params: Params, inputs: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
         """[b d] -> [b classes]."""
         head = self.model.create_head(self.model.num_classes or 0)
-        return head.apply({"params": params["head"]}, inputs)
+        logits: jax.Array = head.apply({"params": params["head"]}, inputs)
+        return logits
 
 
 class Inference:
@@ -136,7 +139,7 @@ class Inference:
     def eval_step(self, params: Params, batch: Batch, sums: metrics.Sums) -> metrics.Sums:
         """Adds the metrics of a batch to sums; examples with the label -1 do not count."""
         batch_sums = metrics.masked_sums(self._outputs(params, batch), batch.labels, batch.labels >= 0)
-        return jax.tree.map(jnp.add, sums, batch_sums)
+        return {name: sums[name] + value for name, value in batch_sums.items()}
 
     def outputs(self, params: Params, images: ImageSource, *, num_views: int = 1, seed: int = 0) -> jax.Array:
         """Applies the model to every image.
@@ -154,7 +157,8 @@ class Inference:
         num_batches = -(-num_views * len(images) // batch_size)
         labels = np.zeros(len(images), np.int32)
         batches = evaluation_batches(images, labels, self.mesh, batch_size=batch_size, num_views=num_views)
-        buffer, position = None, sharding.device_put(np.int32(0), self._replicated)
+        buffer: jax.Array | None = None
+        position = sharding.device_put(np.int32(0), self._replicated)
         for batch in progress_bar(batches, total=num_batches, desc="images", unit="batch"):
             if buffer is None:
                 shape = jax.eval_shape(functools.partial(self._outputs, seed=seed), params, batch)
@@ -162,6 +166,7 @@ class Inference:
                 buffer = jax.jit(zeros, out_shardings=self._replicated)()
             previous, (buffer, position) = position, self._append(buffer, position, params, batch, seed)
             jax.block_until_ready(previous)
+        assert buffer is not None, "no images"
         return buffer[: num_views * len(images)]
 
     def _append_outputs(

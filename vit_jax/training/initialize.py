@@ -76,7 +76,8 @@ def create_params(model: ImageModel, source: Pretrained | None, *, image_size: i
     init = functools.partial(init_params, model, image_size=image_size, seed=seed)
     if source is None:
         print("parameters are randomly initialized")
-        return jax.jit(init)()
+        initialized: Params = jax.jit(init)()
+        return initialized
     head = jax.jit(lambda: init()["head"])()  # the compiler leaves out the initialization of everything else
     params, report = pretrained.adapt_params(source.params, {**jax.eval_shape(init), "head": head})
     print(f"{source.name}\n{report}")
@@ -85,7 +86,8 @@ def create_params(model: ImageModel, source: Pretrained | None, *, image_size: i
 
 def init_params(model: ImageModel, *, image_size: int, seed: int) -> Params:
     """Returns randomly initialized parameters."""
-    return model.init(jax.random.PRNGKey(seed), jnp.zeros((1, image_size, image_size, 3)))["params"]
+    params: Params = model.init(jax.random.PRNGKey(seed), jnp.zeros((1, image_size, image_size, 3)))["params"]
+    return params
 
 
 def has_dropout(model: ImageModel) -> bool:

@@ -94,7 +94,8 @@ def merge_lora_weights(params: Params, *, alpha: float) -> Params:
         rank = a.shape[-1]
         product = jnp.tensordot(a, weights[(*path, "b")], axes=1, precision="highest")
         flat[tuple(path)] = flat[tuple(path)] + alpha / rank * product
-    return unflatten_dict(flat)
+    merged: Params = unflatten_dict(flat)
+    return merged
 
 
 def _num_input_axes(path: str, num_axes: int) -> int:

@@ -12,7 +12,7 @@ def cross_entropy(
     logits: Float[Array, "b classes"], labels: Int[Array, " b"], *, label_smoothing: float = 0.0
 ) -> Float[Array, " b"]:
     """Returns the softmax cross-entropy in nats; smoothing spreads a fraction of the target over all classes."""
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    loss: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if label_smoothing:
         spread = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
         loss = (1.0 - label_smoothing) * loss + label_smoothing * spread

@@ -60,7 +60,8 @@ def split_params(params: Params, patterns: Sequence[str]) -> tuple[Params, Param
 
 def merge_params(trainable: Params, frozen: Params) -> Params:
     """Returns the inverse of `split_params`; of paths in both, the leaf of the first."""
-    return unflatten_dict({**flatten_dict(frozen), **flatten_dict(trainable)})
+    merged: Params = unflatten_dict({**flatten_dict(frozen), **flatten_dict(trainable)})
+    return merged
 
 
 def describe_trainable(params: Params, patterns: Sequence[str]) -> str:
@@ -166,9 +167,9 @@ def scale_by_layer(layer_decay: float, *, num_layers: int) -> optax.GradientTran
 
     def scale(updates: Params) -> Params:
         flat = flatten_dict(updates, sep="/")
-        return unflatten_dict(
-            {path: leaf * layer_decay ** (num_layers + 1 - layer(path)) for path, leaf in flat.items()}, sep="/"
-        )
+        scaled = {path: leaf * layer_decay ** (num_layers + 1 - layer(path)) for path, leaf in flat.items()}
+        result: Params = unflatten_dict(scaled, sep="/")
+        return result
 
     return optax.stateless(lambda updates, params: scale(updates))
 
@@ -176,4 +177,5 @@ def scale_by_layer(layer_decay: float, *, num_layers: int) -> optax.GradientTran
 def _kernels(params: Params) -> Params:
     """Returns True for the leaves that are kernels or LoRA weights."""
     flat = flatten_dict(params)
-    return unflatten_dict({path: path[-1] == "kernel" or path[0] == "lora" for path in flat})
+    mask: Params = unflatten_dict({path: path[-1] == "kernel" or path[0] == "lora" for path in flat})
+    return mask

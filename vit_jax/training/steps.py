@@ -103,7 +103,8 @@ class TrainStep:
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
         healthy = finite | (state.first_nonfinite_step > 0)
         decay = self.ema_decay
-        new_state = state.replace(
+        new_state = dataclasses.replace(
+            state,
             step=step,
             trainable=trainable,
             opt_state=opt_state,
@@ -183,13 +184,17 @@ class RepeatedTrainStep:
 
         def select(update: jax.Array | int) -> Batch:
             rows = update * size + jnp.arange(size)
-            return jax.tree.map(lambda leaf: leaf[rows], batch)
+            selected: Batch = jax.tree.map(lambda leaf: leaf[rows], batch)
+            return selected
 
         def body(update: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             return self.train_step(carry[0], select(update))
 
         metrics = _zeros_like(self.train_step, state, select(0))[1]
-        return jax.lax.fori_loop(0, jnp.sum(batch.labels >= 0) // size, body, (state, metrics))
+        result: tuple[TrainState, Metrics] = jax.lax.fori_loop(
+            0, jnp.sum(batch.labels >= 0) // size, body, (state, metrics)
+        )
+        return result
 
 
 def _zeros_like(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -236,4 +241,5 @@ def update_ema(ema: Params, params: Params, *, decay: float, num_updates: jax.Ar
         TensorFlow's `tf.train.ExponentialMovingAverage(num_updates=…)`.
     """
     warmed_up = jnp.minimum(decay, (1.0 + num_updates) / (10.0 + num_updates))
-    return optax.incremental_update(params, ema, 1.0 - warmed_up)
+    new_ema: Params = optax.incremental_update(params, ema, 1.0 - warmed_up)
+    return new_ema
