@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vit_jax import config as settings
+from vit_jax import data
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
 from vit_jax.training import build, job, steps
@@ -36,8 +37,7 @@ class Cost:
 def dry_run(config: ConfigDict) -> None:
     """Prints parameters, arithmetic and memory of a run.
 
-    CIFAR's pictures are not read unless some classes are chosen, and a pretrained file only where `config.model` leaves
-    sizes out.
+    No images are downloaded or decoded, and a pretrained file is read only where `config.model` leaves sizes out.
 
     Raises:
         UsageError: the config is wrong.
@@ -45,21 +45,26 @@ def dry_run(config: ConfigDict) -> None:
     """
     settings.check_config(config)
     mesh = sharding.create_mesh(**config.mesh)
-    dataset = job.load_dataset(config, shapes_only=not config.dataset.classes)
+    info = data.dataset_info(**job.dataset_options(config))
+    how = "" if info.in_memory else ", decoded as they are needed"
+    print(
+        f"{config.dataset.name}: {info.num_train:,} training and {info.num_test:,} test images of "
+        f"{info.image_shape[0]} × {info.image_shape[1]} pixels, {len(info.class_names)} classes{how}"
+    )
     source = build.load_source(config) if build.needs_file(config) else None
-    model = build.create_model(config, source, num_classes=len(dataset.class_names))
+    model = build.create_model(config, source, num_classes=len(info.class_names))
     program = create_program(
         config,
         model,
         mesh,
-        num_images=len(dataset.train),
-        image_shape=dataset.train.images.shape[1:],
-        in_memory=dataset.train.in_memory,
+        num_images=info.num_train,
+        image_shape=info.image_shape,
+        in_memory=info.in_memory,
     )
     print(program.describe_trainable())
     print("compiling the training step and the evaluation …", flush=True)
     training = measure(program.lower().compile(), mesh.size, config.batch_size // config.accumulation_steps)
-    batch_size = sharding.pad_to_devices(config.eval_batch_size, len(dataset.test), mesh)
+    batch_size = sharding.pad_to_devices(config.eval_batch_size, info.num_test, mesh)
     evaluation = measure(lower_evaluation(program, config, batch_size).compile(), mesh.size, batch_size)
 
     rows, labels = program.abstract_arrays
@@ -67,7 +72,7 @@ def dry_run(config: ConfigDict) -> None:
         math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in (rows, labels)
     )
     # Of streamed pictures the next batch lies ready.
-    test_pictures = pictures if program.streamed else pictures * len(dataset.test) // len(labels)
+    test_pictures = pictures if program.streamed else pictures * info.num_test // len(labels)
     needed = training.arguments + test_pictures + max(training.temporaries, evaluation.temporaries)
     how = ", as features" if program.cached else ", two batches at a time" if program.streamed else ""
     device = mesh.devices.flat[0]

@@ -136,7 +136,7 @@ def create_job(
     fingerprint = data.fingerprint(dataset)
     check_same_dataset(fingerprint)
     if "dataset" in saved:  # not in checkpoints of older versions
-        was = {"class_names": saved["class_names"], **saved["dataset"]}
+        was = data.DatasetFingerprint.from_json({"class_names": saved["class_names"], **saved["dataset"]})
         check_unchanged_dataset(config.dataset.name, fingerprint, was)
     model = build.create_model(config, source, num_classes=len(dataset.class_names))
     program = create_program(
@@ -155,18 +155,18 @@ def create_job(
 
     about = build.describe(config, model, dataset.class_names)
     about["storage"] = "memory" if dataset.train.in_memory else "stream"
-    about["dataset"] = {key: fingerprint[key] for key in ("num_train", "num_test", "digest")}
+    about["dataset"] = {key: fingerprint.to_json()[key] for key in ("num_train", "num_test", "digest")}
     about["command"] = shlex.join(["python", *sys.argv])
     about["config"] = config.to_dict()
     about["num_trainable"] = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.trainable))
     return Job(config, program, dataset, about), create_state
 
 
-def check_same_dataset(found: dict[str, Any]) -> None:
-    """Raises the same UserError in every process unless their `data.fingerprint`s agree; a collective call."""
+def check_same_dataset(found: data.DatasetFingerprint) -> None:
+    """Raises the same UserError in every process unless their fingerprints agree; a collective call."""
     summaries = distributed.gather_strings(
-        f"{found['num_train']:,} training and {found['num_test']:,} test images of {len(found['class_names'])} classes "
-        f"(digest {found['digest'][:16]})"
+        f"{found.num_train:,} training and {found.num_test:,} test images of {len(found.class_names)} classes "
+        f"(digest {found.digest[:16]})"
     )
     for number, summary in enumerate(summaries):
         if summary != summaries[0]:
@@ -176,46 +176,39 @@ def check_same_dataset(found: dict[str, Any]) -> None:
             )
 
 
-def check_unchanged_dataset(name: str, found: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Raises UserError unless the dataset is the one that a run was started with; arguments are `data.fingerprint`s."""
-    if found == saved:
-        return
-    new, old = found["class_names"], saved["class_names"]
-    if new != old:
-        added, removed = (", ".join(sorted(set(a) - set(b))[:5]) or "none" for a, b in ((new, old), (old, new)))
-        difference = f"other classes (new: {added}; missing: {removed})"
-    elif any(found[key] != saved[key] for key in ("num_train", "num_test")):
-        counts = (
-            f"{counted['num_train']:,} training and {counted['num_test']:,} test images" for counted in (found, saved)
+def check_unchanged_dataset(name: str, found: data.DatasetFingerprint, saved: data.DatasetFingerprint) -> None:
+    """Raises UserError unless the dataset is the one that a run was started with."""
+    if difference := found.difference(saved):
+        raise UserError(
+            f"{name} has changed since the run was started: it has {difference}; put it back as it was, or give "
+            "another --workdir to start a new run"
         )
-        difference = " instead of ".join(counts)
-    else:
-        difference = "as many images, but other files or labels"
-    raise UserError(
-        f"{name} has changed since the run was started: it has {difference}; put it back as it was, or give another "
-        "--workdir to start a new run"
-    )
 
 
-def load_dataset(config: ConfigDict, *, storage: str = "", shapes_only: bool = False) -> Dataset:
-    """Reads the dataset that the config names, and says what it found; see `data.load_dataset`."""
+def dataset_options(config: ConfigDict, *, storage: str = "") -> dict[str, Any]:
+    """Returns the arguments of `data.load_dataset` and `data.dataset_info`."""
     names = config.dataset
-    dataset = data.load_dataset(
-        names.name,
-        data_dir=names.data_dir,
-        train_split=names.train_split,
-        test_split=names.test_split,
-        image_size=config.image_size,
-        classes=names.classes,
-        crops=not {config.augment, config.test_augment}.isdisjoint(CROPS),
-        storage=storage or names.storage,
-        device_bytes=sharding.device_memory(jax.local_devices()[0])[0],
-        shapes_only=shapes_only,
-    )
+    return {
+        "name": names.name,
+        "data_dir": names.data_dir,
+        "train_split": names.train_split,
+        "test_split": names.test_split,
+        "image_size": config.image_size,
+        "classes": names.classes,
+        "crops": not {config.augment, config.test_augment}.isdisjoint(CROPS),
+        "storage": storage or names.storage,
+        "device_bytes": sharding.device_memory(jax.local_devices()[0])[0],
+    }
+
+
+def load_dataset(config: ConfigDict, *, storage: str = "") -> Dataset:
+    """Reads the dataset that the config names, and prints its size."""
+    dataset = data.load_dataset(**dataset_options(config, storage=storage))
     height, width = dataset.train.images.shape[1:3]
     print(
-        f"{names.name}: {len(dataset.train):,} training and {len(dataset.test):,} test pictures of {height} × {width} "
-        f"pixels, {len(dataset.class_names)} classes{'' if dataset.train.in_memory else ', decoded as they are needed'}"
+        f"{config.dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images of {height} × "
+        f"{width} pixels, {len(dataset.class_names)} classes"
+        f"{'' if dataset.train.in_memory else ', decoded as they are needed'}"
     )
     return dataset
 
