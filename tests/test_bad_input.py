@@ -170,18 +170,20 @@ def test_no_network(train, tmp_path):
 def test_a_missing_dataset_directory(train, tmp_path):
     assert "no such directory" in train(f"--config.dataset.name=folder:{tmp_path}/nothing", code=1)
     line = train("--config.dataset.name=cifar10", f"--config.dataset.data_dir={tmp_path}/nothing", code=1)
-    assert "no such file or folder" in line
+    assert "nothing is missing; set data_dir to cifar-10-binary.tar.gz" in line
 
 
 def test_an_empty_class_folder(train, folder):
     (folder / "train" / "fox").mkdir()
-    assert f"class folder {folder}/train/fox has no pictures" in train(f"--config.dataset.name=folder:{folder}", code=1)
+    assert f"{folder}/train/fox: no such directory, or no images" in train(
+        f"--config.dataset.name=folder:{folder}", code=1
+    )
 
 
 def test_a_corrupt_picture_is_named_before_training(train, folder):
     picture = folder / "test" / "dog" / "2.png"
     picture.write_bytes(picture.read_bytes()[:60])
-    assert f"picture {picture} cannot be decoded" in train(f"--config.dataset.name=folder:{folder}", code=1)
+    assert f"image {picture} cannot be decoded" in train(f"--config.dataset.name=folder:{folder}", code=1)
 
 
 def test_test_classes_unlike_train_classes(train, folder):

@@ -90,7 +90,7 @@ def test_a_bad_file_is_reported_and_the_rest_goes_on(workdir, pictures, run_comm
     assert result.returncode == 1
     assert [path.rpartition("/")[2][0] for path in answers(result)] == list("ab")
     *each, last = result.stderr.splitlines()
-    assert len(each) == 3 and all(line.startswith("error: picture ") for line in each)
+    assert len(each) == 3 and all(line.startswith("error: image ") for line in each)
     assert last == "error: 3 of 5 pictures could not be read, see above; the others were answered"
 
 
@@ -118,8 +118,8 @@ def test_the_first_answer_comes_soon_and_needs_no_large_package(workdir, picture
         ([], 2, "the following arguments are required: PICTURE"),
         (["benchmarks"], 1, "benchmarks names no picture"),
         (["nowhere/*.png"], 1, "nowhere/*.png names no picture"),
-        (["a.png"], 1, "picture a.png: no such file"),
-        (["configs/base.py"], 1, "picture configs/base.py cannot be decoded (not a picture)"),
+        (["a.png"], 1, "image a.png: no such file"),
+        (["configs/base.py"], 1, "image configs/base.py cannot be decoded (not an image)"),
         (["a.png", "--workdir", "configs"], 1, "configs is a folder without parameters"),
         (["a.png", "--workdir", "imagenet22k"], 2, "no pretrained file 'imagenet22k'"),
     ],

@@ -114,7 +114,7 @@ def test_own_pictures_train(run_command, released_file, tmp_path):
     command[command.index("--workdir") + 1] = str(tmp_path / "run")
     result = run_command(*command, f"--config.pretrained={released_file}", *FEW_STEPS, timeout=600)
     assert result.returncode == 0, result.stderr
-    assert "4 training and 4 test pictures of 224 × 224 pixels, 2 classes" in result.stdout
+    assert "4 training and 4 test images of 224 × 224 pixels, 2 classes" in result.stdout
 
 
 @pytest.mark.slow

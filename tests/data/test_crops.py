@@ -35,10 +35,11 @@ def original_crop(rng: np.random.Generator, height: int, width: int) -> tuple[in
 
 def boxes_of(augment, xp, count, **sizes):
     """[count 4] boxes, by NumPy one at a time or by JAX all at once."""
+    sample_box = crops.AUGMENTATIONS[augment].sample_box
     uniforms = np.random.default_rng(1).uniform(size=(count, 4)).astype(np.float32)
     if xp is np:
-        return np.array([crops.random_box(augment, row, xp=np, **sizes) for row in uniforms])
-    return np.stack(jax.jit(jax.vmap(lambda row: crops.random_box(augment, row, xp=jnp, **sizes)))(uniforms), axis=1)
+        return np.array([sample_box(row, **sizes, xp=np) for row in uniforms])
+    return np.stack(jax.jit(jax.vmap(lambda row: sample_box(row, **sizes, xp=jnp)))(uniforms), axis=1)
 
 
 def test_padded_box_reaches_an_eighth_of_each_side_outside():
@@ -52,14 +53,14 @@ def test_padded_box_reaches_an_eighth_of_each_side_outside():
 
 
 @pytest.mark.parametrize("augment", ["pad_crop", "square_crop", "inception"])
-def test_numpy_and_jax_draw_the_same_boxes(augment):
+def test_boxes_are_the_same_in_numpy_and_jax(augment):
     sizes = {"height": 300, "width": 401, "image_size": 224}
     ours, theirs = boxes_of(augment, np, 500, **sizes), boxes_of(augment, jnp, 500, **sizes)
     # Rounding of 32 bits may put a box one pixel further, in few cases.
     assert np.mean(np.abs(ours - theirs).max(axis=1) > 1e-3) < 0.02
 
 
-def test_a_square_is_drawn_in_whole_pixels_of_the_resized_picture():
+def test_square_box_has_whole_pixels_of_the_resized_image():
     top, left, rows, columns = boxes_of("square_crop", np, 4000, height=32, width=16, image_size=224).T
     side = rows * 224 / 32
     np.testing.assert_allclose(side, np.round(side), atol=1e-4)
@@ -72,7 +73,7 @@ def test_a_square_is_drawn_in_whole_pixels_of_the_resized_picture():
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 48)])
-def test_crops_follow_the_original_distribution(height, width):
+def test_inception_box_follows_the_original_distribution(height, width):
     count = 20_000
     ours = boxes_of("inception", jnp, count, height=height, width=width, image_size=32).astype(int)
     rng = np.random.default_rng(0)

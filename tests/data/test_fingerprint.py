@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vit_jax import data
-from vit_jax.data import fingerprint
+from vit_jax.data import DatasetFingerprint, fingerprint
 
 
 @pytest.fixture
@@ -20,13 +21,33 @@ def folder(tmp_path):
 
 
 def digest(folder, **options):
-    return fingerprint(data.load_dataset(f"folder:{folder}", image_size=4, **options))["digest"]
+    return fingerprint(data.load_dataset(f"folder:{folder}", image_size=4, **options)).digest
 
 
 def test_fingerprint_has_names_counts_and_digest(folder):
     found = fingerprint(data.load_dataset(f"folder:{folder}", image_size=4, test_split="test[:50%]"))
-    assert found.pop("digest").isalnum()
-    assert found == {"class_names": ["cat", "dog"], "num_train": 4, "num_test": 2}
+    assert found.digest.isalnum()
+    assert (found.class_names, found.num_train, found.num_test) == (("cat", "dog"), 4, 2)
+
+
+def test_from_json_returns_what_was_saved(folder):
+    found = fingerprint(data.load_dataset(f"folder:{folder}", image_size=4))
+    assert DatasetFingerprint.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ""),
+        ({"class_names": ("cat", "cow")}, "other classes (new: dog; missing: cow)"),
+        ({"class_names": ("dog", "cat")}, "other classes (new: none; missing: none)"),
+        ({"num_test": 3}, "1,000 training and 2 test images instead of 1,000 training and 3 test images"),
+        ({"digest": "b"}, "as many images, but other files or labels"),
+    ],
+)
+def test_difference_says_what_has_changed(changes, expected):
+    ours = DatasetFingerprint(("cat", "dog"), 1000, 2, "a")
+    assert ours.difference(dataclasses.replace(ours, **changes)) == expected
 
 
 @pytest.mark.parametrize("options", [{}, {"classes": ["dog", "cat"]}, {"train_split": "train[:50%]"}])
@@ -68,5 +89,5 @@ def test_fingerprint_of_arrays_covers_labels_and_shape():
     labels = np.roll(dataset.train.labels, 1)
     images = dataset.train.images[:, :4]
     others = [dataclasses.replace(dataset.train, labels=labels), dataclasses.replace(dataset.train, images=images)]
-    digests = {fingerprint(dataclasses.replace(dataset, train=train))["digest"] for train in (dataset.train, *others)}
+    digests = {fingerprint(dataclasses.replace(dataset, train=train)).digest for train in (dataset.train, *others)}
     assert len(digests) == 3

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +11,22 @@ from vit_jax.data import crops, preprocess
 from vit_jax.runtime import rng as sampling
 
 
+@functools.partial(jax.jit, static_argnames=("image_size", "augment", "mean", "std"))
+def prepare(keys, images, **options):
+    return preprocess.prepare(keys, images, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("mixup_alpha", "cutmix_alpha"))
+def mix(keys, images, partners, **options):
+    return preprocess.mix(keys, images, partners, **options)
+
+
 def test_normalize_maps_the_ends_of_uint8_to_minus_one_and_one():
     pixels = jnp.array([[0, 255, 0]], jnp.uint8)
     np.testing.assert_array_equal(preprocess.normalize(pixels), [[-1.0, 1.0, -1.0]])
 
 
-def test_normalize_takes_each_channel_by_its_own_mean_and_deviation():
+def test_normalize_takes_each_channel_by_its_own_mean_and_std():
     pixels = jnp.array([[51, 102, 255]], jnp.uint8)  # 0.2, 0.4, 1
     result = preprocess.normalize(pixels, mean=(0.1, 0.4, 0.5), std=(0.1, 0.5, 0.25))
     np.testing.assert_allclose(result, [[1.0, 0.0, 2.0]], atol=1e-6)
@@ -22,7 +34,7 @@ def test_normalize_takes_each_channel_by_its_own_mean_and_deviation():
 
 def test_prepare_leaves_pixels_alone_at_their_own_size():
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
-    result = preprocess.prepare(None, images, image_size=8)
+    result = prepare(None, images, image_size=8)
     np.testing.assert_allclose(result, (images - 127.5) / 127.5, rtol=1e-6)
 
 
@@ -30,7 +42,7 @@ def test_prepare_doubles_a_row_as_worked_out_by_hand():
     # Half-pixel centres: outputs read inputs at -1/4, 1/4, 3/4, 5/4; the first and last are clamped to the edge.
     row = np.array([0, 200], np.uint8)
     images = np.tile(row[None, None, :, None], (1, 2, 1, 3))
-    result = preprocess.prepare(None, images, image_size=4)
+    result = prepare(None, images, image_size=4)
     expected = (np.array([0, 50, 150, 200]) - 127.5) / 127.5
     np.testing.assert_allclose(result[0, :, :, 0], np.tile(expected, (4, 1)), atol=1e-6)
 
@@ -52,7 +64,7 @@ def test_resize_of_a_crop_never_reads_beyond_its_edge():
 def test_prepare_gives_the_pixels_of_pillow(height, width, image_size):
     """Enlarging, shrinking with antialiasing, or one along each axis."""
     images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3)).astype(np.uint8)
-    result = preprocess.prepare(None, images, image_size=image_size)
+    result = prepare(None, images, image_size=image_size)
     pixels = np.round(np.asarray(result) * 127.5 + 127.5)
     for ours, image in zip(pixels, images, strict=True):
         pillow = Image.fromarray(image)
@@ -76,17 +88,17 @@ def test_prepare_crops_the_pixels_of_pillow(tmp_path, augment, height, width):
         np.arange(64), augment=augment, uniforms=uniforms, margin_color=preprocess.margin_color((0.5, 0.4, 0.3))
     )
     options = {"image_size": 20, "mean": (0.5, 0.4, 0.3), "std": (1, 1, 1)}
-    ours = np.asarray(preprocess.prepare(keys, images, augment=augment, **options))
-    expected = np.asarray(preprocess.prepare(keys, theirs[:], augment="flip", **options))
+    ours = np.asarray(prepare(keys, images, augment=augment, **options))
+    expected = np.asarray(prepare(keys, theirs[:], augment="flip", **options))
     gaps = np.round(np.abs(ours - expected) * 255)
     assert np.mean(gaps > 0) < 0.06
     assert np.mean(gaps > 1) <= 1 / 64  # the box of one image may be rounded to the next pixel
 
 
-def test_flip_mirrors_left_and_right_only():
+def test_prepare_mirrors_left_and_right_only():
     images = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 3)).astype(np.uint8)
     keys = jax.random.split(jax.random.PRNGKey(0), 64)
-    result = np.asarray(preprocess.prepare(keys, images, image_size=4, augment="flip"))
+    result = np.asarray(prepare(keys, images, image_size=4, augment="flip"))
     plain = np.asarray(preprocess.normalize(images))
     same = np.isclose(result, plain, atol=1e-6).all(axis=(1, 2, 3))
     mirrored = np.isclose(result, plain[:, :, ::-1], atol=1e-6).all(axis=(1, 2, 3))
@@ -94,10 +106,10 @@ def test_flip_mirrors_left_and_right_only():
     assert 16 < mirrored.sum() < 48  # half of 64, within four standard deviations
 
 
-def test_pad_crop_gives_every_shift_and_grey_margins():
+def test_prepare_pads_with_every_shift_and_grey_margins():
     images = np.full((400, 8, 8, 3), 255, np.uint8)
     keys = jax.random.split(jax.random.PRNGKey(1), 400)
-    result = np.asarray(preprocess.prepare(keys, images, image_size=8, augment="pad_crop"))
+    result = np.asarray(prepare(keys, images, image_size=8, augment="pad_crop"))
     grey = np.float32(0.5 / 127.5)  # of 127.5, rounded to 128
     assert set(np.unique(result)) == {grey, 1.0}  # margin, white image
     white_rows = (result[:, :, 4, 0] == 1).sum(axis=1)
@@ -106,18 +118,19 @@ def test_pad_crop_gives_every_shift_and_grey_margins():
     assert 0 < first_row_grey.sum() < (white_rows == 7).sum()
 
 
-def test_a_pictures_draw_depends_on_its_key_alone():
+def test_prepare_samples_by_the_key_of_an_image_alone():
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
     keys = jax.random.split(jax.random.PRNGKey(0), 8)
-    whole = preprocess.prepare(keys, images, image_size=8, augment="inception")
-    half = preprocess.prepare(keys[4:], images[4:], image_size=8, augment="inception")
+    whole = prepare(keys, images, image_size=8, augment="inception")
+    half = prepare(keys[4:], images[4:], image_size=8, augment="inception")
     np.testing.assert_allclose(whole[4:], half, atol=1e-6)
 
 
-def test_square_crop_of_everything_is_the_picture_or_its_mirror_image(monkeypatch):
-    monkeypatch.setattr(crops, "square_box", lambda uniforms, **_: (0.0, 0.0, 8.0, 8.0))
+def test_prepare_flips_a_crop_of_the_whole_image(monkeypatch):
+    whole = crops.Augmentation(lambda *_, **options: (0.0, 0.0, 8.0, 8.0))
+    monkeypatch.setitem(crops.AUGMENTATIONS, "square_crop", whole)
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3)).astype(np.uint8)
-    result = preprocess.prepare(jax.random.split(jax.random.key(0), 16), images, image_size=8, augment="square_crop")
+    result = prepare(jax.random.split(jax.random.key(0), 16), images, image_size=8, augment="square_crop")
     plain = np.asarray(preprocess.normalize(images))
     mirrored = [np.allclose(ours, theirs[:, ::-1], atol=1e-6) for ours, theirs in zip(result, plain, strict=True)]
     same = [np.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(result, plain, strict=True)]
@@ -125,34 +138,56 @@ def test_square_crop_of_everything_is_the_picture_or_its_mirror_image(monkeypatc
 
 
 def mix_black_and_white(count, **alphas):
-    """Black pictures mixed with white ones: what is white is the partner's."""
+    """Black images mixed with white ones: what is white is the partner's."""
     keys = jax.random.split(jax.random.PRNGKey(0), count)
     black, white = jnp.zeros((count, 8, 8, 3)), jnp.ones((count, 8, 8, 3))
     options = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0} | alphas
-    return tuple(map(np.asarray, preprocess.mix(keys, black, white, **options)))
+    return tuple(map(np.asarray, mix(keys, black, white, **options)))
 
 
-def test_mixup_blends_by_the_share_that_the_label_keeps():
-    mixed, share = mix_black_and_white(500, mixup_alpha=0.5)
-    np.testing.assert_allclose(mixed, np.broadcast_to((1 - share)[:, None, None, None], mixed.shape), atol=1e-6)
-    # Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)): here 1/8; five standard deviations of 500 draws
-    assert share.mean() == pytest.approx(0.5, abs=5 * (1 / 8 / 500) ** 0.5)
-    assert share.var() == pytest.approx(1 / 8, abs=0.02)
+def test_mix_blends_by_the_weight_that_the_label_keeps():
+    mixed, weight = mix_black_and_white(500, mixup_alpha=0.5)
+    np.testing.assert_allclose(mixed, np.broadcast_to((1 - weight)[:, None, None, None], mixed.shape), atol=1e-6)
+    # Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)): here 1/8; five standard deviations of 500 samples
+    assert weight.mean() == pytest.approx(0.5, abs=5 * (1 / 8 / 500) ** 0.5)
+    assert weight.var() == pytest.approx(1 / 8, abs=0.02)
 
 
-def test_cutmix_pastes_a_box_whose_area_the_label_loses():
-    mixed, share = mix_black_and_white(300, cutmix_alpha=1.0)
+def test_mix_pastes_a_box_whose_area_the_label_loses():
+    mixed, weight = mix_black_and_white(300, cutmix_alpha=1.0)
     assert set(np.unique(mixed)) == {0.0, 1.0}
-    np.testing.assert_allclose(1 - mixed[..., 0].mean(axis=(1, 2)), share, atol=1e-6)
-    for picture in mixed[..., 0]:
-        rows, columns = picture.any(axis=1), picture.any(axis=0)
-        assert (picture == np.outer(rows, columns)).all()  # a box, and nothing else
+    np.testing.assert_allclose(1 - mixed[..., 0].mean(axis=(1, 2)), weight, atol=1e-6)
+    for image in mixed[..., 0]:
+        rows, columns = image.any(axis=1), image.any(axis=0)
+        assert (image == np.outer(rows, columns)).all()  # a box, and nothing else
         assert np.abs(np.diff(np.r_[0, rows.astype(int), 0])).sum() in (0, 2)  # of rows that follow each other
-    assert len(np.unique(share)) > 10
+    assert len(np.unique(weight)) > 10
 
 
-def test_with_both_every_picture_is_mixed_in_one_of_two_ways():
-    mixed, share = mix_black_and_white(400, mixup_alpha=1.0, cutmix_alpha=1.0)
+def test_mix_with_both_mixes_every_image_in_one_of_two_ways():
+    mixed, weight = mix_black_and_white(400, mixup_alpha=1.0, cutmix_alpha=1.0)
     blended = ((mixed > 0) & (mixed < 1)).any(axis=(1, 2, 3))
     assert 150 < blended.sum() < 250
-    np.testing.assert_allclose(1 - mixed.mean(axis=(1, 2, 3)), share, atol=1e-6)
+    np.testing.assert_allclose(1 - mixed.mean(axis=(1, 2, 3)), weight, atol=1e-6)
+
+
+def test_prepare_applies_a_function_to_every_image_before_the_resize():
+    images = np.arange(2 * 4 * 6 * 3, dtype=np.uint8).reshape(2, 4, 6, 3)
+    seen = []
+
+    def augment(key, image):
+        seen.append((key.shape, image.shape, image.dtype))
+        return 255 - image[:, 1:5]
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    result = prepare(keys, images, image_size=4, augment=augment)
+    assert seen == [((), (4, 6, 3), np.uint8)]
+    np.testing.assert_allclose(result, -preprocess.normalize(images[:, :, 1:5]), atol=1e-6)
+    resized = prepare(keys, images, image_size=8, augment=augment)
+    np.testing.assert_array_equal(resized, prepare(None, 255 - images[:, :, 1:5], image_size=8))
+
+
+def test_device_augment_leaves_the_flip_of_streamed_crops():
+    assert preprocess.device_augment("inception", in_memory=True) == "inception"
+    assert preprocess.device_augment("inception", in_memory=False) == "flip"
+    assert preprocess.device_augment("none", in_memory=False) == "none"

@@ -83,6 +83,6 @@ def test_nothing_is_downloaded_or_left_behind(tmp_path, run_command):
     nowhere = {"VIT_JAX_CACHE": str(tmp_path / "cache"), "https_proxy": "http://localhost:9"}
     result = run_command(*command, "--config.model.num_layers=1", "--config.batch_size=8", env=nowhere)
     assert result.returncode == 0, result.stderr
-    assert "cifar100: 50,000 training and 10,000 test pictures of 32 × 32 pixels, 100 classes" in result.stdout
+    assert "cifar100: 50,000 training and 10,000 test images of 32 × 32 pixels, 100 classes" in result.stdout
     assert list(tmp_path.iterdir()) == []
     assert result.stderr == ""

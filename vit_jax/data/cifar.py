@@ -1,40 +1,37 @@
-"""CIFAR-10 and CIFAR-100, straight from their official binary archives."""
+"""CIFAR-10 and CIFAR-100, read from their official binary archives."""
 
 import dataclasses
 import gzip
-import hashlib
-import logging
+import io
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from vit_jax.data.splits import parse_split, slice_splits
 from vit_jax.runtime import download
 from vit_jax.runtime.errors import UserError
 from vit_jax.types import Split
 
+_ADDRESS = "https://www.cs.toronto.edu/~kriz"
+
 
 @dataclasses.dataclass(frozen=True)
 class _Cifar:
-    """Layout of one official binary archive.
+    """Layout of an archive.
 
-    Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html; sizes and sums are those that TFDS checks.
+    Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html; sizes and SHA-256 as TFDS checks them.
     """
 
     archive: str
     num_bytes: int
     sha256: str
     folder: str
-    files: dict[str, tuple[str, ...]]
-    names_file: str
-    num_classes: int
-    label_bytes: int  # before the pixels; the last of them is the label to use
-
-    @property
-    def record_bytes(self) -> int:
-        return self.label_bytes + 3 * 32 * 32
+    files: Mapping[str, Sequence[str]]  # split name -> files
+    label_bytes: int  # before the pixels of each image; the last one is used
+    class_names: tuple[str, ...]
 
 
 CIFARS = {
@@ -43,140 +40,113 @@ CIFARS = {
         num_bytes=170_052_171,
         sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
         folder="cifar-10-batches-bin",
-        files={"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)},
-        names_file="batches.meta.txt",
-        num_classes=10,
+        files={"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]},
         label_bytes=1,
+        class_names=tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
     ),
     "cifar100": _Cifar(
         archive="cifar-100-binary.tar.gz",
         num_bytes=168_513_733,
         sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
         folder="cifar-100-binary",
-        files={"train": ("train.bin",), "test": ("test.bin",)},
-        names_file="fine_label_names.txt",
-        num_classes=100,
+        files={"train": ["train.bin"], "test": ["test.bin"]},
         label_bytes=2,
+        class_names=tuple(
+            """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+            butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch
+            crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo
+            keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse
+            mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy
+            porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper
+            snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television
+            tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split()
+        ),
     ),
 }
 
 
-def cifar_shapes(cifar: _Cifar) -> tuple[dict[str, Split], tuple[str, ...]]:
-    """Both splits as zeros that take no memory, and numbers for class names."""
-    splits = {
-        name: Split(images=np.broadcast_to(np.uint8(0), (number, 32, 32, 3)), labels=np.zeros(number, np.int32))
-        for name, number in (("train", 50_000), ("test", 10_000))
-    }
-    return splits, tuple(map(str, range(cifar.num_classes)))
+def open_cifar(
+    name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool
+) -> tuple[list[Split], tuple[str, ...]]:
+    """Reads splits of "cifar10" or "cifar100"; see `datasets.Reader`.
 
-
-def load_cifar(cifar: _Cifar, data_dir: str, split_names: set[str]) -> tuple[dict[str, Split], tuple[str, ...]]:
-    """Reads the named splits, and the class names.
-
-    Args:
-        cifar: the layout, one of `CIFARS`.
-        data_dir: the archive, a folder that holds it or its unpacked files; "" fetches it into the cache.
-        split_names: of "train" and "test" those to read.
+    `data_dir` is the archive, or a directory with it or its files; "" downloads it into the cache.
 
     Raises:
-        UserError: files are missing, truncated or damaged, or not of this dataset.
+        UsageError: a split is unknown.
+        UserError: files are missing, truncated or damaged, or of another dataset.
     """
-    wanted = [cifar.names_file, *(file for split in sorted(split_names) for file in cifar.files[split])]
-    place = _find_cifar(cifar, data_dir, wanted)
-    contents = _read_folder_files(place, wanted) if place.is_dir() else _read_archive_files(place, wanted)
-    missing = [file for file in wanted if file not in contents]
+    cifar = CIFARS[name]
+    slices = [parse_split(text, known=cifar.files) for text in splits]
+    names = {split.name for split in slices}
+    whole = {split: _count_images(cifar, split) for split in names} if dry_run else _read_splits(cifar, data_dir, names)
+    return slice_splits(whole, slices), cifar.class_names
+
+
+def _count_images(cifar: _Cifar, split: str) -> Split:
+    """Returns the official number of images of each class, black, in no memory."""
+    number = {"train": 50_000, "test": 10_000}[split]
+    labels = np.arange(number, dtype=np.int32) % len(cifar.class_names)
+    return Split(np.broadcast_to(np.uint8(0), (number, 32, 32, 3)), labels)
+
+
+def _read_splits(cifar: _Cifar, data_dir: str, names: set[str]) -> dict[str, Split]:
+    files = [file for split in names for file in cifar.files[split]]
+    path = _find_files(cifar, data_dir, files)
+    contents = {file: (path / file).read_bytes() for file in files} if path.is_dir() else _read_archive(path, files)
+    missing = [file for file in files if file not in contents]
     if missing:
+        found = f"has no {', '.join(missing)}, so it is not the binary version" if path.is_file() else "is missing"
         raise UserError(
-            f"{place} holds no {', '.join(missing)}: it is not the binary version of CIFAR ({cifar.archive});"
-            f" get https://www.cs.toronto.edu/~kriz/{cifar.archive}"
+            f"{path} {found}; set data_dir to {cifar.archive} of {_ADDRESS}, or to a directory with it or its files"
         )
-    class_names = tuple(contents[cifar.names_file].decode().split())
-    if len(class_names) != cifar.num_classes:
-        raise UserError(f"{place}: {cifar.names_file} lists {len(class_names)} classes, expected {cifar.num_classes}")
-    splits = {}
-    for split in split_names:
-        records = [_parse_cifar_records(cifar, contents[file], f"{place}: {file}") for file in cifar.files[split]]
-        splits[split] = _split_from_records(cifar, records)
-    return splits, class_names
+    return {split: _parse_files(cifar, {file: contents[file] for file in cifar.files[split]}) for split in names}
 
 
-def _find_cifar(cifar: _Cifar, data_dir: str, wanted: Sequence[str]) -> Path:
-    """The archive, or the folder with the unpacked files, that `data_dir` leads to; "" fetches the archive."""
+def _find_files(cifar: _Cifar, data_dir: str, files: Sequence[str]) -> Path:
+    """Returns the directory of the unpacked files or the path of the archive, which may be missing."""
     if not data_dir:
-        return download.fetch(
-            f"https://www.cs.toronto.edu/~kriz/{cifar.archive}",
-            download.cache_dir() / cifar.archive,
-            num_bytes=cifar.num_bytes,
-            sha256=cifar.sha256,
-        )
+        url, path = f"{_ADDRESS}/{cifar.archive}", download.cache_dir() / cifar.archive
+        return download.fetch(url, path, num_bytes=cifar.num_bytes, sha256=cifar.sha256)
     given = Path(data_dir).expanduser()
-    for folder in (given / cifar.folder, given):
-        if all((folder / file).is_file() for file in wanted):
-            return folder
-    archive = given / cifar.archive if given.is_dir() else given
-    if not archive.is_file():
-        found = f"no {cifar.archive}, no files of {cifar.folder}" if given.is_dir() else "no such file or folder"
-        advice = f"give the path of {cifar.archive}, or a folder that holds it or its files"
-        raise UserError(f"data_dir {data_dir!r}: {found}; {advice}")
-    _warn_if_unofficial(cifar, archive)
-    return archive
+    for directory in (given / cifar.folder, given):
+        if all((directory / file).is_file() for file in files):
+            return directory
+    return given / cifar.archive if given.is_dir() else given
 
 
-def _warn_if_unofficial(cifar: _Cifar, archive: Path) -> None:
-    if archive.stat().st_size == cifar.num_bytes:
-        with archive.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == cifar.sha256:
-                return
-    logging.getLogger(__name__).warning("%s is not the official archive (its sha256 differs); reading on", archive)
-
-
-def _read_folder_files(folder: Path, wanted: Sequence[str]) -> dict[str, bytes]:
-    return {file: (folder / file).read_bytes() for file in wanted}
-
-
-def _read_archive_files(archive: Path, wanted: Sequence[str]) -> dict[str, bytes]:
-    contents = {}
+def _read_archive(path: Path, files: Sequence[str]) -> dict[str, bytes]:
+    """Returns the contents of those of the files that the archive holds; none if it does not exist."""
+    contents: dict[str, bytes] = {}
+    if not path.is_file():
+        return contents
     try:
-        with gzip.open(archive) as stream:
-            with tarfile.open(fileobj=stream, mode="r|") as tar:
-                for member in tar:
-                    name = member.name.rpartition("/")[2]
-                    file = tar.extractfile(member) if name in wanted else None
-                    if file:
-                        contents[name] = file.read()
-            while stream.read(1 << 20):  # to the end, where gzip's checksum stands
+        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+            for member in archive:
+                name = member.name.rpartition("/")[2]
+                if name in files:
+                    contents[name] = (archive.extractfile(member) or io.BytesIO()).read()
+            while stream.read(1 << 20):  # to the end, where the checksum is
                 pass
     except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
-        raise UserError(
-            f"{archive} ({archive.stat().st_size:,} bytes) is truncated or damaged ({error}); download it again"
-        ) from error
+        size = f"{path.stat().st_size:,} bytes"
+        raise UserError(f"{path} ({size}) is truncated or damaged ({error}); download it again") from error
     return contents
 
 
-def _parse_cifar_records(cifar: _Cifar, content: bytes, where: str) -> np.ndarray:
-    """Checks and shapes one file: uint8 [records record_bytes]."""
-    if not content or len(content) % cifar.record_bytes:
-        raise UserError(
-            f"{where} has {len(content):,} bytes, expected a multiple of {cifar.record_bytes:,};"
-            " it is cut off, or of another dataset"
-        )
-    records = np.frombuffer(content, np.uint8).reshape(-1, cifar.record_bytes)  # [n bytes]
-    labels = records[:, cifar.label_bytes - 1]
-    wrong = labels >= cifar.num_classes
-    if wrong.any():
-        first = int(np.argmax(wrong))
-        raise UserError(f"{where}: record {first} has label {labels[first]}, expected 0..{cifar.num_classes - 1}")
-    return records
-
-
-def _split_from_records(cifar: _Cifar, files: Sequence[np.ndarray]) -> Split:
-    num_images = sum(len(records) for records in files)
-    split = Split(images=np.empty((num_images, 32, 32, 3), np.uint8), labels=np.empty(num_images, np.int32))
-    start = 0
-    for records in files:
-        stop = start + len(records)
-        split.labels[start:stop] = records[:, cifar.label_bytes - 1]
-        pixels = records[:, cifar.label_bytes :].reshape(-1, 3, 32, 32)  # [n c h w]
-        split.images[start:stop] = pixels.transpose(0, 2, 3, 1)  # [n h w c]
-        start = stop
-    return split
+def _parse_files(cifar: _Cifar, contents: Mapping[str, bytes]) -> Split:
+    record_bytes, num_classes = cifar.label_bytes + 3 * 32 * 32, len(cifar.class_names)
+    labels, pixels = [], []
+    for file, content in contents.items():
+        whole = len(content) // record_bytes * record_bytes
+        records = np.frombuffer(content, np.uint8, whole).reshape(-1, record_bytes)  # [n bytes]
+        labels.append(records[:, cifar.label_bytes - 1].astype(np.int32))
+        pixels.append(records[:, cifar.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))  # [n h w c]
+        if not whole or whole != len(content) or labels[-1].max() >= num_classes:
+            raise UserError(
+                f"{file} has {len(content):,} bytes; expected records of {record_bytes:,} bytes with labels from 0 to "
+                f"{num_classes - 1}: it is damaged or of another dataset, download {cifar.archive} again"
+            )
+    images = np.empty((sum(map(len, labels)), 32, 32, 3), np.uint8)
+    np.concatenate(pixels, out=images)
+    return Split(images, np.concatenate(labels))

@@ -1,8 +1,13 @@
-"""Boxes of random crops, and the weights of a resize: for JAX on the device and NumPy in worker processes alike."""
+"""Augmentations, boxes of random crops and weights of a resize: for JAX on the device and NumPy in worker processes."""
 
-from typing import Any
+import dataclasses
+from types import ModuleType
+from typing import Any, Protocol
 
-Box = tuple[Any, Any, Any, Any]
+Number = Any
+"""A scalar or an array of NumPy or JAX, which share no type."""
+
+Box = tuple[Number, Number, Number, Number]
 """Top, left, height, width in pixels."""
 
 WEIGHT_BITS = 22
@@ -11,69 +16,41 @@ WEIGHT_BITS = 22
 EDGE_SLACK = 1e-3
 """Pixels by which rounding may move the edge of a box."""
 
-CROPS = ("pad_crop", "square_crop", "inception")
-"""Augmentations that read a part of an image, and so depend on its resolution."""
+
+class BoxSampler(Protocol):
+    """Samples the part of an image that a training step sees."""
+
+    def __call__(self, uniforms: Number, height: int, width: int, *, image_size: int, xp: ModuleType) -> Box:
+        """Returns scalars in pixels of the image; they may be fractions, and outside of the image.
+
+        Args:
+            uniforms: [4], random numbers in [0, 1).
+            height: of the image, pixels.
+            width: of the image, pixels.
+            image_size: pixels, square, that the box is resized to.
+            xp: `jax.numpy` or `numpy`.
+        """
 
 
-def random_box(augment: str, uniforms: Any, *, height: int, width: int, image_size: int, xp: Any) -> Box:
-    """The part of a picture that a training step sees.
-
-    Args:
-        augment: "none" or "flip" (all of it); "pad_crop", "square_crop", "inception": see the functions below.
-        uniforms: four numbers in [0, 1).
-        height: of the picture, pixels.
-        width: of the picture, pixels.
-        image_size: pixels, square, that the box is resized to.
-        xp: `jax.numpy` or `numpy`.
-
-    Returns:
-        Scalars (top, left, height, width) in pixels of the picture; fractions of them, and places outside of it, too.
-    """
-    if augment == "pad_crop":
-        return padded_box(uniforms, height=height, width=width, xp=xp)
-    if augment == "square_crop":
-        return square_box(uniforms, height=height, width=width, image_size=image_size, xp=xp)
-    if augment == "inception":
-        return inception_box(uniforms, height=height, width=width, xp=xp)
-    return 0, 0, height, width
-
-
-def padded_box(uniforms: Any, *, height: int, width: int, xp: Any) -> Box:
-    """Returns a crop of the image's own size from the image padded by an eighth of each side.
-
-    Args:
-        uniforms: numbers in [0, 1): for top and left.
-        height: of the image, pixels.
-        width: of the image, pixels.
-        xp: `jax.numpy` or `numpy`.
+def padded_box(uniforms: Number, height: int, width: int, *, image_size: int, xp: ModuleType) -> Box:
+    """Samples a crop of the image's own size from the image padded by an eighth of each side.
 
     Source:
         He et al. 2016, section 4.2, there with a margin of 4 pixels for 32.
     """
-    top, left = (
-        xp.floor(draw * (2 * margin + 1)) - margin
-        for draw, margin in zip(uniforms[:2], (height // 8, width // 8), strict=True)
-    )
+    margins = height // 8, width // 8
+    top, left = (xp.floor(x * (2 * margin + 1)) - margin for x, margin in zip(uniforms[:2], margins, strict=True))
     return top, left, height, width
 
 
-def square_box(uniforms: Any, *, height: int, width: int, image_size: int, xp: Any) -> Box:
-    """A square of 64 to 100 % of a picture as it is after a resize to `image_size`.
+def square_box(uniforms: Number, height: int, width: int, *, image_size: int, xp: ModuleType) -> Box:
+    """Samples a square of 64 to 100 % of the image as it is after a resize to `image_size`.
 
-    The area is uniform, the side rounded to whole pixels, the corner uniform over the places that fit.
-
-    Args:
-        uniforms: numbers in [0, 1): for the area, top and left.
-        height: of the picture, pixels.
-        width: of the picture, pixels.
-        image_size: pixels, square.
-        xp: `jax.numpy` or `numpy`.
-
-    Returns:
-        Box in pixels of the picture before its resize, fractions of them too.
+    The area is uniform, the side rounded to whole pixels, the corner uniform over the positions that fit. The box is
+    in pixels of the image before the resize.
 
     Source:
-        torchvision's RandomResizedCrop of a picture that has `image_size` already.
+        torchvision's RandomResizedCrop of an image that has `image_size` already.
     """
     side = xp.round(image_size * xp.sqrt(0.64 + 0.36 * uniforms[0]))
     top, left = xp.floor(uniforms[1:3] * (image_size - side + 1))
@@ -81,54 +58,58 @@ def square_box(uniforms: Any, *, height: int, width: int, image_size: int, xp: A
     return top * rows, left * columns, side * rows, side * columns
 
 
-def inception_box(
-    uniforms: Any,
-    *,
-    height: int,
-    width: int,
-    xp: Any,
-    area_range: tuple[float, float] = (0.05, 1.0),
-    aspect_range: tuple[float, float] = (0.75, 1.33),
-) -> Box:
-    """A crop as the original training drew it.
+def inception_box(uniforms: Number, height: int, width: int, *, image_size: int, xp: ModuleType) -> Box:
+    """Samples a crop of 5 to 100 % of the image's area, of whole pixels, as the original training did.
 
-    The aspect (width / height) is uniform; the crop's height is uniform over the integers whose area lies within
-    bounds and that fit the picture; the corner is uniform over the places that fit, the last one left out.
-
-    Args:
-        uniforms: numbers in [0, 1): for the aspect, the height, top and left.
-        height: of the picture, pixels.
-        width: of the picture, pixels.
-        xp: `jax.numpy` or `numpy`.
-        area_range: of the crop, as a share of the picture's area.
-        aspect_range: of the crop's width to its height.
-
-    Returns:
-        Box of whole pixels.
+    The aspect (width / height) is uniform in (0.75, 1.33); the crop's height is uniform over the integers whose area is
+    within bounds and that fit the image; the corner is uniform over the positions that fit, without the last one.
 
     Source:
-        Szegedy et al. 2015, section 6; TensorFlow's kernel of sample_distorted_bounding_box. Its rare redraw, for crops
-        that rounding puts out of bounds, is replaced by a clip to the picture.
+        Szegedy et al. 2015, section 6; TensorFlow's kernel of sample_distorted_bounding_box. Where rounding puts a crop
+        out of bounds, it is clipped to the image instead of sampled again.
     """
-    aspect = aspect_range[0] + (aspect_range[1] - aspect_range[0]) * uniforms[0]
-    smallest_area, largest_area = (share * height * width for share in area_range)
-
-    def width_of(rows: Any) -> Any:
-        return xp.round(rows * aspect)
-
+    aspect = 0.75 + (1.33 - 0.75) * uniforms[0]
+    smallest_area, largest_area = 0.05 * height * width, 1.0 * height * width
     largest = xp.round(xp.sqrt(largest_area / aspect))
-    largest = xp.where(width_of(largest) > width, xp.floor((width + 0.4999) / aspect), largest)
+    largest = xp.where(xp.round(largest * aspect) > width, xp.floor((width + 0.4999) / aspect), largest)
     largest = xp.minimum(largest, height)
     smallest = xp.minimum(xp.round(xp.sqrt(smallest_area / aspect)), largest)
     rows = smallest + xp.floor(uniforms[1] * (largest - smallest + 1))
-    rows = xp.where(rows * width_of(rows) < smallest_area, rows + 1, rows)
-    rows = xp.where(rows * width_of(rows) > largest_area, rows - 1, rows)
+    rows = xp.where(rows * xp.round(rows * aspect) < smallest_area, rows + 1, rows)
+    rows = xp.where(rows * xp.round(rows * aspect) > largest_area, rows - 1, rows)
     rows = xp.clip(rows, 1, height)
-    columns = xp.clip(width_of(rows), 1, width)
+    columns = xp.clip(xp.round(rows * aspect), 1, width)
     return xp.floor(uniforms[2] * (height - rows)), xp.floor(uniforms[3] * (width - columns)), rows, columns
 
 
-def resize_weights(start: Any, length: Any, *, input_size: int, output_size: int, xp: Any) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Random changes of training images.
+
+    Attributes:
+        sample_box: of the part that is seen, which depends on the image's resolution; None for the whole image.
+        pads: whether boxes may reach outside of the image, by an eighth of each side at most.
+        flips: whether half of the images are mirrored left to right.
+    """
+
+    sample_box: BoxSampler | None = None
+    pads: bool = False
+    flips: bool = True
+
+
+AUGMENTATIONS = {
+    "none": Augmentation(flips=False),
+    "flip": Augmentation(),
+    "pad_crop": Augmentation(padded_box, pads=True),
+    "square_crop": Augmentation(square_box),
+    "inception": Augmentation(inception_box),
+}
+
+CROPS = tuple(name for name, augmentation in AUGMENTATIONS.items() if augmentation.sample_box)
+"""Augmentations that need images of their own resolution."""
+
+
+def resize_weights(start: Number, length: Number, *, input_size: int, output_size: int, xp: ModuleType) -> Number:
     """Returns the matrix by which Pillow resizes the pixels from `start` to `start + length` along one axis.
 
     Bilinear, with half-pixel centers; where it shrinks, the triangle is widened by the scale (antialiasing). Pixels

@@ -1,23 +1,55 @@
 """Fingerprint of a dataset: tells whether two processes, or a run and its resumption, read the same images."""
 
+import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from vit_jax.types import Dataset
+from vit_jax.types import Dataset, Json
 
 
-def fingerprint(dataset: Dataset) -> dict[str, Any]:
-    """Returns class names, number of images and a digest of a dataset, ready for JSON.
+@dataclasses.dataclass(frozen=True)
+class DatasetFingerprint:
+    """Class names, numbers of images and a hexadecimal digest; see `fingerprint`."""
 
-    The digest covers class names and, for both splits, the labels in their order and which images these are: file names
-    relative to the split's directory for `folder:DIR`, record numbers for `tfds:NAME`, otherwise the image shape. It
-    does not cover pixels, the root directory, or whether images are in memory or streamed.
+    class_names: tuple[str, ...]
+    num_train: int
+    num_test: int
+    digest: str
 
-    Returns:
-        {"class_names": list of strings, "num_train": int, "num_test": int, "digest": hexadecimal SHA-256}.
+    def __str__(self) -> str:
+        """Returns the numbers of images in words."""
+        return f"{self.num_train:,} training and {self.num_test:,} test images"
+
+    def to_json(self) -> dict[str, Json]:
+        """Returns the fields as JSON values."""
+        return {**dataclasses.asdict(self), "class_names": list(self.class_names)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "DatasetFingerprint":
+        """Returns what `to_json` was called of."""
+        return cls(**{**value, "class_names": tuple(value["class_names"])})
+
+    def difference(self, other: "DatasetFingerprint") -> str:
+        """Returns what this dataset has, unlike the other; "" if they are equal."""
+        if self.class_names != other.class_names:
+            ours, theirs = set(self.class_names), set(other.class_names)
+            new, missing = (", ".join(sorted(names)[:5]) or "none" for names in (ours - theirs, theirs - ours))
+            return f"other classes (new: {new}; missing: {missing})"
+        if str(self) != str(other):
+            return f"{self} instead of {other}"
+        return "" if self == other else "as many images, but other files or labels"
+
+
+def fingerprint(dataset: Dataset) -> DatasetFingerprint:
+    """Returns the fingerprint of a dataset; reads no pixels.
+
+    The digest, a SHA-256, covers class names and, for both splits, the labels in their order and which images these
+    are: file names relative to the split's directory for `folder:DIR`, record numbers for `tfds:NAME`, otherwise the
+    image shape. It does not cover pixels, the root directory, or whether images are in memory or streamed.
     """
     digest = hashlib.sha256(json.dumps(dataset.class_names).encode())
     for split in (dataset.train, dataset.test):
@@ -26,9 +58,4 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
         digest.update(np.asarray(split.labels, "<i4").tobytes())
         if split.ids is not None:
             digest.update(np.asarray(split.ids, "<u8").tobytes())
-    return {
-        "class_names": list(dataset.class_names),
-        "num_train": len(dataset.train),
-        "num_test": len(dataset.test),
-        "digest": digest.hexdigest(),
-    }
+    return DatasetFingerprint(tuple(dataset.class_names), len(dataset.train), len(dataset.test), digest.hexdigest())

@@ -4,79 +4,86 @@ A resize gives the very pixels that `data.decode_image` gets from Pillow: see `c
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Num, Shaped, UInt8
 
-from vit_jax.data.crops import CROPS, WEIGHT_BITS, Box, random_box, resize_weights
-
-AUGMENTATIONS = ("none", "flip", *CROPS)
+from vit_jax.data.crops import AUGMENTATIONS, CROPS, WEIGHT_BITS, Box, Number, resize_weights
 
 HALF = (0.5, 0.5, 0.5)
-"""Mean and std that take pixels to [-1, 1], as the released models were trained."""
+"""Mean and std that map pixels to [-1, 1], as the released models were trained."""
+
+Augment = str | Callable[[Array, Array], Array]
+"""Name of an augmentation, or a user's own function (random key, uint8 [h w 3]) -> uint8 [h' w' 3] of one image."""
 
 
-def normalize(images: jax.Array, *, mean: Sequence[float] = HALF, std: Sequence[float] = HALF) -> jax.Array:
-    """Integers 0 to 255 [... 3] -> float32 [... 3]: (pixel / 255 - mean) / std, channel by channel."""
+def normalize(
+    images: Num[Array | np.ndarray, "*b 3"], *, mean: Sequence[float] = HALF, std: Sequence[float] = HALF
+) -> Float32[Array, "*b 3"]:
+    """Returns (pixel / 255 - mean) / std of integers from 0 to 255, channel by channel."""
     offset, scale = (255.0 * np.asarray(channels, np.float32) for channels in (mean, std))
-    return (images.astype(jnp.float32) - offset) / scale
+    return (jnp.asarray(images, jnp.float32) - offset) / scale
 
 
 def prepare(
-    keys: jax.Array,
-    images: jax.Array,
+    keys: Shaped[Array, "b ..."] | None,
+    images: UInt8[Array | np.ndarray, "b h w 3"],
     *,
     image_size: int,
-    augment: str = "none",
+    augment: Augment = "none",
     mean: Sequence[float] = HALF,
     std: Sequence[float] = HALF,
-) -> jax.Array:
+) -> Float32[Array, "b {image_size} {image_size} 3"]:
     """Crops, resizes, flips and normalizes, each image by a key of its own.
 
     What is sampled for an image depends on its key alone, so that devices and accumulation do not change it.
 
     Args:
-        keys: [b] random keys; not used where nothing is sampled.
-        images: uint8 [b h w 3].
+        keys: random keys; None where nothing is sampled.
+        images: of any one size.
         image_size: pixels, square.
-        augment: "none"; "flip" (half the images, left to right); "pad_crop" (padded by an eighth of each side in the
+        augment: "none"; "flip" (half of the images, left to right); "pad_crop" (padded by an eighth of each side in the
             mean's color, cropped to the image's size, flip); "square_crop" (a square of 64 to 100 % of the area,
-            flip); "inception" (5 to 100 % of the area, flip). Boxes are those of `crops`.
+            flip); "inception" (5 to 100 % of the area, flip): see `crops`. Or a function of a key and an image, which
+            is applied on the device before the resize; streamed images come resized, and so it gets these after it.
         mean: of the channels, from 0 to 1.
         std: of the channels, on the same scale.
-
-    Returns:
-        float32 [b image_size image_size 3].
     """
+    images, augmentation = jnp.asarray(images), AUGMENTATIONS[augment if isinstance(augment, str) else "none"]
+    if not isinstance(augment, str):
+        images = jax.vmap(augment)(cast(Array, keys), images)
     height, width = images.shape[1:3]
-    if augment in CROPS:
-        margins = (height // 8, width // 8) if augment == "pad_crop" else (0, 0)
+    if augmentation.sample_box:
+        margins = (height // 8, width // 8) if augmentation.pads else (0, 0)
+        sample_box = functools.partial(augmentation.sample_box, image_size=image_size, xp=jnp)
 
-        def crop(image: jax.Array, uniforms: jax.Array) -> jax.Array:
-            top, left, *size = random_box(augment, uniforms, height=height, width=width, image_size=image_size, xp=jnp)
-            image = _pad(image, margins, margin_color(mean))
-            return _resize(image, (top + margins[0], left + margins[1], *size), image_size=image_size, xp=jnp)
+        def crop(image: Array, uniforms: Array) -> Array:
+            top, left, *size = sample_box(uniforms, height, width)
+            padded = _pad(image, margins, margin_color(mean))
+            return _resize(padded, (top + margins[0], left + margins[1], *size), image_size=image_size, xp=jnp)
 
-        images = jax.vmap(crop)(images, sample_uniforms(keys))
+        images = jax.vmap(crop)(images, sample_uniforms(cast(Array, keys)))
     elif (height, width) != (image_size, image_size):
         resize = functools.partial(_resize, box=(0, 0, height, width), image_size=image_size, xp=np)
         images = jax.vmap(resize)(images)
-    if augment != "none":
+    if augmentation.flips:
         flips = jax.vmap(lambda key: jax.random.bernoulli(jax.random.split(key)[1]))(keys)
         images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
     return normalize(images, mean=mean, std=std)
 
 
 def device_augment(augment: str, *, in_memory: bool) -> str:
-    """Returns what is left to do on the device: images that are not in memory are cropped where they are decoded."""
+    """Returns what is left to do on the device: images that are not in memory are cropped when they are decoded."""
     return "flip" if augment in CROPS and not in_memory else augment
 
 
-def sample_uniforms(keys: jax.Array) -> jax.Array:
-    """Returns what `crops.random_box` needs: [b] random keys -> float32 [b 4] in [0, 1)."""
+def sample_uniforms(keys: Shaped[Array, "b ..."]) -> Float32[Array, "b 4"]:
+    """Samples the random numbers in [0, 1) that the boxes of `crops` are functions of."""
     return jax.vmap(lambda key: jax.random.uniform(jax.random.split(key)[0], (4,)))(keys)
 
 
@@ -86,35 +93,39 @@ def margin_color(mean: Sequence[float]) -> tuple[int, ...]:
 
 
 def mix(
-    keys: jax.Array, images: jax.Array, partners: jax.Array, *, mixup_alpha: float, cutmix_alpha: float
-) -> tuple[jax.Array, jax.Array]:
-    """Blends every picture with its partner, or pastes a box of the partner into it.
+    keys: Shaped[Array, "b ..."],
+    images: Float[Array, "b h w 3"],
+    partners: Float[Array, "b h w 3"],
+    *,
+    mixup_alpha: float,
+    cutmix_alpha: float,
+) -> tuple[Float[Array, "b h w 3"], Float[Array, " b"]]:
+    """Blends every image with its partner, or pastes a box of the partner into it.
 
-    A picture's share is drawn from Beta(alpha, alpha), for each picture anew. Where both alphas are positive, each
-    picture is mixed in one of the two ways, with equal chance.
+    An image's weight is sampled from Beta(alpha, alpha). Where both alphas are positive, each image is mixed in one of
+    the two ways, with equal probability.
 
     Args:
-        keys: [b] random keys, a picture's own.
-        images: float [b h w 3].
-        partners: float [b h w 3].
+        keys: random keys of the images.
+        images: to be mixed.
+        partners: to be mixed with.
         mixup_alpha: of blending (Zhang et al. 2018); 0 for none.
-        cutmix_alpha: of pasting a box of the area 1 - share, cut off at the edges (Yun et al. 2019); 0 for none.
+        cutmix_alpha: of pasting a box of the area 1 - weight, cut off at the edges (Yun et al. 2019); 0 for none.
 
     Returns:
-        (mixed [b h w 3], share [b]): the part of the picture itself, from 0 to 1, which its label keeps.
+        (mixed images, weights): the fraction of the image itself, from 0 to 1, which is the weight of its label.
     """
     height, width = images.shape[1:3]
 
-    def one(key: jax.Array, image: jax.Array, partner: jax.Array) -> tuple[jax.Array, jax.Array]:
-        choice_key, blend_key, area_key, centre_key = jax.random.split(key, 4)
-        blend = jnp.ones(())
-        pasted = jnp.zeros((height, width), bool)
+    def mix_image(key: Array, image: Array, partner: Array) -> tuple[Array, Array]:
+        choice_key, blend_key, area_key, center_key = jax.random.split(key, 4)
+        blend, pasted = jnp.ones(()), jnp.zeros((height, width), bool)
         if mixup_alpha:
             blend = jax.random.beta(blend_key, mixup_alpha, mixup_alpha)
         if cutmix_alpha:
             size = jnp.array([height, width])
             box = jnp.round(size * jnp.sqrt(1.0 - jax.random.beta(area_key, cutmix_alpha, cutmix_alpha)))
-            start = jnp.floor(jax.random.uniform(centre_key, (2,)) * size) - jnp.floor(box / 2)
+            start = jnp.floor(jax.random.uniform(center_key, (2,)) * size) - jnp.floor(box / 2)
             rows, columns = (
                 (jnp.arange(length) >= first) & (jnp.arange(length) < first + extent)
                 for length, first, extent in zip((height, width), start, box, strict=True)
@@ -126,22 +137,17 @@ def mix(
         mixed = jnp.where(pasted[..., None], partner, blend * image + (1.0 - blend) * partner)
         return mixed, blend * (1.0 - jnp.mean(pasted))
 
-    return jax.vmap(one)(keys, images, partners)
+    return jax.vmap(mix_image)(keys, images, partners)
 
 
-def _pad(image: jax.Array, margins: tuple[int, int], color: Sequence[int]) -> jax.Array:
+def _pad(image: Array, margins: tuple[int, int], color: Sequence[int]) -> Array:
     """Pads an image [h w c] by margins of rows and of columns, in pixels."""
-    if not any(margins):
-        return image
-    rows, columns = margins
-    padded = [
-        jnp.pad(image[..., channel], ((rows, rows), (columns, columns)), constant_values=value)
-        for channel, value in enumerate(color)
-    ]
-    return jnp.stack(padded, axis=-1)
+    height, width = (length + 2 * margin for length, margin in zip(image.shape, margins, strict=False))
+    canvas = jnp.broadcast_to(jnp.array(color, image.dtype), (height, width, len(color)))
+    return jax.lax.dynamic_update_slice(canvas, image, (*margins, 0))
 
 
-def _resize(image: jax.Array, box: Box, *, image_size: int, xp: Any) -> jax.Array:
+def _resize(image: Array, box: Box, *, image_size: int, xp: ModuleType) -> Array:
     """Resizes a box of an image, integers 0 to 255 [h w c], to a square int32 [image_size image_size c].
 
     Args:
@@ -157,7 +163,7 @@ def _resize(image: jax.Array, box: Box, *, image_size: int, xp: Any) -> jax.Arra
     return _apply_weights("ih,hwc->iwc", rows, image)
 
 
-def _apply_weights(subscripts: str, weights: jax.Array, image: jax.Array) -> jax.Array:
+def _apply_weights(subscripts: str, weights: Number, image: Array) -> Array:
     """Multiplies an image by fixed-point weights and rounds to integers.
 
     float32 holds 24 bits: products of 8-bit pixels with either half of a 22-bit weight fit in, and so do their sums
@@ -166,10 +172,10 @@ def _apply_weights(subscripts: str, weights: jax.Array, image: jax.Array) -> jax
     half_bits = WEIGHT_BITS // 2
     pixels = image.astype(jnp.float32)
 
-    def products(half: jax.Array) -> jax.Array:
+    def products(half: Number) -> Array:
         # At the highest precision: tensor cores would otherwise round pixels to 8 or 10 bits.
         half = jnp.asarray(half, jnp.float32)
         return jnp.einsum(subscripts, half, pixels, precision="highest").astype(jnp.int32)
 
     total = (products(weights // 2**half_bits) << half_bits) + products(weights % 2**half_bits)
-    return (total + 2 ** (WEIGHT_BITS - 1)) >> WEIGHT_BITS
+    return jnp.right_shift(total + 2 ** (WEIGHT_BITS - 1), WEIGHT_BITS)

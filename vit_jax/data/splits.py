@@ -2,83 +2,92 @@
 
 import dataclasses
 import difflib
+import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from vit_jax.runtime.errors import UsageError, UserError
+from vit_jax.runtime.errors import UsageError
 from vit_jax.types import Split
-
-
-@dataclasses.dataclass(frozen=True)
-class SplitSlice:
-    """A parsed split such as "train[:90%]"; a bound is (number, is a percentage)."""
-
-    text: str
-    name: str
-    start: tuple[int, bool] | None
-    stop: tuple[int, bool] | None
-
-    def bounds(self, num_images: int) -> tuple[int, int]:
-        """The first index and the one after the last; percentages are rounded to the closest picture as TFDS does."""
-        start, stop = (
-            default if bound is None else self._absolute(*bound, num_images)
-            for bound, default in ((self.start, 0), (self.stop, num_images))
-        )
-        if start >= stop:
-            raise UserError(
-                f"split {self.text!r} is empty: {num_images} pictures in {self.name!r}, asked for [{start}:{stop}]"
-            )
-        return start, stop
-
-    def _absolute(self, number: int, is_percent: bool, num_images: int) -> int:
-        index = round(number * num_images / 100) if is_percent else number
-        if abs(index) > num_images:
-            raise UsageError(f"split {self.text!r} reaches past the {num_images} pictures of {self.name!r}")
-        return index + num_images if number < 0 else index
-
 
 _SPLIT_PATTERN = re.compile(r"(?P<name>[\w.\-]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
-def parse_split(text: str, *, known: Sequence[str] = ()) -> SplitSlice:
-    """Reads a split's text; a name that is not in `known` is a UsageError, unless nothing is known."""
-    match = _SPLIT_PATTERN.fullmatch(text.strip())
-    if not match:
-        raise UsageError(f"cannot read split {text!r}; write a split's name, or a slice such as 'train[:90%]'")
-    if known and match["name"] not in known:
-        raise UsageError(f"unknown split {text!r}; known are {', '.join(nearest_first(match['name'], known))}")
-    bounds = []
-    for bound in (match["start"], match["stop"]):
-        bounds.append((int(bound.rstrip("%")), bound.endswith("%")) if bound else None)
-        if bound and bound.endswith("%") and abs(int(bound[:-1])) > 100:
-            raise UsageError(f"split {text!r} asks for {bound}; percentages lie between -100% and 100%")
-    return SplitSlice(text=text, name=match["name"], start=bounds[0], stop=bounds[1])
+@dataclasses.dataclass(frozen=True)
+class SplitSlice:
+    """A parsed split such as "train[:90%]"; a bound is a number, a percentage, or "" where none is given."""
+
+    text: str
+    name: str
+    start: str
+    stop: str
+
+    def rows(self, num_images: int) -> range:
+        """Returns the rows of the whole split; percentages are rounded to the closest image, as in TFDS."""
+        start = _parse_bound(self.start or "0", num_images)
+        stop = _parse_bound(self.stop, num_images) if self.stop else num_images
+        if not 0 <= start < stop <= num_images:
+            raise UsageError(
+                f"split {self.text!r} selects the images {start} to {stop} of {num_images:,} in {self.name!r}; "
+                "choose at least one of them"
+            )
+        return range(start, stop)
 
 
-def check_disjoint(splits: Sequence[SplitSlice], num_images: int) -> None:
-    """Raises UsageError if two slices of one split share an image: it would be trained and tested on.
+def parse_split(text: str, *, known: Iterable[str] = ()) -> SplitSlice:
+    """Parses a split.
 
     Args:
-        splits: of the same name, the one to train on first.
-        num_images: of the whole split.
+        text: a split's name, or a slice as TFDS writes it.
+        known: names of the splits that there are; empty allows any name.
+
+    Raises:
+        UsageError: the name is not known, or the slice cannot be read.
     """
-    if len(splits) < 2:
-        return
-    (first, first_stop), (second, second_stop) = (split.bounds(num_images) for split in splits)
-    shared = min(first_stop, second_stop) - max(first, second)
-    if shared > 0:
+    match = _SPLIT_PATTERN.fullmatch(text.strip())
+    names = nearest_first(match["name"] if match else text, known)
+    if not match or (names and match["name"] not in names):
         raise UsageError(
-            f"train_split {splits[0].text!r} and test_split {splits[1].text!r} overlap in {shared:,} of {num_images:,} "
-            "images; choose disjoint slices, such as 'train[:90%]' and 'train[90%:]'"
+            f"unknown split {text!r}; expected {', '.join(names) or 'its name'}, or a slice such as 'train[:90%]'"
         )
+    return SplitSlice(text, match["name"], match["start"] or "", match["stop"] or "")
 
 
-def slice_split(split: Split, wanted: SplitSlice) -> Split:
-    """Returns the part of an in-memory split that a slice asks for."""
-    start, stop = wanted.bounds(len(split))
-    return Split(images=split.images[start:stop], labels=split.labels[start:stop])
+def select_rows(slices: Sequence[SplitSlice], num_images: Mapping[str, int]) -> list[range]:
+    """Returns the rows that each slice selects.
+
+    Args:
+        slices: the one to train on first.
+        num_images: split name -> number of images of the whole split.
+
+    Raises:
+        UsageError: a slice is empty, or two share images, which would be trained and tested on.
+    """
+    selected = [(split, split.rows(num_images[split.name])) for split in slices]
+    for (first, rows), (second, others) in itertools.combinations(selected, 2):
+        shared = min(rows.stop, others.stop) - max(rows.start, others.start)
+        if first.name == second.name and shared > 0:
+            raise UsageError(
+                f"train_split {first.text!r} and test_split {second.text!r} overlap in {shared:,} of "
+                f"{num_images[first.name]:,} images; choose disjoint slices, such as 'train[:90%]' and 'train[90%:]'"
+            )
+    return [rows for _, rows in selected]
+
+
+def slice_splits(whole: Mapping[str, Split], slices: Sequence[SplitSlice]) -> list[Split]:
+    """Slices splits in memory, given by their names; views, not copies."""
+    selected = select_rows(slices, {name: len(split) for name, split in whole.items()})
+    return [
+        Split(whole[split.name].images[rows.start : rows.stop], whole[split.name].labels[rows.start : rows.stop])
+        for split, rows in zip(slices, selected, strict=True)
+    ]
 
 
 def nearest_first(name: str, known: Iterable[str]) -> list[str]:
-    """Names sorted by their likeness to one that was mistyped."""
+    """Returns known names, sorted by their similarity to a mistyped one."""
     return sorted(known, key=lambda other: -difflib.SequenceMatcher(None, name, other).ratio())
+
+
+def _parse_bound(bound: str, num_images: int) -> int:
+    number = int(bound.rstrip("%"))
+    index = round(number * num_images / 100) if bound.endswith("%") else number
+    return index + num_images if number < 0 else index

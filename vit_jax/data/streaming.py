@@ -15,21 +15,25 @@ from collections.abc import Generator
 
 import jax
 import numpy as np
+from jaxtyping import Int32, UInt8
 
 from vit_jax.data import preprocess
 from vit_jax.data.crops import CROPS
-from vit_jax.data.images import EncodedImages
+from vit_jax.data.images import Color, EncodedImages
 from vit_jax.runtime import resources
 from vit_jax.runtime import rng as sampling
 from vit_jax.runtime.errors import UserError
 from vit_jax.types import Split
+
+Batch = tuple[UInt8[np.ndarray, "b h w 3"], Int32[np.ndarray, " b"]]
+"""Images and labels."""
 
 
 def training_batches(
     split: Split,
     *,
     augment: str,
-    margin_color: tuple[int, ...],
+    margin_color: Color,
     batch_size: int,
     seed: int,
     first_step: int,
@@ -37,23 +41,23 @@ def training_batches(
     part: int = 0,
     num_parts: int = 1,
     num_workers: int = 0,
-) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
+) -> Generator[Batch, None, None]:
     """Yields the batches of a run, in an order that changes with the epoch, cropped but not flipped.
 
     Args:
         split: of encoded images.
-        augment: how they are cropped, see `crops.random_box`.
-        margin_color: color of what a crop covers outside of an image.
+        augment: how they are cropped, see `crops`.
+        margin_color: of the pixels of a crop outside of an image.
         batch_size: of all parts together; the remainder of an epoch is dropped.
         seed: of the run.
         first_step: the first batch's number, counted from 0.
         num_steps: the number after the last batch's.
-        part: which of the equal parts of every batch, as this process needs it.
+        part: number of the equal part of every batch that this process needs.
         num_parts: that a batch has.
         num_workers: processes that decode; 0 takes one per available processor.
 
     Yields:
-        (uint8 [batch_size/num_parts h w 3], int32 [batch_size/num_parts]). Closing the generator ends the processes.
+        `batch_size` / `num_parts` images and labels. Closing the generator ends the processes.
 
     Raises:
         UserError: an image cannot be decoded, or a process was killed.
@@ -63,7 +67,7 @@ def training_batches(
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, in notebooks and tests, too
-    read = _ReadBatch(split.images, split.labels, augment, margin_color, batch_size, seed, part, num_parts)
+    read = BatchReader(split.images, split.labels, augment, margin_color, batch_size, seed, part, num_parts)
     batches = grain.MapDataset.range(first_step, num_steps).map(read)
     options = grain.MultiprocessingOptions(num_workers or resources.available_cpus(), per_worker_buffer_size=2)
     stream = iter(
@@ -71,7 +75,8 @@ def training_batches(
             options, worker_init_fn=_start_worker
         )
     )
-    copies = map(_copy, stream)
+    # Copied: Grain's arrays are memory that is shared with a process, and lost if they are kept too long.
+    copies = ((np.array(images), np.array(labels)) for images, labels in stream)
     try:
         # The processes inherit this: a signal that stops the run must not end them before it has saved.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
@@ -90,59 +95,44 @@ def training_batches(
         gc.collect()  # Grain keeps its last batch in a cycle; Python would complain of that memory at its end
 
 
-def _copy(batch: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays of their own: Grain's are memory that is shared with a process, and lost if they are kept too long."""
-    images, labels = batch
-    return np.array(images), np.array(labels)
-
-
 @dataclasses.dataclass(frozen=True)
-class _ReadBatch:
+class BatchReader:
     """Maps the number of a step to its images and labels."""
 
     images: EncodedImages
-    labels: np.ndarray
+    labels: Int32[np.ndarray, " n"]
     augment: str
-    margin_color: tuple[int, ...]
+    margin_color: Color
     batch_size: int
     seed: int
-    part: int
-    num_parts: int
+    part: int = 0
+    num_parts: int = 1
 
-    def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, step: int) -> Batch:
         epoch, place = divmod(int(step), len(self.labels) // self.batch_size)
         size = self.batch_size // self.num_parts
-        start = place * self.batch_size + self.part * size
-        rows = _epoch_order(self.seed, epoch, len(self.labels))[start : start + size]
+        part = slice(self.part * size, (self.part + 1) * size)
+        rows = _epoch_order(self.seed, epoch, len(self.labels))[place * self.batch_size :][part]
         images = self.images.take(rows)
         if self.augment in CROPS:
-            uniforms = _step_uniforms(self.seed, int(step), self.batch_size)[self.part * size :][:size]
+            uniforms = np.asarray(_step_uniforms(self.seed, int(step), self.batch_size))[part]
             images = self.images.crop(rows, augment=self.augment, uniforms=uniforms, margin_color=self.margin_color)
         return np.stack([images[i] for i in range(size)]), self.labels[rows]
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+def _epoch_order(seed: int, epoch: int, num_images: int) -> Int32[np.ndarray, " n"]:
     return np.asarray(sampling.epoch_order(jax.random.PRNGKey(seed), epoch, num_images))
 
 
-def _step_uniforms(seed: int, step: int, batch_size: int) -> np.ndarray:
-    return np.asarray(_jitted_step_uniforms(jax.random.PRNGKey(seed), step, batch_size))
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _jitted_step_uniforms(key: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:
-    return preprocess.sample_uniforms(sampling.step_keys(key, step, batch_size)[0])
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _step_uniforms(seed: int, step: jax.Array | int, batch_size: int) -> jax.Array:
+    return preprocess.sample_uniforms(sampling.step_keys(jax.random.PRNGKey(seed), step, batch_size)[0])
 
 
 def _start_worker(worker: int, num_workers: int) -> None:
-    """Keeps a worker process off the accelerator, and ends it soon after the run that started it."""
-    jax.config.update("jax_platforms", "cpu")
-    _end_with_the_run()
-
-
-def _end_with_the_run() -> None:
-    """Ends a worker process soon after the run that started it, however that ended."""
+    """Keeps a worker process off the accelerator, and ends it soon after its run, however that ended."""
+    jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]
     run = os.getppid()
 
     def watch() -> None:

@@ -3,79 +3,81 @@
 import difflib
 import io
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from vit_jax.data.images import EncodedImages
-from vit_jax.data.splits import SplitSlice, check_disjoint, nearest_first
+from vit_jax.data.splits import parse_split, select_rows
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.types import Split
 
+if TYPE_CHECKING:
+    from tensorflow_datasets.core import DatasetBuilder
 
-def open_tfds(name: str, data_dir: str, splits: Sequence[SplitSlice]) -> tuple[list[Split], tuple[str, ...]]:
-    """Opens a dataset that TFDS has prepared as array_record; reading needs no TensorFlow, preparing does.
 
-    Returns:
-        The splits of `EncodedImages` images, and the class names.
+def open_tfds(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> tuple[list[Split], tuple[str, ...]]:
+    """Opens splits of "tfds:NAME" that TFDS prepared in `data_dir`, "" for its default; see `datasets.Reader`.
+
+    Raises:
+        UsageError: the dataset or a split is unknown, a slice is empty, or two overlap.
+        UserError: the dataset is not prepared, or is not one of images and classes.
     """
-    builder = _create_tfds_builder(name, data_dir)
+    builder = _create_builder(name.partition(":")[2], data_dir)
     features = dict(builder.info.features.items())
     class_names = getattr(features.get("label"), "names", None)
     if getattr(features.get("image"), "np_dtype", None) != np.uint8 or not class_names:
         raise UserError(
-            f"tfds:{name} has the features {', '.join(sorted(features))};"
-            " expected an 8-bit `image`, and a `label` with class names"
+            f"{name} has the features {', '.join(sorted(features))}; "
+            "expected an 8-bit `image`, and a `label` with class names"
         )
-    for split in splits:
-        if split.name not in builder.info.splits:
-            known = ", ".join(nearest_first(split.name, builder.info.splits))
-            raise UsageError(f"unknown split {split.text!r} of tfds:{name}; known are {known}")
-        same = [other for other in splits if other.name == split.name]
-        check_disjoint(same, builder.info.splits[split.name].num_examples)
-    return [_open_tfds_split(builder, split) for split in splits], tuple(class_names)
+    num_images = {split: info.num_examples for split, info in builder.info.splits.items()}
+    slices = [parse_split(text, known=num_images) for text in splits]
+    return [
+        _open_split(builder, split.name, np.arange(rows.start, rows.stop), read_labels=not dry_run)
+        for split, rows in zip(slices, select_rows(slices, num_images), strict=True)
+    ], tuple(class_names)
 
 
-def _create_tfds_builder(name: str, data_dir: str) -> Any:
-    """The builder of a prepared dataset; TFDS's own way would start to prepare it, or list a thousand names."""
+def _create_builder(name: str, data_dir: str) -> "DatasetBuilder":
+    """Returns the builder of a prepared dataset; without these checks TFDS would start to prepare it."""
     try:
         import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise UserError(f"dataset tfds:{name} needs TFDS ({error}); pip install 'vit_jax[tfds]'") from error
-    try:
+
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+        if builder.is_prepared():
+            return builder
+        problem = f"is not prepared in {builder.data_path}"
+    except ImportError as error:
+        problem = f"needs TFDS ({error})"
     except tfds.core.DatasetNotFoundError as error:
-        known = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False))
-        nearest = f"; nearest are {', '.join(known)}" if known else ""
-        raise UsageError(f"TFDS knows no {name!r}, nor does {data_dir or 'its directory'} hold it{nearest}") from error
-    except Exception as error:  # each cause has its own type: wrong version, wrong config, another file format
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        advice = _tfds_command(name, data_dir)
-        raise UserError(f"tfds:{name} cannot be read as array_record ({reason}); {advice}") from error
-    if not builder.is_prepared():
-        raise UserError(f"tfds:{name} is not prepared in {builder.data_path}; {_tfds_command(name, data_dir)}")
-    return builder
-
-
-def _tfds_command(name: str, data_dir: str) -> str:
-    where = f'data_dir="{data_dir}", ' if data_dir else ""
-    return (
-        "prepare it: pip install 'vit_jax[tfds]' && python -c 'import tensorflow_datasets as tfds;"
-        f' tfds.builder("{name}", {where}file_format="array_record").download_and_prepare()\''
+        near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False))
+        nearest = f"; nearest are {', '.join(near)}" if near else ""
+        raise UsageError(f"TFDS has no dataset {name!r}, nor has {data_dir or 'its directory'}{nearest}") from error
+    except Exception as error:  # each cause has a type of its own: wrong version, wrong config, other file format
+        problem = f"cannot be read as array_record ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
+    directory = f'data_dir="{data_dir}", ' if data_dir else ""
+    raise UserError(
+        f"tfds:{name} {problem}; prepare it: pip install 'vit_jax[tfds]' && python -c 'import tensorflow_datasets as "
+        f'tfds; tfds.builder("{name}", {directory}file_format="array_record").download_and_prepare()\''
     )
 
 
-def _open_tfds_split(builder: Any, split: SplitSlice) -> Split:
+def _open_split(builder: "DatasetBuilder", name: str, rows: np.ndarray, *, read_labels: bool) -> Split:
+    """Opens rows of a split; labels that are not read are replaced by as many of each class."""
     import tensorflow_datasets as tfds
 
-    source = builder.as_data_source(split=split.name, decoders={"image": tfds.decode.SkipDecoding()})
-    start, stop = split.bounds(len(source))
+    source = builder.as_data_source(split=name, decoders={"image": tfds.decode.SkipDecoding()})
+    height, width = builder.info.features["image"].shape[:2]  # None where images differ
 
     def open_image(number: int) -> BinaryIO:
-        picture = io.BytesIO(source[int(number)]["image"])
-        picture.name = f"{number} of tfds:{builder.name} {split.name}"
-        return picture
+        image = io.BytesIO(source[int(number)]["image"])
+        image.name = f"{number} of tfds:{builder.name} {name}"
+        return image
 
-    numbers = np.arange(start, stop)
-    labels = np.fromiter((source[i]["label"] for i in range(start, stop)), np.int32, stop - start)
-    return Split(images=EncodedImages(open_image, numbers), labels=labels, ids=numbers.astype(np.uint64))
+    if read_labels:
+        labels = np.fromiter((source[i]["label"] for i in rows), np.int32, len(rows))
+    else:
+        labels = np.arange(len(rows), dtype=np.int32) % builder.info.features["label"].num_classes
+    images = EncodedImages(open_image, rows, (width or 0, height or 0))
+    return Split(images=images, labels=labels, ids=rows.astype(np.uint64))

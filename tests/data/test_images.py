@@ -1,0 +1,174 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from image_files import load_folder, write_folder, write_image
+from PIL import Image
+
+from vit_jax.data import images
+from vit_jax.runtime import progress
+from vit_jax.runtime.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "pets")
+
+
+def test_encoded_images_read_like_an_array(folder):
+    whole, later = load_folder(folder).train.images, load_folder(folder, storage="stream").train.images
+    for rows in (1, -1, slice(1, 3), np.array([2, 0, 2]), np.array([True, False, True, False])):
+        np.testing.assert_array_equal(later[rows], whole[rows])
+    np.testing.assert_array_equal(later.take([3, 1])[np.array([1])], whole[[1]])
+
+
+def test_decode_image_crops_a_box_and_resizes_it(tmp_path):
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    cut = images.decode_image(tmp_path / "a.png", size=(2, 2), sample_box=lambda height, width: (1, 2, 2, 2))
+    np.testing.assert_array_equal(cut, pixels[1:3, 2:4])
+    shifted = images.decode_image(
+        tmp_path / "a.png", size=(4, 4), sample_box=lambda height, width: (-1, 2, 4, 4), margin_color=(9, 8, 7)
+    )
+    np.testing.assert_array_equal(np.asarray(shifted)[1:, :2], pixels[:3, 2:])
+    assert np.unique(np.asarray(shifted)[:1].reshape(-1, 3), axis=0).tolist() == [[9, 8, 7]]
+    assert np.unique(np.asarray(shifted)[:, 2:].reshape(-1, 3), axis=0).tolist() == [[9, 8, 7]]
+
+
+def test_decode_image_crops_a_box_after_orientation_is_applied(tmp_path):
+    left_half = np.zeros((400, 800, 3), np.uint8)
+    left_half[:, :400] = 200
+    Image.fromarray(left_half).save(tmp_path / "a.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees: what is left comes to the top
+    Image.fromarray(left_half).save(tmp_path / "turned.jpg", exif=exif)
+    sizes = []
+
+    def right_half(height, width):
+        sizes.append((height, width))
+        return 0, width / 2, height, width / 2
+
+    assert np.asarray(images.decode_image(tmp_path / "a.jpg", size=(8, 8), sample_box=right_half)).max() < 10
+    turned = np.asarray(images.decode_image(tmp_path / "turned.jpg", size=(8, 8), sample_box=right_half))
+    assert turned[:3].min() > 190 and turned[5:].max() < 10
+    assert sizes == [(400, 800), (800, 400)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "rgb"),
+    [
+        ("RGB", (1, 2, 3), [1, 2, 3]),
+        ("L", 7, [7, 7, 7]),
+        ("1", 1, [255, 255, 255]),
+        ("I;16", 0x1234, [0x12, 0x12, 0x12]),
+        ("LA", (9, 255), [9, 9, 9]),
+        ("RGBA", (1, 2, 3, 255), [1, 2, 3]),
+        ("RGBA", (1, 2, 3, 0), [255, 255, 255]),  # transparent: white
+    ],
+)
+def test_decode_image_turns_any_mode_into_rgb(tmp_path, mode, color, rgb):
+    image = images.decode_image(write_image(tmp_path / "0.png", mode=mode, color=color))
+    assert image.mode == "RGB"
+    assert np.asarray(image)[0, 0].tolist() == rgb
+
+
+def test_decode_image_reads_a_palette_with_transparency(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "0.png", transparency=bytes([255, 0]))
+    assert np.asarray(images.decode_image(tmp_path / "0.png")).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+def test_decode_image_reads_cmyk(tmp_path):
+    path = write_image(tmp_path / "0.jpg", mode="CMYK", color=(0, 0, 0, 0))
+    assert np.asarray(images.decode_image(path))[0, 0].tolist() == [255, 255, 255]
+
+
+def test_decode_image_turns_it_upright(tmp_path):
+    image = Image.new("RGB", (2, 1), (0, 0, 0))
+    image.putpixel((1, 0), (255, 255, 255))  # black, white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: black above white
+    image.save(tmp_path / "0.png", exif=exif)
+    assert np.asarray(images.decode_image(tmp_path / "0.png"))[..., 0].tolist() == [[0], [255]]
+
+
+def test_decode_image_reads_an_open_file():
+    file = io.BytesIO()
+    Image.new("RGB", (2, 3)).save(file, "png")
+    file.seek(0)
+    assert images.decode_image(file).size == (2, 3)
+
+
+def test_decode_image_averages_when_it_shrinks(tmp_path):
+    checkered = np.indices((64, 64)).sum(axis=0) % 2 * 255
+    Image.fromarray(checkered.astype(np.uint8)).save(tmp_path / "0.png")
+    pixels = np.asarray(images.decode_image(tmp_path / "0.png", size=(4, 4)))
+    np.testing.assert_allclose(pixels[1:3, 1:3], 127.5, atol=2)
+
+
+def test_decode_image_shrinks_a_big_jpeg_as_without_shortcut(tmp_path):
+    ramp = np.linspace(0, 255, 1024).astype(np.uint8)
+    Image.fromarray(np.tile(ramp, (1024, 1))).save(tmp_path / "0.jpg", quality=95)
+    direct = images.decode_image(tmp_path / "0.jpg").resize((16, 16), Image.Resampling.BILINEAR)
+    pixels = np.asarray(images.decode_image(tmp_path / "0.jpg", size=(16, 16)))
+    np.testing.assert_allclose(pixels.astype(int), np.asarray(direct), atol=2)
+
+
+def test_decode_image_names_a_missing_file(tmp_path):
+    with pytest.raises(UserError, match=r"0.png: no such file"):
+        images.decode_image(tmp_path / "0.png")
+
+
+def test_decode_image_names_a_truncated_file(tmp_path):
+    path = write_image(tmp_path / "0.jpg", size=(64, 64))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"0.jpg cannot be decoded \(.*[Tt]runcated.*\); replace or remove it"):
+        images.decode_image(path)
+
+
+def test_decode_image_applies_an_orientation_of_xmp_or_late_exif(tmp_path):
+    """The image is 8 pixels high and 4 wide once it is turned; its upper half is white."""
+    stored = np.zeros((4, 8, 3), np.uint8)
+    stored[:, :4] = 255  # orientation 6: turned by 90 degrees clockwise, what is left comes to the top
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    Image.fromarray(stored).save(tmp_path / "xmp.webp", lossless=True, xmp=xmp)
+    buffer = io.BytesIO()
+    Image.fromarray(stored).save(buffer, "png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\x00\x00")
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    png = buffer.getvalue()
+    (tmp_path / "late.png").write_bytes(png[:-12] + chunk + png[-12:])  # before the last chunk, IEND
+    for name in ("xmp.webp", "late.png"):
+        assert images.read_size(tmp_path / name) == (4, 8), name
+        decoded = np.asarray(images.decode_image(tmp_path / name, size=(4, 8)))
+        assert decoded[:4].min() == 255 and decoded[4:].max() == 0, name
+
+
+def test_decode_all_names_a_file_that_is_not_an_image(folder):
+    (folder / "train" / "cat" / "0.png").write_text("hello")
+    with pytest.raises(UserError, match=r"cat/0.png cannot be decoded \(not an image\); replace or remove it$"):
+        load_folder(folder)
+
+
+def test_decode_all_names_a_truncated_image_and_counts_the_others(folder):
+    for name in ("cat", "dog"):
+        path = write_image(folder / "train" / name / "1.png", size=(4, 4))
+        path.write_bytes(path.read_bytes()[:50])  # the header is whole, the pixels are not
+    with pytest.raises(UserError, match=r"cat/1.png cannot be decoded \(.*; 1 more images fail$"):
+        load_folder(folder)
+
+
+def test_decode_all_shows_progress_where_it_takes_long_only(folder, monkeypatch, capfd):
+    load_folder(folder)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(progress, "_DELAY_SECONDS", 0)
+    load_folder(folder)
+    out, err = capfd.readouterr()
+    assert "decoding" in err and "0/4" in err
+    assert out == ""

@@ -1,0 +1,244 @@
+"""A dataset's name -> uint8 images, int labels and class names in host memory, or images that are decoded later.
+
+To add a dataset, write a `Reader` in a module of its own and name it in `READERS`.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from typing import Protocol, Required, TypedDict, Unpack
+
+import numpy as np
+
+from vit_jax.data.cifar import open_cifar
+from vit_jax.data.folder import open_folder
+from vit_jax.data.images import decode_all
+from vit_jax.data.splits import nearest_first, parse_split, slice_splits
+from vit_jax.data.tfds import open_tfds
+from vit_jax.runtime import resources
+from vit_jax.runtime.errors import UsageError, UserError
+from vit_jax.types import Dataset, Split
+
+
+class Reader(Protocol):
+    """Opens splits of a dataset, of arrays or of `EncodedImages`."""
+
+    def __call__(
+        self, name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool
+    ) -> tuple[list[Split], tuple[str, ...]]:
+        """Returns splits and class names.
+
+        Args:
+            name: of the dataset.
+            data_dir: where its files are; "" is a default of the reader.
+            splits: the one to train on first; each a name, or a slice of one as TFDS writes it ("train[:90%]").
+            dry_run: downloads and decodes nothing: where only the numbers of images are known, these may be black, and
+                labels as many of each class.
+
+        Raises:
+            UsageError: a split is unknown or empty, or two share images.
+            UserError: files are missing, damaged or inconsistent.
+        """
+
+
+def open_digits(
+    name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool
+) -> tuple[list[Split], tuple[str, ...]]:
+    """Reads scikit-learn's 1,797 handwritten digits, 8 × 8: 1,437 to train on, 360 to test on; see `Reader`.
+
+    Source: the test part of "Optical Recognition of Handwritten Digits", UCI, Alpaydin and Kaynak 1998.
+    """
+    from sklearn.datasets import load_digits
+
+    slices = [parse_split(text, known=("train", "test")) for text in splits]
+    digits = load_digits()
+    order = np.random.RandomState(0).permutation(len(digits.target))
+    grey = np.round(digits.images[order] * (255 / 16)).astype(np.uint8)  # [n h w], 0..16 -> 0..255
+    images, labels = np.repeat(grey[..., None], 3, axis=-1), digits.target[order].astype(np.int32)  # [n h w c], [n]
+    stop = len(order) * 4 // 5
+    whole = {"train": Split(images[:stop], labels[:stop]), "test": Split(images[stop:], labels[stop:])}
+    return slice_splits(whole, slices), tuple(map(str, digits.target_names))
+
+
+READERS: dict[str, Reader] = {
+    "cifar10": open_cifar,
+    "cifar100": open_cifar,
+    "digits": open_digits,
+    "folder:DIR": open_folder,
+    "tfds:NAME": open_tfds,
+}
+"""Names of datasets, with what stands for a part of the user's own in capitals -> reader."""
+
+
+class DatasetOptions(TypedDict, total=False):
+    """Options of all functions that open a dataset, see `load_dataset`."""
+
+    data_dir: str
+    image_size: Required[int]
+    classes: Sequence[str]
+    crops: bool
+    storage: str
+    device_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """A dataset without its images, whose shape is [h w 3]; `in_memory` is False for those that are streamed."""
+
+    num_train: int
+    num_test: int
+    image_shape: tuple[int, ...]
+    class_names: tuple[str, ...]
+    in_memory: bool
+
+
+def load_dataset(
+    name: str, *, train_split: str = "train", test_split: str = "test", **options: Unpack[DatasetOptions]
+) -> Dataset:
+    """Reads a dataset into host memory, or opens it to be streamed.
+
+    Args:
+        name: a key of `READERS`.
+        train_split: what to train on: a split's name, or a slice of it such as "train[:90%]".
+        test_split: what to test on, in the same form; shares no image with `train_split`.
+        **options:
+            image_size: pixels, square, that the model sees.
+            data_dir: an archive or directory already on disk (cifar10, cifar100), TFDS's own directory (tfds:NAME);
+                "" downloads into the cache (cifar10, cifar100) or means TFDS's default.
+            classes: names of those to keep, in their new order; all unless given. Splits are sliced before. Images of
+                other classes are not decoded.
+            crops: whether images will be cropped, and so must keep their resolution; False unless given.
+            storage: "memory" | "stream" | "auto", the default; see `choose_storage`.
+            device_bytes: memory of a device; None, the default, sets no limit.
+
+    Raises:
+        UsageError: an unknown name, split or class, slices that are empty or overlap, or an impossible storage.
+        UserError: files that are missing, damaged or inconsistent.
+    """
+    (train, test), class_names = _load(name, [train_split, test_split], **options)
+    return Dataset(train, test, class_names)
+
+
+def load_split(name: str, *, split: str, **options: Unpack[DatasetOptions]) -> tuple[Split, tuple[str, ...]]:
+    """Reads one split of a dataset, and its class names; see `load_dataset`."""
+    (loaded,), class_names = _load(name, [split], **options)
+    return loaded, class_names
+
+
+def dataset_info(
+    name: str, *, train_split: str = "train", test_split: str = "test", **options: Unpack[DatasetOptions]
+) -> DatasetInfo:
+    """Describes what `load_dataset` would return; downloads and decodes nothing.
+
+    Numbers are exact, but of `classes` in CIFAR and TFDS, which are taken to be equally frequent in every slice.
+    """
+    (train, test), class_names = _load(name, [train_split, test_split], dry_run=True, **options)
+    return DatasetInfo(len(train), len(test), train.images.shape[1:], class_names, train.in_memory)
+
+
+def _load(
+    name: str,
+    splits: Sequence[str],
+    *,
+    image_size: int,
+    data_dir: str = "",
+    classes: Sequence[str] = (),
+    crops: bool = False,
+    storage: str = "auto",
+    device_bytes: int | None = None,
+    dry_run: bool = False,
+) -> tuple[list[Split], tuple[str, ...]]:
+    reader = find_reader(name)
+    if data_dir and reader in (open_digits, open_folder):
+        raise UsageError(f"dataset {name!r} does not read data_dir, got {data_dir!r}; leave it empty")
+    opened, class_names = reader(name, data_dir=data_dir, splits=splits, dry_run=dry_run)
+    if classes:
+        opened, class_names = [keep_classes(split, class_names, classes) for split in opened], tuple(classes)
+    storage, size = choose_storage(opened, image_size, crops=crops, storage=storage, device_bytes=device_bytes)
+    return [_decode(split, storage, size, dry_run=dry_run) for split in opened], class_names
+
+
+def find_reader(name: str) -> Reader:
+    """Returns the reader of a dataset; raises UsageError with the names that there are."""
+    kind, _, argument = name.partition(":")
+    for pattern, reader in READERS.items():
+        known_kind, _, placeholder = pattern.partition(":")
+        if kind == known_kind and bool(argument) == bool(placeholder):
+            return reader
+    raise UsageError(f"unknown dataset {name!r}; known are {', '.join(nearest_first(name, READERS))}")
+
+
+def keep_classes(split: Split, class_names: Sequence[str], classes: Sequence[str]) -> Split:
+    """Keeps the images of some classes, which are numbered in the given order.
+
+    Raises:
+        UsageError: a class is unknown or named twice, or there are fewer than two.
+        UserError: the split has no image of them.
+    """
+    unknown = [name for name in classes if name not in class_names]
+    if unknown or not 2 <= len(set(classes)) == len(classes):
+        found = f"no class {unknown[0]!r}" if unknown else f"got {tuple(classes)}"
+        near = ", ".join(nearest_first((unknown or classes)[0], class_names)[:10])
+        raise UsageError(f"dataset.classes: {found}; expected at least two different names, such as {near}")
+    new_labels = np.full(len(class_names), -1, np.int32)
+    new_labels[[class_names.index(name) for name in classes]] = np.arange(len(classes))
+    rows = np.flatnonzero(new_labels[split.labels] >= 0)
+    if not len(rows):
+        raise UserError(f"no images of the classes {', '.join(classes)}; choose larger splits")
+    ids = None if split.ids is None else split.ids[rows]
+    return Split(images=split.images.take(rows, axis=0), labels=new_labels[split.labels[rows]], ids=ids)
+
+
+def choose_storage(
+    splits: Sequence[Split], image_size: int, *, crops: bool, storage: str, device_bytes: int | None
+) -> tuple[str, tuple[int, int]]:
+    """Chooses whether images are decoded once or whenever they are indexed, and their size; reads headers only.
+
+    Images in memory have one common size: their own, if all have the same, at most twice the model's; otherwise
+    the model's. Cropped images need their own resolution: larger ones, and those of different sizes, are streamed.
+
+    Args:
+        splits: of arrays, which stay as they are, or of `EncodedImages`.
+        image_size: pixels, square, that the model sees.
+        crops: whether images will be cropped.
+        storage: "memory": decoded once, large images to be cropped at their own size; "stream": decoded when they are
+            indexed; "auto": in memory if the images take at most half of the available memory of host and device.
+        device_bytes: memory of a device; None sets no limit.
+
+    Returns:
+        ("memory" or "stream", (width, height) in pixels).
+
+    Raises:
+        UsageError: the images cannot be stored as asked.
+        UserError: an image's header cannot be read.
+    """
+    problem, size = "", (image_size, image_size)
+    if splits[0].in_memory:
+        problem = "only folder:DIR and tfds:NAME can be streamed" if storage == "stream" else ""
+    elif storage != "stream":
+        sizes = set().union(*(split.images.read_sizes() for split in splits))
+        common = sizes.pop() if len(sizes) == 1 else None
+        small = common is not None and max(common) <= 2 * image_size
+        decoded_size = common if common and (crops or small) else size
+        needed = sum(map(len, splits)) * math.prod(decoded_size) * 3
+        available = min(resources.available_memory(), device_bytes or sys.maxsize)
+        if storage == "auto":
+            storage = "memory" if needed <= available // 2 and (small or not crops) else "stream"
+        elif crops and not common:
+            problem = "images of different sizes cannot be cropped in memory"
+        elif needed > available:
+            problem = f"the decoded images need {needed:,} bytes of memory, {available:,} are available"
+        size = decoded_size if storage == "memory" else size
+    if problem:
+        raise UsageError(f"dataset.storage is {storage!r}, but {problem}; set it to 'auto'")
+    return storage, size
+
+
+def _decode(split: Split, storage: str, size: tuple[int, int], *, dry_run: bool) -> Split:
+    if split.in_memory:
+        return split
+    images = dataclasses.replace(split.images, size=size)
+    if storage == "memory":
+        images = np.broadcast_to(np.uint8(0), images.shape) if dry_run else decode_all(images)
+    return dataclasses.replace(split, images=images)

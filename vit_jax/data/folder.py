@@ -1,0 +1,74 @@
+"""Directories of image files, DIR/SPLIT/CLASS/IMAGE."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vit_jax.data.images import IMAGE_SUFFIXES, EncodedImages
+from vit_jax.data.splits import parse_split, select_rows
+from vit_jax.runtime.errors import UserError
+from vit_jax.types import Split
+
+
+def open_folder(
+    name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool
+) -> tuple[list[Split], tuple[str, ...]]:
+    """Lists the files of splits of "folder:DIR"; see `datasets.Reader`.
+
+    Raises:
+        UsageError: a slice cannot be read or is empty, or two overlap.
+        UserError: a directory is missing or has no images, or the splits have different classes.
+    """
+    root = Path(name.partition(":")[2]).expanduser()
+    slices = [parse_split(text) for text in splits]
+    files = {split.name: _list_classes(root / split.name) for split in slices}
+    first, last = slices[0].name, slices[-1].name
+    differing = [f"{name} (only in {first})" for name in sorted(files[first].keys() - files[last].keys())]
+    differing += [f"{name} (only in {last})" for name in sorted(files[last].keys() - files[first].keys())]
+    if differing:
+        raise UserError(
+            f"{root}: expected the same classes in {first} and {last}; these differ: {', '.join(differing)}"
+        )
+    selected = select_rows(slices, {name: sum(map(len, classes.values())) for name, classes in files.items()})
+    class_names = tuple(files[first])
+    return [_select_files(files[split.name], rows) for split, rows in zip(slices, selected, strict=True)], class_names
+
+
+def _list_classes(split_dir: Path) -> dict[str, list[str]]:
+    """Returns class name -> paths of images, both sorted; hidden files and directories are skipped."""
+    entries = sorted(split_dir.iterdir()) if split_dir.is_dir() else []
+    directories = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    classes = {directory.name: _list_images(directory) for directory in directories}
+    empty = next((directory for directory in directories if not classes[directory.name]), None)
+    if empty or not classes:
+        raise UserError(
+            f"{empty or split_dir}: no such directory, or no images ({', '.join(IMAGE_SUFFIXES)}) in it; "
+            f"expected {split_dir}/CLASS/IMAGE"
+        )
+    return classes
+
+
+def _list_images(directory: Path) -> list[str]:
+    names = sorted(entry.name for entry in os.scandir(directory) if entry.is_file())
+    return [str(directory / name) for name in names if name[0] != "." and Path(name).suffix.lower() in IMAGE_SUFFIXES]
+
+
+def _select_files(classes: Mapping[str, Sequence[str]], rows: range) -> Split:
+    """Selects rows of a fixed shuffle, in the order of classes and names.
+
+    Of the sorted files "train[:90%]" would lose the last classes.
+    """
+    paths = [path for files in classes.values() for path in files]
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in classes.values()])
+    selected = np.sort(np.random.RandomState(0).permutation(len(paths))[rows.start : rows.stop])
+    ids = np.array([_hash_name(paths[i]) for i in selected], np.uint64)
+    return Split(images=EncodedImages(paths.__getitem__, selected), labels=labels[selected], ids=ids)
+
+
+def _hash_name(path: str) -> int:
+    """Returns a 64-bit hash of CLASS/IMAGE, the end of a path."""
+    name = "/".join(path.split(os.sep)[-2:])
+    return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little")
