@@ -7,7 +7,7 @@ import pytest
 from vit_jax.runtime.checksums import checksum, checksums, mismatches
 
 
-def test_checksum_is_the_crc32_of_the_bytes():
+def test_checksum_is_the_crc32_of_the_bytes_of_a_small_array():
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     assert checksum(array) == f"{zlib.crc32(array.tobytes()):08x}"
     assert checksum(array.T) == f"{zlib.crc32(array.T.tobytes()):08x}"
@@ -17,6 +17,24 @@ def test_checksum_is_the_crc32_of_the_bytes():
 @pytest.mark.parametrize("array", [jnp.ones(3, jnp.bfloat16), np.float32(2), np.zeros((0, 3)), np.array(True)])
 def test_checksum_takes_any_dtype_and_shape(array):
     assert checksum(array) == f"{zlib.crc32(np.asarray(array).tobytes()):08x}"
+
+
+def test_checksum_of_a_large_array_differs_for_flipped_and_exchanged_values():
+    array = np.random.default_rng(0).standard_normal((1100, 2050), dtype=np.float32)  # not a multiple of a row
+    expected = checksum(array)
+    assert checksum(array.copy()) == expected
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        changed = array.copy()
+        changed.reshape(-1).view(np.uint8)[rng.integers(array.nbytes)] ^= 1 << rng.integers(8)
+        assert checksum(changed) != expected
+    for i, j in ((0, 1), (0, 2048), (5, 5 + 2048 * 512), (3, array.size - 1)):
+        changed = array.copy().reshape(-1)
+        changed[[i, j]] = changed[[j, i]]
+        assert checksum(changed) != expected
+    rows = array.copy().reshape(-1)
+    rows[:2048], rows[2048:4096] = array.reshape(-1)[2048:4096], array.reshape(-1)[:2048]
+    assert checksum(rows) != expected
 
 
 def test_checksums_are_named_by_the_joined_keys():

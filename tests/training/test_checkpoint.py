@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
             path.write_bytes(b"")
     mesh = sharding.create_mesh(jax.devices()[:1])
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
-        with pytest.raises(UserError, match="checkpoints/1 is damaged") as error:
+        with pytest.raises(UserError, match="checkpoints/1/params is damaged") as error:
             checkpoints.restore_params(1, sharding.replicated(mesh))
     assert "\n" not in str(error.value)
 

@@ -10,7 +10,7 @@ import functools
 import json
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -28,11 +28,7 @@ from vit_jax.training import optim
 from vit_jax.training.steps import TrainState
 from vit_jax.types import Json, Params
 
-# What Orbax and TensorStore raise for a disk that is full or fails.
-_STORAGE_ERRORS = (OSError, ValueError, RuntimeError, KeyError)
-
-
-_Arrays = dict[str, list[Any]]
+_Arrays = dict[str, list[Json]]
 """Name "<item>/<path>" -> [dtype, shape, checksum] of an array, as JSON."""
 
 
@@ -67,6 +63,7 @@ class Checkpoints:
         self._workdir = workdir
         self._directory = workdir.absolute() / "checkpoints"
         self._accuracies: dict[int, float | None] = {}
+        self._unfinished: set[int] = set()
         if read_only:
             return
         if distributed.is_main_process():
@@ -75,7 +72,8 @@ class Checkpoints:
         distributed.sync_processes("half-written checkpoints are gone")
         self._accuracies = {step: self._read_content(step)["accuracy"] for step in self.steps()}
         if self._accuracies:
-            _ = self._manager  # raises before the run trains
+            with _naming_errors(self._explain_failure):
+                _ = self._manager  # now rather than after the run has trained
 
     def __enter__(self) -> "Checkpoints":
         """Returns itself."""
@@ -83,13 +81,16 @@ class Checkpoints:
 
     def __exit__(self, error: object, *_: object) -> None:
         """Waits for the last save; raises UserError if it failed, unless another error is on its way."""
+        with contextlib.suppress(UserError) if error else contextlib.nullcontext():
+            self.finish()
         if "_manager" in self.__dict__:
-            with contextlib.suppress(UserError) if error else contextlib.nullcontext(), self._naming_failure():
+            with contextlib.suppress(Exception):  # of a save that failed before
                 self._manager.close()
 
     def steps(self) -> list[int]:
-        """Returns the steps of all checkpoints, ascending; one that is being saved does not count."""
-        return sorted(int(path.name) for path in self._directory.glob("*") if path.name.isdecimal())
+        """Returns the steps of all checkpoints, ascending, with the one that is being saved."""
+        finished = {int(path.name) for path in self._directory.glob("*") if path.name.isdecimal()}
+        return sorted(finished | self._unfinished)
 
     def latest_step(self) -> int | None:
         """Returns the last of `steps`, from which a run resumes; None if there is none."""
@@ -125,12 +126,13 @@ class Checkpoints:
         saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         saves["metadata"] = ocp.args.JsonSave({**content, "crc32": _crc32(content)})
         self._accuracies[step] = accuracy
-        with self._naming_failure():
+        with _naming_errors(self._explain_failure):
             manager = self._manager
             needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self._directory).free
             if free < needed:  # a full disk would take the metrics with it
                 raise OSError(f"it needs {needed:,} bytes, the disk has {free:,} left")
             manager.save(step, args=ocp.args.Composite(**saves), force=True)
+            self._unfinished = {step}
 
     def finish(self) -> None:
         """Waits until the last save is on disk.
@@ -139,8 +141,9 @@ class Checkpoints:
             UserError: it failed.
         """
         if "_manager" in self.__dict__:
-            with self._naming_failure():
+            with _naming_errors(self._explain_failure):
                 self._manager.wait_until_finished()
+            self._unfinished = set()
 
     def read_metadata(self, step: int) -> dict[str, Json]:
         """Returns the metadata given to `save`.
@@ -213,45 +216,48 @@ class Checkpoints:
         return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     def _read_content(self, step: int) -> _Content:
-        with self._naming_damage(step):
+        with _naming_errors(functools.partial(self._explain_damage, step, "metadata")):
             return _load_content(self._directory / str(step))
 
-    def _read_arrays(self, step: int, items: dict[str, Any], saved: _Arrays) -> dict[str, Any]:
-        with self._naming_damage(step):
-            return _load_arrays(self._directory / str(step), items, saved)
+    def _read_arrays(self, step: int, items: Params, saved: _Arrays) -> Params:
+        arrays = {}
+        for item, tree in items.items():
+            with _naming_errors(functools.partial(self._explain_damage, step, item)):
+                arrays[item] = _load_arrays(self._directory / str(step), item, tree, saved)
+        return arrays
 
-    @contextlib.contextmanager
-    def _naming_failure(self) -> Iterator[None]:
-        """Turns an error of a save into a UserError."""
-        try:
-            yield
-        except _STORAGE_ERRORS as error:
-            _remove_half_written(self._directory)
-            last = self.latest_step()
-            kept = "there is no earlier one" if last is None else f"the last good one is step {last}"
-            raise UserError(
-                f"the checkpoint could not be written to {self._directory} ({one_line(error)[:200]}); {kept}; "
-                "free some space and rerun the same command"
-            ) from error
+    def _explain_failure(self, error: Exception) -> str:
+        """Removes what a failed save has written; returns the message."""
+        _remove_half_written(self._directory)
+        self._unfinished = set()
+        last = self.latest_step()
+        kept = "there is no earlier one" if last is None else f"the last good one is step {last}"
+        return (
+            f"the checkpoint could not be written to {self._directory} ({one_line(error)[:200]}); {kept}; "
+            "free some space and rerun the same command"
+        )
 
-    @contextlib.contextmanager
-    def _naming_damage(self, step: int) -> Iterator[None]:
-        """Turns what Orbax, TensorStore and JSON raise for a damaged checkpoint into a UserError."""
-        try:
-            yield
-        except (MemoryError, jax.errors.JaxRuntimeError):  # out of memory
-            raise
-        except Exception as error:
-            path = self._directory / str(step)
-            intact = [other for other in self.steps() if other != step and _is_intact(self._directory / str(other))]
-            advice = (
-                f"{path} is damaged: {one_line(error)[:300]}; intact checkpoints: {', '.join(map(str, intact))}; "
-                f"delete {path} and rerun to resume from step {intact[-1]}"
-                if intact
-                else f"{path} is damaged: {one_line(error)[:300]}; no other checkpoint is intact; "
-                "start again in another --workdir"
-            )
-            raise UserError(advice) from error
+    def _explain_damage(self, step: int, item: str, error: Exception) -> str:
+        """Returns the message of a checkpoint that cannot be read; looks for those that can."""
+        path = self._directory / str(step)
+        reason = one_line(error)[:300]
+        if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
+            return f"out of memory while reading {path / item}: {reason}"
+        intact = [other for other in self.steps() if other != step and _is_intact(self._directory / str(other))]
+        advice = "no other checkpoint is intact; start again in another --workdir"
+        if intact:
+            steps = ", ".join(map(str, intact))
+            advice = f"intact steps: {steps}; delete {path} and rerun to resume from step {intact[-1]}"
+        return f"{path / item} is damaged ({reason}); {advice}"
+
+
+@contextlib.contextmanager
+def _naming_errors(explain: Callable[[Exception], str]) -> Iterator[None]:
+    """Turns whatever Orbax, TensorStore and JSON raise for files that are damaged or not written into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(explain(error)) from error
 
 
 class _LatestAndBest:
@@ -270,7 +276,7 @@ class _LatestAndBest:
         return [step in (steps[-1], best) for step in steps]
 
 
-def _items(state: TrainState) -> dict[str, Any]:
+def _items(state: TrainState) -> Params:
     """Returns the state as the items of a checkpoint, without empty ones."""
     names = ("step", "opt_state", "key", "first_nonfinite_step")
     items = {
@@ -281,35 +287,35 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {name: tree for name, tree in items.items() if tree}
 
 
-def _abstract_items(saved: _Arrays, sharding: jax.sharding.Sharding) -> dict[str, Any]:
+def _abstract_items(saved: _Arrays, sharding: jax.sharding.Sharding) -> Params:
     """Returns the items of a checkpoint as nested dictionaries of abstract arrays."""
     leaves = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (dtype, shape, _) in saved.items()}
     return dict(unflatten_dict(leaves, sep="/"))
 
 
-def _named_leaves(items: dict[str, Any]) -> dict[str, Any]:
+def _named_leaves(items: Params) -> dict[str, Any]:
     """Returns "<item>/<path>" -> array."""
     leaves = jax.tree_util.tree_leaves_with_path(items)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _type(leaf: Any) -> list[Json]:
+def _type(leaf: jax.Array | jax.ShapeDtypeStruct) -> list[Json]:
     return [leaf.dtype.name, list(leaf.shape)]
 
 
-def _describe(items: dict[str, Any]) -> _Arrays:
+def _describe(items: Params) -> _Arrays:
     """Returns name -> [dtype, shape, checksum] of every array; a collective call."""
     return {name: [*_type(leaf), checksum(_whole(leaf))] for name, leaf in _named_leaves(items).items()}
 
 
-def _whole(array: jax.Array) -> Any:
+def _whole(array: jax.Array) -> jax.typing.ArrayLike:
     """Returns an array that this process holds whole, gathered from all processes if it must be."""
     if array.is_fully_replicated:
         return array.addressable_data(0)  # which keeps no copy on the host
     return array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
 
 
-def _crc32(content: Mapping[str, Any]) -> int:
+def _crc32(content: Mapping[str, object]) -> int:
     """Returns the checksum of a JSON object, whatever its order and white space."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
@@ -322,13 +328,11 @@ def _load_content(path: Path) -> _Content:
     return cast(_Content, content)
 
 
-def _load_arrays(path: Path, items: dict[str, Any], saved: _Arrays) -> dict[str, Any]:
-    """Reads arrays of the checkpoint in `path` into abstract items; raises any exception if they are damaged."""
+def _load_arrays(path: Path, item: str, tree: Params, saved: _Arrays) -> Params:
+    """Reads one item of the checkpoint in `path` into abstract arrays; raises any exception if it is damaged."""
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        arrays = {
-            name: checkpointer.restore(path / name, args=ocp.args.StandardRestore(tree)) for name, tree in items.items()
-        }
-    found = _describe(arrays)
+        arrays: Params = checkpointer.restore(path / item, args=ocp.args.StandardRestore(tree))
+    found = _describe({item: arrays})
     _check_equal(found, {name: saved[name] for name in found})
     return arrays
 
@@ -336,18 +340,17 @@ def _load_arrays(path: Path, items: dict[str, Any], saved: _Arrays) -> dict[str,
 def _check_equal(found: Mapping[str, object], expected: Mapping[str, object]) -> None:
     names = [name for name in expected if found[name] != expected[name]]
     if names:
-        raise ValueError(
-            f"wrong checksum of {', '.join(names[:3])}" + (f" and {len(names) - 3} more" * (len(names) > 3))
-        )
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(f"wrong checksum of {', '.join(names[:3])}{more}")
 
 
 def _is_intact(path: Path) -> bool:
-    """Reads a checkpoint; its metadata alone in one of several processes, as the others need not come along."""
+    """Reads a whole checkpoint; of several processes only the metadata, as reading arrays takes all of them."""
     try:
         saved = _load_content(path)["arrays"]
         if jax.process_count() == 1:
-            sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            _load_arrays(path, _abstract_items(saved, sharding), saved)
+            for item, tree in _abstract_items(saved, jax.sharding.SingleDeviceSharding(jax.devices()[0])).items():
+                _load_arrays(path, item, tree, saved)
     except Exception:
         return False
     return True
