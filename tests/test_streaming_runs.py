@@ -18,6 +18,7 @@ from configs import digits
 from vit_jax import data, trainer, visualize
 from vit_jax.runtime import resources
 from vit_jax.training import dry_run
+from vit_jax.training.checkpoint import Checkpoints
 
 COUNT = 23  # training images of each class; batches of 16 leave 14 of an epoch out
 
@@ -60,20 +61,20 @@ def whole(folder, tmp_path_factory):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(folder, whole, tmp_path, monkeypatch):
-    save = trainer.checkpoint.save
+    save = Checkpoints.save
 
-    def stop(manager, step, *arguments, **options):
-        save(manager, step, *arguments, **options)
+    def stop(checkpoints, step, *arguments, **options):
+        save(checkpoints, step, *arguments, **options)
         if step == 3:
             raise InterruptedError
 
     auto = {"dataset.storage": "auto"}
-    monkeypatch.setattr(trainer.checkpoint, "save", stop)
+    monkeypatch.setattr(Checkpoints, "save", stop)
     with monkeypatch.context() as little_memory, pytest.raises(InterruptedError):
         little_memory.setattr(resources, "available_memory", lambda: 10_000)
         trainer.train_and_evaluate(config_for(folder, **auto), tmp_path / "run")
     assert multiprocessing.active_children() == []
-    monkeypatch.setattr(trainer.checkpoint, "save", save)
+    monkeypatch.setattr(Checkpoints, "save", save)
     trainer.train_and_evaluate(config_for(folder, **auto, **{"dataset.num_workers": 2}), tmp_path / "run")
     assert records_of(tmp_path / "run") == records_of(whole)
     ours, theirs = (flatten_dict(trainer.load_run(workdir).params) for workdir in (tmp_path / "run", whole))

@@ -13,11 +13,11 @@ import jax
 from ml_collections import ConfigDict
 
 from vit_jax.config import check_config, check_same, save_config
+from vit_jax.data.preprocess import Augment
 from vit_jax.runtime import distributed
 from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.experiment import Optimizer, create_experiment
-from vit_jax.training.inference import Augment
 from vit_jax.training.info import RunInfo
 from vit_jax.training.writer import Writer, format_number, read_records, read_results
 from vit_jax.types import Dataset

@@ -1,6 +1,6 @@
 """Datasets as uint8 images and int labels, in host memory or streamed; preprocessing on the device."""
 
-from vit_jax.data.datasets import READERS, DatasetInfo, dataset_info, load_dataset, load_split
+from vit_jax.data.datasets import READERS, DatasetInfo, check_dataset, dataset_info, load_dataset, load_split
 from vit_jax.data.fingerprint import DatasetFingerprint, fingerprint
 from vit_jax.data.images import IMAGE_SUFFIXES, EncodedImages, decode_image
 
@@ -10,6 +10,7 @@ __all__ = [
     "DatasetFingerprint",
     "DatasetInfo",
     "EncodedImages",
+    "check_dataset",
     "dataset_info",
     "decode_image",
     "fingerprint",

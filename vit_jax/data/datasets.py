@@ -13,7 +13,7 @@ import numpy as np
 
 from vit_jax.data.cifar import open_cifar
 from vit_jax.data.folder import open_folder
-from vit_jax.data.images import decode_all
+from vit_jax.data.images import EncodedImages, decode_all
 from vit_jax.data.splits import nearest_first, parse_split, slice_splits
 from vit_jax.data.tfds import open_tfds
 from vit_jax.runtime import resources
@@ -157,6 +157,32 @@ def _load(
         opened, class_names = [keep_classes(split, class_names, classes) for split in opened], tuple(classes)
     storage, size = choose_storage(opened, image_size, crops=crops, storage=storage, device_bytes=device_bytes)
     return [_decode(split, storage, size, dry_run=dry_run) for split in opened], class_names
+
+
+def check_dataset(dataset: Dataset) -> Dataset:
+    """Checks a user's own dataset, and reads image sources other than `EncodedImages` into memory.
+
+    Raises:
+        UsageError: images are not uint8 [n h w 3] of one size, or labels are not numbers of classes.
+    """
+    splits, shape = [], dataset.train.images.shape[1:]
+    for split in (dataset.train, dataset.test):
+        images, labels = split.images, np.asarray(split.labels)
+        images = images if isinstance(images, EncodedImages) else np.asarray(images[:])
+        is_uint8 = isinstance(images, EncodedImages) or images.dtype == np.uint8
+        are_labels = labels.shape == (len(images),) and labels.dtype.kind in "iu" and bool(len(labels))
+        if not is_uint8 or images.shape[1:] != shape or shape[2:] != (3,):
+            raise UsageError(
+                f"dataset: images are {getattr(images, 'dtype', 'uint8')} {list(images.shape)}; expected uint8 [n h w 3], "
+                "height and width alike in both splits"
+            )
+        if not are_labels or not 0 <= labels.min() <= labels.max() < len(dataset.class_names):
+            raise UsageError(
+                f"dataset: labels are {labels.dtype} {list(labels.shape)} of {len(images)} images; expected integers [n] "
+                f"from 0 to {len(dataset.class_names) - 1}, the last of class_names"
+            )
+        splits.append(Split(images=images, labels=labels.astype(np.int32), ids=split.ids))
+    return Dataset(splits[0], splits[1], tuple(dataset.class_names))
 
 
 def find_reader(name: str) -> Reader:

@@ -20,8 +20,7 @@ from jaxtyping import Int32, UInt8
 from vit_jax.data import preprocess
 from vit_jax.data.crops import CROPS
 from vit_jax.data.images import Color, EncodedImages
-from vit_jax.runtime import resources
-from vit_jax.runtime import rng as sampling
+from vit_jax.runtime import resources, rng
 from vit_jax.runtime.errors import UserError
 from vit_jax.types import Split
 
@@ -109,6 +108,7 @@ class BatchReader:
     num_parts: int = 1
 
     def __call__(self, step: int) -> Batch:
+        """Returns this process's part of the batch of a step."""
         epoch, place = divmod(int(step), len(self.labels) // self.batch_size)
         size = self.batch_size // self.num_parts
         part = slice(self.part * size, (self.part + 1) * size)
@@ -122,12 +122,12 @@ class BatchReader:
 
 @functools.lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, num_images: int) -> Int32[np.ndarray, " n"]:
-    return np.asarray(sampling.epoch_order(jax.random.PRNGKey(seed), epoch, num_images))
+    return np.asarray(rng.epoch_order(jax.random.PRNGKey(seed), epoch, num_images))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _step_uniforms(seed: int, step: jax.Array | int, batch_size: int) -> jax.Array:
-    return preprocess.sample_uniforms(sampling.step_keys(jax.random.PRNGKey(seed), step, batch_size)[0])
+    return preprocess.sample_uniforms(rng.step_keys(jax.random.PRNGKey(seed), step, batch_size)[0])
 
 
 def _start_worker(worker: int, num_workers: int) -> None:

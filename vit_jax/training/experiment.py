@@ -18,12 +18,13 @@ from vit_jax import data, models
 from vit_jax.data import DatasetFingerprint, batches, preprocess
 from vit_jax.data.batches import Batch
 from vit_jax.data.crops import CROPS
+from vit_jax.data.preprocess import Augment
 from vit_jax.pretrained import ModelMetadata
 from vit_jax.runtime import distributed, rng, sharding
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.training import lora, metrics, optim, steps
 from vit_jax.training.features import Storage, abstract_batch, choose_storage, compute_features
-from vit_jax.training.inference import Augment, FeatureForward, ImageForward, Inference
+from vit_jax.training.inference import FeatureForward, ImageForward, Inference
 from vit_jax.training.info import RunInfo
 from vit_jax.training.initialize import (
     Pretrained,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -12,13 +11,11 @@ from jax.sharding import Mesh
 
 from vit_jax.data import preprocess
 from vit_jax.data.batches import Batch, evaluation_batches
+from vit_jax.data.preprocess import Augment
 from vit_jax.runtime import rng, sharding
 from vit_jax.runtime.progress import progress_bar
 from vit_jax.training import metrics
 from vit_jax.types import ImageModel, ImageSource, Params
-
-Augment = str | Callable[[jax.Array, jax.Array], jax.Array]
-"""Name of an augmentation, or a function (key, uint8 image [h w 3]) -> uint8 image; see `preprocess.prepare`."""
 
 
 class Forward(Protocol):
