@@ -1,6 +1,7 @@
 """Stand-in for the module of the same name that replaces `trainer.load_run`; take the other one when merging."""
 
 import dataclasses
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,16 @@ from vit_jax.training.program import test_options
 from vit_jax.types import Json, Split
 
 
-@dataclasses.dataclass(frozen=True)
-class Metadata:
-    """Metadata of the model, without the run's."""
+class Metadata(dict[str, Any]):
+    """Metadata of the model, without the run's: read by key, as today, and by attribute."""
 
-    about: dict[str, Any]
+    def __getattr__(self, name: str) -> Any:
+        """Returns the value of a key."""
+        return self[name]
 
     def to_json(self) -> dict[str, Json]:
         """Returns JSON values."""
-        skipped = ("storage", "dataset", "command", "num_trainable", "config")
-        return {key: value for key, value in self.about.items() if key not in skipped}
+        return dict(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +33,16 @@ class Run(trainer.Run):
     workdir: Path
 
     @property
-    def info(self) -> dict[str, Any]:
+    def info(self) -> Any:
         """Returns metadata of the run."""
-        return self.about
+        values = {**self.about, "dataset": types.SimpleNamespace(**self.about["dataset"])}
+        return types.SimpleNamespace(**values)
 
     @property
     def metadata(self) -> Any:
         """Returns metadata of the model."""
-        return Metadata(self.about)
+        skipped = ("storage", "dataset", "command", "num_trainable", "config")
+        return Metadata({key: value for key, value in self.about.items() if key not in skipped})
 
     def predict(self, images: Any, *, batch_size: int = 256) -> np.ndarray:
         """Returns float32 [n classes]: probabilities."""
