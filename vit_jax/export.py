@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from vit_jax.runtime.errors import UserError, parse_arguments, run_command
 from vit_jax.runtime.files import atomic_path
 
@@ -75,11 +77,9 @@ def export_safetensors(run: "Run", out: Path) -> None:
 def export_stablehlo(run: "Run", out: Path) -> None:
     """Saves a program with its weights, uint8 [b h w 3] -> float32 logits [b classes], that needs only JAX."""
     import jax
-    import jax.numpy as jnp
     from jax import export
 
-    (batch,) = export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, run.image_size, run.image_size, 3), jnp.uint8)
+    images = export.symbolic_args_specs(np.zeros((1, run.image_size, run.image_size, 3), np.uint8), "batch, ...")
     forward = jax.jit(functools.partial(run.forward, jax.device_get(run.params)))
     exported = export.export(forward, platforms=("cpu", "cuda", "tpu"))(images)
     with atomic_path(out) as folder:

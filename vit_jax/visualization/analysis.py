@@ -59,8 +59,8 @@ def pooling_weights(
 def _intermediates(model: "VisionTransformer", params: Params, images: np.ndarray | Array) -> Params:
     """Returns the attention weights that the modules of a model sow."""
     forward = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))
-    _, state = forward({"params": params}, images)
-    return state["intermediates"]
+    intermediates: Params = forward({"params": params}, images)[1]["intermediates"]
+    return intermediates
 
 
 def attention_maps(
