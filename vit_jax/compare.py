@@ -1,144 +1,159 @@
-"""`python -m vit_jax.compare DIR DIR …`: finished runs side by side, as a table that Markdown understands."""
+"""`python -m vit_jax.compare DIR DIR …`: finished runs side by side, as a Markdown table."""
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from ml_collections import ConfigDict
 
 from vit_jax.runtime.errors import UserError, parse_arguments, run_command
 
-_TEST_SETTINGS = ("image size", "image mean", "image std", "test augment", "data directory")
-"""Columns that are shown where the runs differ in them: their tests were not alike."""
-_TEXTS = ("run", "trains", *_TEST_SETTINGS)
-_COLUMNS: dict[str, Callable[[Any], str]] = {
-    "run": str,
-    "trains": str,
-    **dict.fromkeys(_TEST_SETTINGS, str),
-    "parameters": "{:,}".format,
-    "seeds": str,
-    "test accuracy": "{:.2%}".format,
-    "±": "{:.2%}".format,
-    "top 5": "{:.2%}".format,
-    "pictures": "{:,}".format,
-    "time": lambda seconds: str(datetime.timedelta(seconds=round(seconds))),
-    "pictures/s": "{:,.0f}".format,
-}
-"""Column -> its value as text."""
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A finished run, or the mean over runs that differ only in their seed.
+
+    Attributes:
+        run: name of its directory.
+        config: of the run.
+        num_trainable: number of trainable parameters.
+        results: of the evaluation after the last step.
+        seconds: of training, without evaluation, checkpoints, compilation and the caching of features.
+        images_per_second: median throughput.
+        num_seeds: number of runs; 0 for a run that is not averaged.
+        accuracy_std: of the test accuracy over the seeds (n - 1; 0 for one).
+    """
+
+    run: str
+    config: ConfigDict
+    num_trainable: int
+    results: dict[str, float]
+    seconds: float
+    images_per_second: float
+    num_seeds: int = 0
+    accuracy_std: float = 0.0
+
+    def cells(self) -> dict[str, str]:
+        """Returns the text of each column, by title."""
+        trainable = self.config.trainable
+        return {
+            "run": self.run,
+            "trainable": trainable if isinstance(trainable, str) else ", ".join(trainable),
+            **_test_settings(self.config),
+            "parameters": f"{self.num_trainable:,}",
+            **({"seeds": str(self.num_seeds)} if self.num_seeds else {}),
+            "test accuracy": f"{self.results['test/accuracy']:.2%}",
+            **({"±": f"{self.accuracy_std:.2%}"} if self.num_seeds else {}),
+            "top 5": f"{self.results['test/accuracy_top5']:.2%}",
+            "images": f"{self.config.num_steps * self.config.batch_size:,}",
+            "time": str(datetime.timedelta(seconds=round(self.seconds))),
+            "images/s": f"{self.images_per_second:,.0f}",
+        }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(prog="python -m vit_jax.compare", description=__doc__)
-    parser.add_argument("workdirs", nargs="+", metavar="DIR", help="folders of finished runs on the same test pictures")
-    parser.add_argument("--join_seeds", action="store_true", help="one line for runs that differ in their seed alone")
+    parser.add_argument("workdirs", nargs="+", metavar="DIR", help="directories of finished runs on one test split")
+    parser.add_argument("--join_seeds", action="store_true", help="one line for runs that differ only in their seed")
     arguments = parse_arguments(parser, argv)
     print(format_table(compare_runs(arguments.workdirs, join_seeds=arguments.join_seeds)))
     return 0
 
 
-def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) -> list[dict[str, Any]]:
-    """What was trained, how well it did and what it took, run by run.
-
-    With `join_seeds`, runs whose configs differ in `seed` alone are one row: means, the number of seeds, and under "±"
-    the standard deviation of the test accuracy over them (n - 1; 0 of one).
-
-    Time is that of training: evaluation, checkpoints and compilation are not in it, nor are stored features.
+def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) -> list[Row]:
+    """Reads finished runs; with `join_seeds`, averages those whose configs differ only in `seed`.
 
     Raises:
-        UserError: a folder holds no finished run, or the runs were not tested on the same pictures.
+        UserError: a directory has no finished run, or the runs were not tested on the same images.
     """
-    from vit_jax import config as settings
-    from vit_jax.training import writer
-    from vit_jax.training.checkpoint import Checkpoints
-
-    rows, tested, recipes = [], {}, []
-    for workdir in map(Path, workdirs):
-        with Checkpoints(workdir, read_only=True) as checkpoints:
-            step = checkpoints.require_step()
-            about: dict[str, Any] = checkpoints.read_metadata(step)
-        config = settings.load_config(workdir, saved=about.get("config"))
-        if step != config.num_steps:
-            raise UserError(f"{workdir} is at step {step} of {config.num_steps}; compare finished runs")
-        records, results = writer.read_results(workdir, step)
-        keys = ("name", "test_split", "classes")
-        tested[str(workdir)] = ", ".join(str(config.dataset[key]) for key in keys if config.dataset[key])
-        lines = [record for record in records if "images_per_second" in record]
-        speeds = sorted(line["images_per_second"] for line in lines)
-        starts = [0, *(line["step"] for line in lines)]
-        seconds = sum(
-            (line["step"] - start) * config.batch_size / line["images_per_second"]
-            for start, line in zip(starts, lines, strict=False)
-        )
-        test_settings = _test_settings(config)
-        recipes.append(json.dumps({**config.to_dict(), "seed": None}, sort_keys=True))
-        rows.append(
-            {
-                "run": workdir.name,
-                "trains": config.trainable if isinstance(config.trainable, str) else ", ".join(config.trainable),
-                **test_settings,
-                "parameters": about["num_trainable"],
-                "test accuracy": results["test/accuracy"],
-                "top 5": results["test/accuracy_top5"],
-                "pictures": config.num_steps * config.batch_size,
-                "time": round(seconds),
-                "pictures/s": speeds[len(speeds) // 2] if speeds else 0.0,
-            }
-        )
-    if len(set(tested.values())) > 1:
-        differences = "; ".join(f"{workdir}: {pictures}" for workdir, pictures in tested.items())
-        raise UserError(f"the runs were tested on different pictures ({differences}); compare runs on the same")
-    return _join_seeds(rows, recipes) if join_seeds else rows
+    rows = [read_row(Path(workdir)) for workdir in workdirs]
+    tests = [[str(row.config.dataset[key]) for key in ("name", "test_split", "classes")] for row in rows]
+    if any(test != tests[0] for test in tests):
+        tested = "; ".join(f"{workdir}: {', '.join(test)}" for workdir, test in zip(workdirs, tests, strict=True))
+        raise UserError(f"the runs were tested on different images ({tested}); compare runs on one test split")
+    if not join_seeds:
+        return rows
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps({**row.config.to_dict(), "seed": None}, sort_keys=True), []).append(row)
+    return [_mean(group) for group in groups.values()]
 
 
-def _test_settings(config: Any) -> dict[str, str]:
-    """Returns what a run reads and how it preprocesses test images: the columns `_TEST_SETTINGS`."""
-    data_dir = config.dataset.data_dir
-    values = (
-        str(config.image_size),
-        ", ".join(f"{mean:g}" for mean in config.image_mean),
-        ", ".join(f"{std:g}" for std in config.image_std),
-        config.ablation.test_augment,
-        str(Path(data_dir).resolve()) if data_dir else "default",
+def read_row(workdir: Path) -> Row:
+    """Reads a finished run, without its parameters.
+
+    Raises:
+        UserError: there is no run, it is not finished, or its metrics are missing or damaged.
+    """
+    from vit_jax.config import load_config
+    from vit_jax.training import checkpoint, writer
+
+    about = checkpoint.read_about(workdir)
+    config = load_config(workdir, saved=about.get("config"))
+    step = checkpoint.require_step(workdir)
+    if step != config.num_steps:
+        raise UserError(f"{workdir} is at step {step} of {config.num_steps}; expected a finished run")
+    records, results = writer.read_results(workdir, step)
+    lines = [record for record in records if "images_per_second" in record]
+    starts = [0, *(line["step"] for line in lines)]
+    num_images = [(line["step"] - start) * config.batch_size for start, line in zip(starts, lines, strict=False)]
+    speeds = [line["images_per_second"] for line in lines]
+    return Row(
+        run=workdir.name,
+        config=config,
+        num_trainable=about["num_trainable"],
+        results=results,
+        seconds=sum(number / speed for number, speed in zip(num_images, speeds, strict=True)),
+        images_per_second=statistics.median_high(speeds) if speeds else 0.0,
     )
-    return dict(zip(_TEST_SETTINGS, values, strict=True))
 
 
-def _join_seeds(rows: Sequence[dict[str, Any]], recipes: Sequence[str]) -> list[dict[str, Any]]:
-    """One row for each recipe, in the order of their first runs."""
-    joined = []
-    for recipe in dict.fromkeys(recipes):
-        runs = [row for row, other in zip(rows, recipes, strict=True) if other == recipe]
-        accuracies = [run["test accuracy"] for run in runs]
-        means = {key: statistics.mean(run[key] for run in runs) for key in runs[0] if key not in _TEXTS}
-        name = os.path.commonprefix([run["run"] for run in runs])
-        seeds = {"seeds": len(runs), "±": statistics.stdev(accuracies) if len(runs) > 1 else 0.0}
-        joined.append({**runs[0], **means, **seeds, "run": name.rstrip("-_") or name})
-    return joined
+def _mean(rows: Sequence[Row]) -> Row:
+    """Returns the mean over seeds, named by what the names of the runs begin with."""
+    accuracies = [row.results["test/accuracy"] for row in rows]
+    return dataclasses.replace(
+        rows[0],
+        run=os.path.commonprefix([row.run for row in rows]).rstrip("-_") or rows[0].run,
+        results={key: statistics.mean(row.results[key] for row in rows) for key in rows[0].results},
+        seconds=statistics.mean(row.seconds for row in rows),
+        images_per_second=statistics.mean(row.images_per_second for row in rows),
+        num_seeds=len(rows),
+        accuracy_std=statistics.stdev(accuracies) if len(rows) > 1 else 0.0,
+    )
 
 
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as a Markdown table that is aligned in plain text, too; test settings only where the rows differ in them."""
-    alike = {name for name in _TEST_SETTINGS if len({row[name] for row in rows}) == 1}
-    names = [name for name in _COLUMNS if name in rows[0] and name not in alike]
-    cells = [[_COLUMNS[name](row[name]) for name in names] for row in rows]
-    widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+def _test_settings(config: ConfigDict) -> dict[str, str]:
+    """Returns how test images are read and preprocessed, by the title of the column."""
+    data_dir = config.dataset.data_dir
+    return {
+        "image size": str(config.image_size),
+        "image mean": ", ".join(f"{mean:g}" for mean in config.image_mean),
+        "image std": ", ".join(f"{std:g}" for std in config.image_std),
+        "test augment": config.test_augment,
+        "data directory": str(Path(data_dir).resolve()) if data_dir else "default",
+    }
 
-    def line(values: Sequence[str]) -> str:
-        padded = [
-            value.ljust(width) if name in _TEXTS else value.rjust(width)
-            for name, value, width in zip(names, values, widths, strict=True)
-        ]
-        return f"| {' | '.join(padded)} |"
 
-    rule = [
-        "-" * width if name in _TEXTS else "-" * (width - 1) + ":" for name, width in zip(names, widths, strict=True)
-    ]
-    return "\n".join([line(names), line(rule), *map(line, cells)])
+def format_table(rows: Sequence[Row]) -> str:
+    """Returns a Markdown table, aligned also as plain text; test settings are shown only where the rows differ."""
+    settings = _test_settings(rows[0].config).keys()
+    cells = [row.cells() for row in rows]
+    columns = []
+    for title in cells[0]:
+        texts = [title, *(row[title] for row in cells)]
+        width, is_text = max(map(len, texts)), title in ("run", "trainable", *settings)
+        if title in settings and len(set(texts[1:])) == 1:
+            continue
+        texts.insert(1, "-" * width if is_text else "-" * (width - 1) + ":")
+        columns.append([text.ljust(width) if is_text else text.rjust(width) for text in texts])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
 
 
 if __name__ == "__main__":

@@ -1,69 +1,72 @@
-"""`python -m vit_jax.predict --workdir DIR PICTURE…`: what a model says of pictures."""
+"""`python -m vit_jax.predict --workdir DIR IMAGE…`: classifies images with a run or a pretrained checkpoint."""
 
 import argparse
-import collections
 import glob
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vit_jax.runtime.errors import UsageError, UserError, one_line, parse_arguments, run_command
 
+if TYPE_CHECKING:
+    from vit_jax.classifier import Classifier
+
 _BATCH_SIZE = 128
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints a line for each picture; 1 where some could not be read."""
+    """Prints a line for each image; returns 1 if some could not be read."""
     parser = argparse.ArgumentParser(prog="python -m vit_jax.predict", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="folder of a run; or a file with its head, or its name")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workdir", dest="model", help="directory of a run, or what --model takes")
+    model.add_argument("--model", metavar="NAME_OR_PATH", help="pretrained checkpoint or export, or its released name")
     parser.add_argument(
-        "pictures", nargs="+", metavar="PICTURE", help="file, folder, pattern, or - for a list on stdin"
+        "images", nargs="+", metavar="IMAGE", help="file, directory, glob pattern, or - to read paths from stdin"
     )
-    parser.add_argument("--top", type=int, default=5, help="how many classes to name (5)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a picture")
+    parser.add_argument("--top", type=int, default=5, help="number of classes to print (5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per image")
     arguments = parse_arguments(parser, argv)
     if arguments.top < 1:
         raise UsageError(f"--top is {arguments.top}; expected at least 1")
-    paths = list_pictures(arguments.pictures)
+    paths = list_images(arguments.images)
 
     import vit_jax
     from vit_jax.classifier import require_trained_head
 
-    classifier = vit_jax.load(arguments.workdir)
-    require_trained_head(classifier, arguments.workdir)
+    classifier = vit_jax.load(arguments.model)
+    require_trained_head(classifier, arguments.model)
     num_failed = 0
-    for path, answer in predict_files(classifier, paths):
-        if isinstance(answer, UserError):
-            if len(paths) == 1:
-                raise answer
+    for path, prediction in predict_files(classifier, paths):
+        if isinstance(prediction, UserError):
             num_failed += 1
-            print(f"error: {one_line(answer)}", file=sys.stderr)
+            print(f"error: {one_line(prediction)}", file=sys.stderr)
             continue
-        best = np.argsort(-answer, kind="stable")[: arguments.top]
-        classes = [(classifier.class_names[i], float(answer[i])) for i in best]
+        best = np.argsort(-prediction, kind="stable")[: arguments.top]
+        classes = [(classifier.class_names[i], float(prediction[i])) for i in best]
         if arguments.json:
-            print(json.dumps({"picture": path, "classes": [{"name": name, "probability": p} for name, p in classes]}))
+            values = {"image": path, "classes": [{"name": name, "probability": p} for name, p in classes]}
+            print(json.dumps(values, ensure_ascii=False))
         else:
             print(f"{path}  " + "  ".join(f"{name} {p:.1%}" for name, p in classes))
-    if num_failed:
-        raise UserError(f"{num_failed} of {len(paths)} pictures could not be read, see above; the others were answered")
-    return 0
+    if num_failed and len(paths) > 1:
+        print(f"error: {num_failed} of {len(paths)} images could not be read", file=sys.stderr)
+    return int(num_failed > 0)
 
 
-def list_pictures(words: Sequence[str]) -> list[str]:
-    """The files that the words of a command line name.
+def list_images(words: Sequence[str]) -> list[str]:
+    """Returns the paths of image files.
 
     Args:
-        words: files, folders (all pictures in and below them), patterns, "-" for a list on standard input.
+        words: files, directories (searched recursively), glob patterns, "-" for paths on standard input.
 
     Raises:
-        UserError: a folder or pattern has no picture.
+        UserError: a directory or pattern has no images.
     """
     from vit_jax.data import IMAGE_SUFFIXES
 
@@ -78,60 +81,48 @@ def list_pictures(words: Sequence[str]) -> list[str]:
         elif not os.path.exists(word) and glob.has_magic(word):
             found = sorted(glob.glob(word, recursive=True))
         if not found:
-            raise UserError(f"{word} names no picture; expected files such as {', '.join(IMAGE_SUFFIXES)}")
+            raise UserError(f"no images found in {word}; expected files such as {', '.join(IMAGE_SUFFIXES)}")
         paths += found
     return paths
 
 
-def predict_files(classifier: Any, paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray | UserError]]:
-    """What a classifier says of picture files, while the next ones are decoded.
+def predict_files(classifier: "Classifier", paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray | UserError]]:
+    """Classifies image files; decodes the next batch while the current one is on the device.
 
     Args:
-        classifier: of `vit_jax.load`.
-        paths: of any sizes and modes; each picture is squashed to the size that the model sees.
+        classifier: see `vit_jax.load`.
+        paths: image files of any size and mode; resized to the square that the model sees.
 
     Yields:
-        (path, float32 [classes] of probabilities), or (path, why it could not be read), in the order of `paths`.
+        (path, probabilities, float32 [classes]), or (path, the error) of a file that cannot be read; in order.
     """
-    from vit_jax.classifier import softmax
     from vit_jax.data import decode_image
     from vit_jax.runtime import resources
     from vit_jax.runtime.progress import progress_bar
 
-    size = (classifier.image_size, classifier.image_size)
-    batch_size = classifier.round_up(_BATCH_SIZE, len(paths))
+    batch_size, size = min(_BATCH_SIZE, len(paths)), classifier.image_size
+    chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
 
     def decode(path: str) -> np.ndarray | UserError:
         try:
-            return np.asarray(decode_image(Path(path), size=size))
+            return np.asarray(decode_image(Path(path), size=(size, size)))
         except UserError as error:
             return error
 
-    def start(decoded: list[np.ndarray | UserError]) -> Any:
-        images = [image for image in decoded if not isinstance(image, UserError)]
-        return classifier.start(np.stack(images), batch_size) if images else np.zeros((0, 1))
-
-    chunks = (paths[first : first + batch_size] for first in range(0, len(paths), batch_size))
-    bar = progress_bar(total=len(paths), unit=" pictures")
-    with ThreadPoolExecutor(resources.available_cpus()) as pool, bar:
-        decoding = _behind(2, ((chunk, [pool.submit(decode, path) for path in chunk]) for chunk in chunks))
-        decoded = ((chunk, [future.result() for future in futures]) for chunk, futures in decoding)
-        running = _behind(1, ((chunk, images, start(images)) for chunk, images in decoded))
-        for chunk, images, logits in running:
-            answers = iter(softmax(np.asarray(logits)))
-            for path, image in zip(chunk, images, strict=True):
-                yield path, image if isinstance(image, UserError) else next(answers)
+    with ThreadPoolExecutor(resources.available_cpus()) as pool, progress_bar(total=len(paths), unit=" images") as bar:
+        following = pool.map(decode, chunks[0])
+        for chunk, next_chunk in zip(chunks, [*chunks[1:], ()], strict=True):
+            decoded, following = list(following), pool.map(decode, next_chunk)
+            images = np.zeros(
+                (batch_size, size, size, 3), np.uint8
+            )  # stay zero: files that fail, the last chunk's rest
+            for i, image in enumerate(decoded):
+                if not isinstance(image, UserError):
+                    images[i] = image
+            probabilities = classifier.predict(images, batch_size=batch_size)
+            for path, image, row in zip(chunk, decoded, probabilities, strict=False):
+                yield path, image if isinstance(image, UserError) else row
             bar.update(len(chunk))
-
-
-def _behind(count: int, begun: Iterable[Any]) -> Iterator[Any]:
-    """Hands on what was begun, `count` items late: their work goes on meanwhile."""
-    waiting: collections.deque[Any] = collections.deque()
-    for item in begun:
-        waiting.append(item)
-        if len(waiting) > count:
-            yield waiting.popleft()
-    yield from waiting
 
 
 if __name__ == "__main__":

@@ -1,147 +1,119 @@
-"""`python -m vit_jax.report --workdir DIR`: a finished run as one page, DIR/report.html, that needs nothing else."""
+"""`python -m vit_jax.report --workdir DIR`: a finished run as one HTML page, DIR/report.html, with all its figures."""
 
 import argparse
-import base64
-import html
-import io
+import datetime
 import json
+import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from vit_jax.runtime.errors import UserError, parse_arguments, run_command
+import numpy as np
+
+from vit_jax.compare import Row, read_row
+from vit_jax.runtime.errors import parse_arguments, run_command
 from vit_jax.runtime.files import write_atomically
+from vit_jax.types import Split
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 70rem; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.6rem; overflow-wrap: anywhere }
-h2 { font-size: 1.2rem; margin-top: 2.5rem }
-img { display: block; max-width: max(100%, 40rem); height: auto; margin: 1rem 0 }
-.wide { overflow-x: auto }
-table { border-collapse: collapse }
-td, th { padding: .2rem 1rem .2rem 0; text-align: left; vertical-align: top }
-td.number { text-align: right; font-variant-numeric: tabular-nums }
-tr + tr { border-top: 1px solid #ddd }
-pre { background: #f4f4f4; padding: .8rem; overflow-x: auto }
-.big { font-size: 2.2rem; font-weight: 600; margin: .5rem 0 }
-"""
+if TYPE_CHECKING:
+    from vit_jax.run import Run
+
+_CAPTIONS = {
+    "curves": "Curves. Overfitting: the test loss rises while the training loss falls.",
+    "confusion": "Confusion matrix. Rows are the true classes, columns the predicted ones.",
+    "errors": "Most confident errors. Ambiguous images and wrong labels are often among them.",
+    "attention_rollout": "Attention rollout. Bright patches contribute most to the prediction.",
+    "attention_heads": "Attention heads. The attention of each head of each layer on one image.",
+    "position_similarity": "Position embeddings. Similar to those of nearby patches, and of the same row or column.",
+    "position_matrix": "Position embeddings, all pairs. Each block is a row of patches.",
+    "patch_filters": "Patch filters. Smooth in a well-trained model, noisy in others.",
+}
+"""Name of a figure -> title and caption, in the order of the page."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the page and prints its place."""
+    """Writes the page and prints its path."""
     parser = argparse.ArgumentParser(prog="python -m vit_jax.report", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="folder of a finished run")
-    parser.add_argument("--data_dir", help="where the dataset lies, if no longer where the config says")
+    parser.add_argument("--workdir", required=True, help="directory of a finished run")
+    parser.add_argument("--data_dir", help="directory of the dataset, if it moved since the run")
     arguments = parse_arguments(parser, argv)
     print(write_report(Path(arguments.workdir), data_dir=arguments.data_dir))
     return 0
 
 
 def write_report_of_finished_run(workdir: Path) -> None:
-    """Writes the page of a run that has just finished, unless it is there, and prints its place.
-
-    Several processes are told the command instead: it needs one alone.
-    """
+    """Writes the page of a run that has just finished, unless it exists; with several processes, prints the command."""
     import jax
 
-    page = workdir / "report.html"
     if jax.process_count() > 1:
-        print(f"its pictures on one page, from one process: python -m vit_jax.report --workdir {workdir}")
+        print(f"for a report, run in one process: python -m vit_jax.report --workdir {workdir}")
         return
-    if not page.exists():
-        print("drawing the report …", flush=True)
+    if not (workdir / "report.html").exists():
+        print("writing the report …", flush=True)
         write_report(workdir)
-    print(f"report: {page}")
+    print(f"report: {workdir / 'report.html'}")
 
 
 def write_report(workdir: Path, *, data_dir: str | None = None) -> Path:
-    """Writes `workdir/report.html`: recipe, results beside known figures, curves, confusion, attention, mistakes.
+    """Writes `workdir/report.html`: results, settings, command, figures, config.
 
     Args:
-        workdir: of a finished run.
-        data_dir: see the command.
+        workdir: directory of a finished run.
+        data_dir: directory of the dataset; None takes that of the config.
 
     Raises:
-        UserError: the run is not finished, its metrics are missing or damaged, or its data cannot be read.
+        UserError: the run is not finished, its metrics are missing or damaged, or its dataset cannot be read.
     """
-    from vit_jax import trainer, visualize
-    from vit_jax.training import writer
+    from vit_jax import visualize
+    from vit_jax.run import load_run
+    from vit_jax.visualization import html, plotting
 
-    run = trainer.load_run(workdir)
-    if data_dir is not None:
-        run.config.dataset.data_dir = data_dir
-    if run.step != run.config.num_steps:
-        raise UserError(f"{workdir} is at step {run.step} of {run.config.num_steps}; a report is of a finished run")
-    _, results = writer.read_results(workdir, run.step)
-    figures = visualize.draw_all(run, workdir, pictures=[], num_images=8, layer=None, head=None)
-    pictures = [(name, _png(figure)) for name, figure in figures]
-    write_atomically(workdir / "report.html", format_page(workdir.name, run, results, pictures))
+    row, run = read_row(workdir), load_run(workdir)
+    test = run.load_test_split(data_dir)
+    figures = {name: plotting.to_png(figure, dpi=100) for name, figure in visualize.draw_all(run, test)}
+    accuracy = f"{row.results['test/accuracy']:.2%}"
+    texts = {
+        "title": workdir.name,
+        "accuracy": accuracy,
+        "summary": f"of {len(test):,} test images are classified correctly after {run.step:,} steps.",
+        "command": run.info.command,
+        "config": json.dumps(run.config.to_dict(), indent=2),
+    }
+    results = [("this run, test accuracy", accuracy)]
+    if len(run.class_names) > 5:
+        results.append(("top 5", f"{row.results['test/accuracy_top5']:.2%}"))
+    if "test_raw/accuracy" in row.results:
+        results.append(("without EMA", f"{row.results['test_raw/accuracy']:.2%}"))
+    results += [(name, f"{value:.2%}") for name, value in run.config.get("reference_results", ())]
+    captioned = {caption: figures[name] for name, caption in _CAPTIONS.items() if name in figures}
+    page = html.format_report(texts, results=results, settings=describe_run(run, row, test), figures=captioned)
+    write_atomically(workdir / "report.html", page)
     return workdir / "report.html"
 
 
-def format_page(name: str, run: Any, results: dict[str, float], pictures: list[tuple[str, bytes]]) -> str:
-    """The page as one text.
+def describe_run(run: "Run", row: Row, test: Split) -> list[tuple[str, str]]:
+    """Returns the settings and circumstances of a run as names and values."""
+    import jax
 
-    Args:
-        name: of the run.
-        run: of `trainer.load_run`.
-        results: the last evaluation's record.
-        pictures: (name, PNG) in the order of the page.
-    """
-    config = run.config
-    ours = [("this run, test accuracy", results["test/accuracy"]), ("top 5", results["test/accuracy_top5"])]
-    if "test_raw/accuracy" in results:
-        ours.append(("without EMA", results["test_raw/accuracy"]))
-    # Published results are of all classes.
-    known = [(label, accuracy) for name, label, accuracy in config.reference_results if name == config.dataset.name]
-    known = [] if config.dataset.classes else known
+    config, names = run.config, run.class_names
+    per_class = np.bincount(test.labels, minlength=len(names))
     model = ", ".join(f"{key} {value}" for key, value in config.model.to_dict().items())
-    facts = [
-        ("data", f"{config.dataset.name}, {config.dataset.train_split} → {config.dataset.test_split}"),
-        (
-            "classes",
-            f"{len(run.class_names)}: {', '.join(run.class_names[:10])}{' …' if len(run.class_names) > 10 else ''}",
-        ),
-        ("model", f"{config.architecture}; {model}"),
-        ("started from", config.pretrained or "random parameters"),
-        ("trains", config.trainable if isinstance(config.trainable, str) else ", ".join(config.trainable)),
-        ("budget", f"{config.num_steps:,} steps × {config.batch_size} pictures of {config.image_size} px"),
+    finished = datetime.datetime.fromtimestamp((run.workdir / "metrics.jsonl").stat().st_mtime)
+    seconds = datetime.timedelta(seconds=round(row.seconds))
+    smallest, largest = per_class.min(), per_class.max()
+    return [
+        ("dataset", f"{config.dataset.name}, {config.dataset.train_split} → {config.dataset.test_split}"),
+        ("training images", f"{run.info.dataset.num_train:,}"),
+        ("test images", f"{len(test):,}; {smallest:,} to {largest:,} per class"),
+        ("classes", f"{len(names)}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"),
+        ("model", f"{config.architecture}: {model or 'sizes of the checkpoint'}"),
+        ("pretrained", config.pretrained or "no"),
+        ("trainable", f"{row.cells()['trainable']}; {row.num_trainable:,} parameters"),
+        ("training", f"{config.num_steps:,} steps × {config.batch_size} images of {config.image_size} px"),
+        ("duration", f"{seconds} at {row.images_per_second:,.0f} images/s, without evaluation"),
+        ("finished", f"{finished:%Y-%m-%d %H:%M}"),
+        ("versions", f"vit_jax {run.metadata.vit_jax}, jax {jax.__version__}, Python {platform.python_version()}"),
     ]
-    order = ["curves", "confusion", "mistakes", "attention_rollout", "attention_heads"]
-    ranked = sorted(pictures, key=lambda picture: order.index(picture[0]) if picture[0] in order else len(order))
-    images = "".join(_picture(title.replace("_", " "), png) for title, png in ranked)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{html.escape(name)}</title><style>{_STYLE}</style></head><body>"
-        f'<h1>{html.escape(name)}</h1><p class="big">{results["test/accuracy"]:.2%}</p>'
-        f"<p>of the test pictures are right after the last step, {run.step:,}.</p>"
-        f"<h2>Results</h2>{_table([(what, f'{value:.2%}') for what, value in [*ours, *known]], numbers=True)}"
-        f"<h2>Recipe</h2>{_table(facts)}"
-        f"<h2>Command</h2><pre>{html.escape(run.about['command'])}</pre>"
-        f"{images}"
-        f"<h2>Every setting</h2><pre>{html.escape(json.dumps(config.to_dict(), indent=2))}</pre></body></html>\n"
-    )
-
-
-def _table(rows: list[tuple[str, str]], *, numbers: bool = False) -> str:
-    cell = '<td class="number">' if numbers else "<td>"
-    body = "".join(f"<tr><th>{html.escape(what)}</th>{cell}{html.escape(value)}</td></tr>" for what, value in rows)
-    return f'<div class="wide"><table>{body}</table></div>'
-
-
-def _picture(title: str, png: bytes) -> str:
-    data = base64.b64encode(png).decode()
-    return (
-        f"<h2>{html.escape(title.capitalize())}</h2>"
-        f'<div class="wide"><img alt="{html.escape(title)}" src="data:image/png;base64,{data}"></div>'
-    )
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100, format="png")
-    return buffer.getvalue()
 
 
 if __name__ == "__main__":

@@ -1,174 +1,164 @@
-"""`python -m vit_jax.visualize --workdir DIR --out DIR`: pictures of what a run learned and where it errs."""
+"""`python -m vit_jax.visualize --workdir DIR --out DIR`: figures of what a run learned and of its errors."""
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.figure import Figure
 
+from vit_jax.data import decode_image
+from vit_jax.models import VisionTransformer
 from vit_jax.runtime.errors import UsageError, parse_arguments, run_command
-from vit_jax.runtime.files import atomic_path
+from vit_jax.runtime.files import write_atomically
+from vit_jax.training.writer import read_records
+from vit_jax.types import ImageModel, Split
+from vit_jax.visualization import analysis, plotting
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from vit_jax.trainer import Run
+    from vit_jax.run import Run
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draws everything and prints the files."""
+    """Saves all figures and prints their paths."""
     parser = argparse.ArgumentParser(prog="python -m vit_jax.visualize", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="folder of the run")
-    parser.add_argument("--out", required=True, help="folder for the pictures; made if need be")
-    parser.add_argument("--images", nargs="+", metavar="PICTURE", help="to show attention on, not test pictures")
-    parser.add_argument("--num_images", type=int, default=8, help="how many test pictures attention is shown on")
-    parser.add_argument("--layer", type=int, help="attention of this layer alone, on every picture")
-    parser.add_argument("--head", type=int, help="and of this head alone")
-    parser.add_argument("--step", type=int, help="which checkpoint; the latest unless given")
-    parser.add_argument("--data_dir", help="where the dataset lies, if no longer where the config says")
+    parser.add_argument("--workdir", required=True, help="directory of the run")
+    parser.add_argument("--out", required=True, help="directory of the figures; created if missing")
+    parser.add_argument("--images", nargs="+", default=[], metavar="IMAGE", help="files to plot attention on")
+    parser.add_argument("--num_images", type=int, default=8, help="number of test images to plot attention on (8)")
+    parser.add_argument("--layer", type=int, help="plot the attention of this layer, on every image")
+    parser.add_argument("--head", type=int, help="plot the attention of this head of --layer")
+    parser.add_argument("--step", type=int, help="step of the checkpoint; the latest by default")
+    parser.add_argument("--data_dir", help="directory of the dataset, if it moved since the run")
     arguments = parse_arguments(parser, argv)
     if arguments.num_images < 1:
         raise UsageError(f"--num_images is {arguments.num_images}; expected at least 1")
 
-    from vit_jax import trainer
+    from vit_jax.run import load_run
 
-    run = trainer.load_run(arguments.workdir, step=arguments.step)
+    run = load_run(arguments.workdir, step=arguments.step)
     check_layer_and_head(run.model, arguments.layer, arguments.head)
-    if arguments.data_dir is not None:
-        run.config.dataset.data_dir = arguments.data_dir
-    given = [read_picture(path, run.config.image_size) for path in arguments.images or ()]
+    images = {path: read_image(path, run.image_size) for path in arguments.images}
+    test, num_images = run.load_test_split(arguments.data_dir), arguments.num_images
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in draw_all(
-        run,
-        Path(arguments.workdir),
-        pictures=list(zip(map(str, arguments.images or ()), given, strict=True)),
-        num_images=arguments.num_images,
-        layer=arguments.layer,
-        head=arguments.head,
+        run, test, images=images, num_images=num_images, layer=arguments.layer, head=arguments.head
     ):
-        print(save(figure, out / f"{name}.png"), flush=True)
+        write_atomically(out / f"{name}.png", plotting.to_png(figure))
+        print(out / f"{name}.png", flush=True)
     return 0
 
 
-def check_layer_and_head(model: Any, layer: int | None, head: int | None) -> None:
-    """Refuses what the model does not have."""
-    if (layer is not None or head is not None) and not has_attention(model):
-        raise UsageError(f"--layer and --head are for attention, which a {type(model).__name__} does not have")
+def check_layer_and_head(model: ImageModel, layer: int | None, head: int | None) -> None:
+    """Raises UsageError if the model has no such layer or head."""
     if head is not None and layer is None:
         raise UsageError("--head needs --layer: give both, or neither for all")
-    for flag, value, name in (("--layer", layer, "num_layers"), ("--head", head, "num_heads")):
-        if value is not None and not 0 <= value < getattr(model, name):
-            raise UsageError(f"{flag} is {value}; the model has 0 to {getattr(model, name) - 1}")
+    has_attention = isinstance(model, VisionTransformer)
+    for flag, value, attribute in (("--layer", layer, "num_layers"), ("--head", head, "num_heads")):
+        size = getattr(model, attribute) if has_attention else 0
+        if value is not None and not 0 <= value < size:
+            raise UsageError(f"{flag} is {value}; this {type(model).__name__} has {size}, counted from 0")
 
 
-def has_attention(model: Any) -> bool:
-    """Whether the model has patches, positions and attention to draw; a ResNet has none."""
-    return hasattr(model, "num_heads")
-
-
-def read_picture(path: str, image_size: int) -> np.ndarray:
-    """A picture file as uint8 [image_size image_size 3]."""
-    from vit_jax import data
-
-    return np.asarray(data.decode_image(Path(path), size=(image_size, image_size)))
+def read_image(path: str | Path, image_size: int) -> UInt8[np.ndarray, "h w 3"]:
+    """Reads an image file, resized to the square that the model sees."""
+    return np.asarray(decode_image(Path(path), size=(image_size, image_size)))
 
 
 def draw_all(
     run: "Run",
-    workdir: Path,
+    test: Split | None = None,
     *,
-    pictures: list[tuple[str, np.ndarray]],
-    num_images: int,
-    layer: int | None,
-    head: int | None,
-) -> Iterator[tuple[str, "Figure"]]:
-    """The figures of a run, one after the other, each with its name; without metrics, no curves.
+    images: Mapping[str, UInt8[np.ndarray, "h w 3"]] | None = None,
+    num_images: int = 8,
+    layer: int | None = None,
+    head: int | None = None,
+) -> Iterator[tuple[str, Figure]]:
+    """Plots all figures of a run: curves, parameters, predictions, attention.
 
     Args:
-        run: of `trainer.load_run`.
-        workdir: of the run, for its curves.
-        pictures: (name, uint8 [h w 3]) to show attention on; test pictures where there are none.
-        num_images: how many of those.
-        layer: attention of one layer instead of all; None draws all.
-        head: and of one head.
+        run: see `load_run`.
+        test: test images; None loads those of the run's config.
+        images: name -> image to plot attention on; None or none at all takes a random sample of `test`.
+        num_images: size of that sample.
+        layer: plots the attention of this layer instead of that of all.
+        head: plots the attention of this head instead of the mean over the heads of the layer.
+
+    Yields:
+        (name, figure). Without metrics there are no curves, for a ResNet no parameters and no attention.
     """
-    import jax.numpy as jnp
-
-    from vit_jax import trainer
-    from vit_jax.training import steps, writer
-    from vit_jax.training.program import test_options
-    from vit_jax.visualization import analysis, plotting
-
-    records = writer.read_records(workdir / "metrics.jsonl", last_step=run.step)
+    records = read_records(run.workdir / "metrics.jsonl", last_step=run.step)
     if records:
-        yield "curves", plotting.plot_curves(records, title=workdir.name)
+        yield "curves", plotting.plot_curves(records, title=run.workdir.name)
     else:
-        print(f"{workdir} has no metrics up to step {run.step}: no curves are plotted", file=sys.stderr)
-
-    if has_attention(run.model):
-        embeddings = np.asarray(run.params["Transformer"]["posembed_input"]["pos_embedding"])
-        similarity = analysis.position_similarity(embeddings, class_token=run.model.pool == "cls")
-        yield "position_similarity", plotting.plot_position_similarity(similarity)
-        yield "position_matrix", plotting.plot_position_matrix(similarity)
-        filters = run.params["embedding" if run.model.stem_units is None else "conv_root"]["kernel"]
-        yield "patch_filters", plotting.plot_filters(*analysis.filter_components(filters))
-
-    test, names = trainer.load_test_dataset(run).test, run.class_names
-    probabilities = trainer.predict(run, test.images)
-    predictions = probabilities.argmax(axis=-1)
-    counts = analysis.confusion(test.labels, predictions, num_classes=len(names))
-    accuracy = np.trace(counts) / counts.sum()
-    title = f"{workdir.name}: {accuracy:.2%} of {len(test):,} test pictures are right"
-    yield "confusion", plotting.plot_confusion(counts, analysis.most_confused(counts), names, title=title)
-    wrong = analysis.most_confident_errors(probabilities, test.labels)
-    yield (
-        "mistakes",
-        plotting.plot_errors(
-            test.images[wrong],
-            [names[label] for label in test.labels[wrong]],
-            [names[prediction] for prediction in predictions[wrong]],
-            [float(value) for value in probabilities[wrong].max(axis=-1)],
-        ),
-    )
-
-    if not has_attention(run.model):
-        print(f"a {type(run.model).__name__} has no attention, positions or patches to draw")
+        print(f"{run.workdir} has no metrics up to step {run.step}: no curves are plotted", file=sys.stderr)
+    if isinstance(run.model, VisionTransformer):
+        yield from draw_parameters(run)
+    test = run.load_test_split() if test is None else test
+    probabilities = run.predict(test.images)
+    yield from draw_predictions(run, test, probabilities)
+    if not isinstance(run.model, VisionTransformer):
+        print(f"a {type(run.model).__name__} has no attention, positions or patches to plot")
         return
-    if pictures:
-        images = np.stack([image for _, image in pictures])
-        said = trainer.predict(run, images).argmax(axis=-1)
+    if images:
+        names, shown = list(images), np.stack(list(images.values()))
+        predictions = run.predict(shown).argmax(axis=-1)
     else:
         chosen = np.random.default_rng(run.config.seed).permutation(len(test))[:num_images]
-        pictures = [(names[test.labels[i]], test.images[i]) for i in chosen]
-        images, said = np.stack([image for _, image in pictures]), predictions[chosen]
-    titles = [f"{Path(name).name}\nsays {names[i]}" for (name, _), i in zip(pictures, said, strict=True)]
-    forward = steps.image_forward(run.model, **{**test_options(run.config), "test_augment": "none"})
-    inputs = forward.prepare(jnp.zeros((len(images), 2), jnp.uint32), jnp.asarray(images))  # keys that draw nothing
+        names, shown = [run.class_names[i] for i in test.labels[chosen]], np.stack([test.images[i] for i in chosen])
+        predictions = probabilities[chosen].argmax(axis=-1)
+    titles = [
+        f"{Path(name).name}\nclassified as {run.class_names[i]}" for name, i in zip(names, predictions, strict=True)
+    ]
+    yield from draw_attention(run, shown, titles, layer=layer, head=head)
+
+
+def draw_parameters(run: "Run") -> Iterator[tuple[str, Figure]]:
+    """Plots the position embeddings, and the filters of the patch embedding or of a hybrid's root."""
+    assert isinstance(run.model, VisionTransformer)
+    embeddings = np.asarray(run.params["Transformer"]["posembed_input"]["pos_embedding"])
+    similarity = analysis.position_similarity(embeddings, class_token=run.model.pool == "cls")
+    yield "position_similarity", plotting.plot_position_similarity(similarity)
+    yield "position_matrix", plotting.plot_position_matrix(similarity)
+    filters = run.params["embedding" if run.model.stem_units is None else "conv_root"]["kernel"]
+    yield "patch_filters", plotting.plot_filters(*analysis.filter_components(np.asarray(filters)))
+
+
+def draw_predictions(run: "Run", test: Split, probabilities: Float[np.ndarray, "n c"]) -> Iterator[tuple[str, Figure]]:
+    """Plots the confusion matrix and the most confident errors."""
+    names, predictions = run.class_names, probabilities.argmax(axis=-1)
+    counts = analysis.confusion_matrix(test.labels, predictions, num_classes=len(names))
+    title = f"{run.workdir.name}: test accuracy {np.trace(counts) / counts.sum():.2%} ({len(test):,} images)"
+    pairs = analysis.most_frequent_confusions(counts)
+    yield "confusion", plotting.plot_confusion(counts, pairs, names, title=title)
+    wrong = analysis.most_confident_errors(probabilities, test.labels)
+    labels, predicted = [names[i] for i in test.labels[wrong]], [names[i] for i in predictions[wrong]]
+    yield "errors", plotting.plot_errors(test.images[wrong], labels, predicted, probabilities[wrong].max(axis=-1))
+
+
+def draw_attention(
+    run: "Run", images: UInt8[np.ndarray, "b h w 3"], titles: Sequence[str], *, layer: int | None, head: int | None
+) -> Iterator[tuple[str, Figure]]:
+    """Plots attention rollout and the maps of all heads, or the attention of one layer or head; see `draw_all`."""
+    assert isinstance(run.model, VisionTransformer)
+    inputs, class_token = run.preprocess(images), run.model.pool == "cls"
     weights = analysis.attention_weights(run.model, run.params, inputs)  # [l b k n n]
-    class_token = run.model.pool == "cls"
-    head_maps = analysis.attention_maps(weights, class_token=class_token)  # [l b k g g]
-    who = "the class token" if class_token else "the patches, on average"
+    maps = analysis.attention_maps(weights, class_token=class_token)  # [l b k g g]
+    query = "the class token" if class_token else "the patches (mean)"
     if layer is None:
         rollout = analysis.attention_rollout(weights, analysis.pooling_weights(run.model, run.params, inputs))
         title = "Attention through all layers (rollout)"
         yield "attention_rollout", plotting.plot_attention(images, rollout, titles, title=title)
-        heads = plotting.plot_heads(images[0], head_maps[:, 0], title=f"Attention of {who}")
-        yield "attention_heads", heads
-    else:
-        maps = head_maps[layer].mean(axis=1) if head is None else head_maps[layer][:, head]
-        which = f"layer {layer}, " + ("mean of its heads" if head is None else f"head {head}")
-        name = f"attention_layer_{layer}" + ("" if head is None else f"_head_{head}")
-        yield name, plotting.plot_attention(images, maps, titles, title=f"Attention of {who}: {which}")
-
-
-def save(figure: "Figure", path: Path) -> Path:
-    """Writes a PNG."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    return path
+        yield "attention_heads", plotting.plot_heads(images[0], maps[:, 0], title=f"Attention of {query}")
+        return
+    shown = maps[layer].mean(axis=1) if head is None else maps[layer][:, head]
+    title = f"Attention of {query}: layer {layer}, " + ("mean of its heads" if head is None else f"head {head}")
+    name = f"attention_layer_{layer}" + ("" if head is None else f"_head_{head}")
+    yield name, plotting.plot_attention(images, shown, titles, title=title)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Figures: arrays to arrays, arrays to figures, figures to a page."""
+"""Analysis of models (arrays to arrays), figures (arrays to matplotlib), and the HTML page of a report."""

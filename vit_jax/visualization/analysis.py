@@ -1,119 +1,130 @@
-"""What a model has learned and where it errs: arrays to arrays.
+"""Attention, position embeddings, filters and errors of a model: arrays to arrays.
 
-Axes in comments: l layers, b pictures, k heads, n tokens, g rows and columns of patches, c channels or classes.
+Axes: l layers, b images, k heads, n tokens or patches, g rows and columns of patches, p pixels, d width, c classes.
 """
 
+import functools
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from vit_jax.types import Params
 
+if TYPE_CHECKING:
+    from vit_jax.models import VisionTransformer
 
-def attention_weights(model: Any, params: Params, images: jax.Array) -> np.ndarray:
-    """The weights that every head of every layer gives to every token.
+
+def attention_weights(
+    model: "VisionTransformer", params: Params, images: Float[np.ndarray | Array, "b h w 3"]
+) -> Float[np.ndarray, "l b k n n"]:
+    """Returns the attention weights of all layers and heads.
 
     Args:
-        model: `VisionTransformer`.
+        model: without dropout.
         params: of the model.
-        images: [b h w 3], made ready as for the model.
+        images: preprocessed as for the model.
 
     Returns:
-        float32 [l b k n n]; each row, one token's weights on all, sums to 1. Token 0 is the class token, if any.
+        float32 [l b k n n]; each row, the weights of one token on all, sums to 1. Token 0 is the class token, if any.
     """
-
-    def weights(params: Params, images: jax.Array) -> list[jax.Array]:
-        _, state = model.apply({"params": params}, images, mutable=["intermediates"])
-        blocks = state["intermediates"]["Transformer"]
-        names = [f"encoderblock_{i}" for i in range(model.num_layers)]
-        return [blocks[name]["MultiHeadDotProductAttention_1"]["attention_weights"][0] for name in names]
-
-    return np.stack([np.asarray(layer, np.float32) for layer in jax.jit(weights)(params, images)])
+    blocks = _intermediates(model, params, images)["Transformer"]
+    layers = [
+        blocks[f"encoderblock_{i}"]["MultiHeadDotProductAttention_1"]["attention_weights"][0]
+        for i in range(model.num_layers)
+    ]
+    return np.stack([np.asarray(layer, np.float32) for layer in layers])
 
 
-def pooling_weights(model: Any, params: Params, images: jax.Array) -> np.ndarray | None:
-    """The share of each patch in what a model without a class token hands to its head; arguments as above.
+def pooling_weights(
+    model: "VisionTransformer", params: Params, images: Float[np.ndarray | Array, "b h w 3"]
+) -> Float[np.ndarray, "b n"] | None:
+    """Returns the weight of each patch in the input of the head; arguments as above.
 
     Returns:
-        float32 [b n]: the mean's, or the mean over heads of what the learned probe attends to. None with a class token.
+        float32 [b n]: equal weights for mean pooling, the probe's attention averaged over heads for attention pooling;
+        None for a model with a class token.
     """
     if model.pool == "cls":
         return None
     if model.pool == "mean":
         num_patches = (images.shape[1] // model.pixels_per_patch) * (images.shape[2] // model.pixels_per_patch)
         return np.full((len(images), num_patches), 1 / num_patches, np.float32)
-
-    def weights(params: Params, images: jax.Array) -> jax.Array:
-        _, state = model.apply({"params": params}, images, mutable=["intermediates"])
-        head = state["intermediates"]["MAPHead_0"]["MultiHeadDotProductAttention_0"]
-        return head["attention_weights"][0].mean(axis=1)[:, 0]  # [b k 1 n] -> [b n]
-
-    return np.asarray(jax.jit(weights)(params, images), np.float32)
+    probe = _intermediates(model, params, images)["MAPHead_0"]["MultiHeadDotProductAttention_0"]
+    return np.asarray(probe["attention_weights"][0].mean(axis=1)[:, 0], np.float32)  # [b k 1 n] -> [b n]
 
 
-def attention_maps(weights: np.ndarray, *, class_token: bool = True) -> np.ndarray:
-    """Each head's attention as a map of patches: the class token's, or the mean over all patches where there is none.
+def _intermediates(model: "VisionTransformer", params: Params, images: np.ndarray | Array) -> Params:
+    """Returns the attention weights that the modules of a model sow."""
+    forward = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))
+    intermediates: Params = forward({"params": params}, images)[1]["intermediates"]
+    return intermediates
 
-    Args:
-        weights: [l b k n n], of `attention_weights`.
-        class_token: whether token 0 is one.
 
-    Returns:
-        float32 [l b k g g].
+def attention_maps(
+    weights: Float[np.ndarray, "l b k n n"], *, class_token: bool = True
+) -> Float[np.ndarray, "l b k g g"]:
+    """Returns each head's attention to the patches: the class token's, or the mean over all patches without one.
 
     Raises:
-        ValueError: the patches are no square.
+        ValueError: the patches do not form a square.
     """
     return to_grid(weights[..., 0, 1:] if class_token else weights.mean(axis=-2))
 
 
-def attention_rollout(weights: np.ndarray, pooling: np.ndarray | None = None) -> np.ndarray:
-    """How much of each patch reaches the class token through all layers, or the head where there is no such token.
+def attention_rollout(
+    weights: Float[np.ndarray, "l b k n n"], pooling: Float[np.ndarray, "b n"] | None = None
+) -> Float[np.ndarray, "b g g"]:
+    """Returns the attention to each patch accumulated over all layers.
 
-    A layer passes on half of what a token is and half of what it attends to: 0.5 · A + 0.5 · I, with A the mean over
-    heads, rows made to sum to 1; the product of the layers' matrices has the class token's row.
+    Each layer contributes 0.5 · A + 0.5 · I, where A is the mean over heads and I the skip connection, with rows
+    normalized to 1. The row of the class token in the product of these matrices is the result.
 
     Args:
-        weights: [l b k n n], of `attention_weights`.
-        pooling: [b n], of `pooling_weights`; None takes token 0 as the class token.
+        weights: see `attention_weights`.
+        pooling: see `pooling_weights`; averages the rows of the product with these weights; None takes token 0.
 
     Returns:
-        float32 [b g g]; what is missing to a sum of 1 is the class token's own share.
+        float32 [b g g]; with a class token, the sum is below 1 by the weight of that token itself.
 
     Raises:
-        ValueError: the patches are no square.
+        ValueError: the patches do not form a square.
 
     Source:
         Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers", section 3.
     """
     layers = 0.5 * weights.mean(axis=2) + 0.5 * np.eye(weights.shape[-1])  # [l b n n]
     layers = layers / layers.sum(axis=-1, keepdims=True)
-    rollout = layers[0]
-    for layer in layers[1:]:
-        rollout = layer @ rollout
-    reaching = rollout[:, 0, 1:] if pooling is None else np.einsum("bn,bnm->bm", pooling, rollout)
-    return to_grid(reaching).astype(np.float32)
+    rollout = functools.reduce(lambda below, layer: layer @ below, layers)
+    patches = rollout[:, 0, 1:] if pooling is None else np.einsum("bn,bnm->bm", pooling, rollout)
+    return to_grid(patches).astype(np.float32)
 
 
-def to_grid(patches: np.ndarray) -> np.ndarray:
-    """[… g·g] -> [… g g]; raises ValueError where the patches are no square."""
+def to_grid(patches: Float[np.ndarray, "*batch n"]) -> Float[np.ndarray, "*batch g g"]:
+    """Reshapes [… g·g] to [… g g].
+
+    Raises:
+        ValueError: the patches do not form a square.
+    """
     side = math.isqrt(patches.shape[-1])
     if side * side != patches.shape[-1]:
-        raise ValueError(f"{patches.shape[-1]} patches are no square grid")
+        raise ValueError(f"{patches.shape[-1]} patches do not form a square grid")
     return patches.reshape(*patches.shape[:-1], side, side)
 
 
-def position_similarity(embeddings: np.ndarray, *, class_token: bool = True) -> np.ndarray:
-    """Cosine similarity of the position embeddings of all patches.
+def position_similarity(
+    embeddings: Float[np.ndarray, "1 n d"], *, class_token: bool = True
+) -> Float[np.ndarray, "patches patches"]:
+    """Returns the cosine similarity between the position embeddings of all patches.
 
     Args:
-        embeddings: [1 1+n d], the class token's first; [1 n d] where there is none.
-        class_token: whether there is one.
+        embeddings: position embeddings.
+        class_token: the first one is that of the class token, and left out.
 
     Returns:
-        float32 [n n], from -1 to 1.
+        float32, from -1 to 1.
 
     Source:
         Dosovitskiy et al. 2021, figure 7 (centre).
@@ -123,41 +134,47 @@ def position_similarity(embeddings: np.ndarray, *, class_token: bool = True) -> 
     return (vectors @ vectors.T).astype(np.float32)
 
 
-def filter_components(kernel: np.ndarray, *, count: int = 28) -> tuple[np.ndarray, np.ndarray]:
-    """Principal components of the filters that look at the pixels: the patch embedding's, or a hybrid's root's.
+def filter_components(
+    kernel: Float[np.ndarray, "p p 3 d"], *, count: int = 28
+) -> tuple[Float[np.ndarray, "components p p 3"], Float[np.ndarray, " components"]]:
+    """Returns the principal components of the patch embedding's filters, or of those of a hybrid's root.
 
     Args:
-        kernel: [p p 3 d], the d filters.
-        count: of components; fewer where the filters have fewer dimensions.
+        kernel: d filters.
+        count: number of components; fewer where the filters have fewer dimensions.
 
     Returns:
-        (components [count p p 3] of length 1, the largest entry positive; share of the variance [count], falling).
+        (components of length 1, the largest entry positive; fraction of the variance that each explains, falling).
 
     Source:
         Dosovitskiy et al. 2021, figure 7 (left).
     """
     filters = np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1]).T  # [d p·p·3]
     _, scales, components = np.linalg.svd(filters - filters.mean(axis=0), full_matrices=False)
-    shares = scales**2 / max(np.sum(scales**2), 1e-300)
+    explained = scales**2 / max(np.sum(scales**2), 1e-300)
     largest = np.take_along_axis(components, np.abs(components).argmax(axis=1)[:, None], axis=1)
     components = (components * np.where(largest < 0, -1, 1))[:count]
-    return components.reshape(-1, *kernel.shape[:3]).astype(np.float32), shares[:count].astype(np.float32)
+    return components.reshape(-1, *kernel.shape[:3]).astype(np.float32), explained[:count].astype(np.float32)
 
 
-def confusion(labels: np.ndarray, predictions: np.ndarray, *, num_classes: int) -> np.ndarray:
-    """Counts of pictures: int64 [c c], row: what it is, column: what the model says."""
+def confusion_matrix(
+    labels: Int[np.ndarray, " b"], predictions: Int[np.ndarray, " b"], *, num_classes: int
+) -> Int[np.ndarray, "c c"]:
+    """Returns numbers of images, int64: row: true class, column: predicted class."""
     return np.bincount(labels * num_classes + predictions, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def most_confused(counts: np.ndarray, *, count: int = 10) -> list[tuple[int, int, int]]:
-    """The commonest mistakes, the most frequent first: (class, what the model says, number of pictures)."""
+def most_frequent_confusions(counts: Int[np.ndarray, "c c"], *, count: int = 10) -> list[tuple[int, int, int]]:
+    """Returns the most frequent errors as (true class, predicted class, number of images), the most frequent first."""
     wrong = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
     order = np.argsort(-wrong, axis=None, kind="stable")[:count]
     pairs = [(int(i), int(j), int(wrong[i, j])) for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True)]
     return [pair for pair in pairs if pair[2] > 0]
 
 
-def most_confident_errors(probabilities: np.ndarray, labels: np.ndarray, *, count: int = 20) -> np.ndarray:
-    """Indices of the wrong pictures that the model was surest of, the surest first: int64 [at most count]."""
+def most_confident_errors(
+    probabilities: Float[np.ndarray, "b c"], labels: Int[np.ndarray, " b"], *, count: int = 20
+) -> Int[np.ndarray, " errors"]:
+    """Returns indices of misclassified images, those with the highest predicted probability first."""
     wrong = np.flatnonzero(probabilities.argmax(axis=-1) != labels)
     return wrong[np.argsort(-probabilities[wrong].max(axis=-1), kind="stable")][:count]

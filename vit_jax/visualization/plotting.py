@@ -1,247 +1,248 @@
-"""Arrays and records to matplotlib figures. Figures are made without pyplot: no window, no global state."""
+"""Matplotlib figures of metrics, predictions, attention and parameters. Made without pyplot: no windows or state."""
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from matplotlib.colors import PowerNorm
+from jaxtyping import Float, Int, UInt8
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart by the colour-blind.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_TRAIN, _TEST = _COLOURS[:2]
+Records = Sequence[Mapping[str, float]]
+"""The lines of a metrics.jsonl."""
+
+# Okabe and Ito's palette, which color-blind readers can tell apart.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_TRAIN, _TEST = _COLORS[:2]
 _MARKERS = "os^Dv<>"
 
 
-def plot_curves(records: Sequence[dict[str, Any]], *, title: str = "") -> Figure:
-    """Loss, accuracy and learning rate over the steps.
+def to_png(figure: Figure, *, dpi: int = 120) -> bytes:
+    """Returns a figure as the content of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi, format="png")
+    return buffer.getvalue()
 
-    Args:
-        records: the lines of a metrics.jsonl, as dictionaries.
-        title: above the three panels.
-    """
+
+def plot_curves(records: Records, *, title: str = "") -> Figure:
+    """Plots loss, accuracy and learning rate over the steps."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
-    train = {"label": "train (single batches)", "color": _TRAIN, "linewidth": 0.8, "alpha": 0.8}
-    test = {"label": "test", "color": _TEST, "marker": "o", "markersize": 3}
-    _curve(loss, records, "train/loss", **train)
-    _curve(loss, records, "test/loss", **test)
-    loss.set(title="Loss", ylabel="cross-entropy (nats)", ylim=(0, None))
-    _curve(accuracy, records, "train/accuracy", **train)
-    _curve(accuracy, records, "test/accuracy", **test)
-    accuracy.set(title="Accuracy", ylabel="share of pictures", ylim=(0, 1.02))
-    _curve(rate, records, "learning_rate", label="learning rate", color=_TRAIN)
-    rate.set(title="Learning rate", ylabel="rate", ylim=(0, None))
-    for axes in (loss, accuracy, rate):
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-    for axes in (loss, accuracy):
+    for axes, metric in ((loss, "loss"), (accuracy, "accuracy")):
+        _plot_metric(axes, records, f"train/{metric}", label="train (single batches)", color=_TRAIN)
+        _plot_metric(axes, records, f"test/{metric}", label="test", color=_TEST, marker="o")
         axes.legend()
+    _plot_metric(rate, records, "learning_rate", label="learning rate", color=_TRAIN)
+    loss.set(title="Loss", ylabel="cross-entropy (nats)", ylim=(0, None))
+    accuracy.set(title="Accuracy", ylabel="fraction of images", ylim=(0, 1.02))
+    rate.set(title="Learning rate", ylabel="learning rate", ylim=(0, None))
     figure.suptitle(title)
     return figure
 
 
-def plot_accuracies(runs: Mapping[str, Sequence[dict[str, Any]]], *, title: str = "") -> Figure:
-    """Test accuracy over the steps, one line for each run.
+def plot_accuracies(runs: Mapping[str, Records], *, title: str = "") -> Figure:
+    """Plots test accuracy over the steps, a line for each run.
 
     Args:
-        runs: name -> the lines of its metrics.jsonl.
-        title: above.
+        runs: name -> records.
+        title: of the figure.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for i, (name, records) in enumerate(runs.items()):
         last = [f": {record['test/accuracy']:.1%}" for record in records if "test/accuracy" in record][-1:]
-        style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)], "markersize": 4}
-        _curve(axes, records, "test/accuracy", label="".join([name, *last]), **style)
-    axes.set(xlabel="step", ylabel="share of test pictures that are right", ylim=(0, 1.02))
-    axes.grid(alpha=0.3)
+        color, marker = _COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]
+        _plot_metric(axes, records, "test/accuracy", label="".join([name, *last]), color=color, marker=marker)
+    axes.set(ylabel="test accuracy", ylim=(0, 1.02))
     axes.legend(loc="lower right")
     figure.suptitle(title)
     return figure
 
 
-def _curve(axes: Any, records: Sequence[dict[str, Any]], key: str, **style: Any) -> None:
+def _plot_metric(axes: Axes, records: Records, key: str, *, label: str, color: str, marker: str = "") -> None:
     points = [(record["step"], record[key]) for record in records if key in record]
-    axes.plot([step for step, _ in points], [value for _, value in points], **style)
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    axes.plot(steps, values, label=label, color=color, marker=marker, markersize=3, linewidth=1)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
 
 
-def plot_attention(images: np.ndarray, maps: np.ndarray, titles: Sequence[str], *, title: str) -> Figure:
-    """Pictures, each above itself darkened where little attention goes.
+def plot_attention(
+    images: UInt8[np.ndarray, "b h w 3"], maps: Float[np.ndarray, "b g g"], titles: Sequence[str], *, title: str
+) -> Figure:
+    """Plots images, and below each a heat map of attention over its grey version.
 
     Args:
-        images: uint8 [b h w 3].
-        maps: [b g g], weights of the patches.
-        titles: [b], above the pictures.
+        images: any size.
+        maps: attention weights of the patches; each map has its own color scale, given in numbers below it.
+        titles: of the images, [b].
         title: of the figure.
     """
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
-    width = max(6.5, 1.7 * columns + 0.3)  # room for the title
-    figure = Figure(figsize=(width, 3.9 * rows + 0.5), layout="constrained")
-    panels = figure.subplots(2 * rows, columns, squeeze=False)
-    for axes in panels.flat:
-        axes.set_axis_off()
+    figure, panels = _create_panels(2 * rows, columns, panel_size=(1.7, 1.85), title=title)
     for i, (image, weights, name) in enumerate(zip(images, maps, titles, strict=True)):
         above, below = panels[2 * (i // columns) : 2 * (i // columns) + 2, i % columns]
         above.imshow(image)
-        above.set_title("\n".join(_short(line) for line in name.splitlines()), fontsize=9)
-        height, width = image.shape[:2]
-        below.imshow(image, extent=(0, width, height, 0))
-        shade = np.zeros((*weights.shape, 4))
-        shade[..., 3] = 0.85 * (1.0 - weights / max(weights.max(), 1e-12))
-        below.imshow(shade, extent=(0, width, height, 0), interpolation="bilinear")
-    figure.suptitle(title)
+        above.set_title("\n".join(_shorten(line, 26) for line in name.splitlines()), fontsize=8)
+        grey, extent = image.mean(axis=-1), (0, image.shape[1], image.shape[0], 0)
+        below.imshow(grey, cmap="gray", vmin=-200, vmax=455, extent=extent)  # faint, so that the colors stand out
+        below.imshow(weights, cmap="inferno", alpha=0.65, extent=extent, interpolation="bilinear")
+        below.set_title(f"{weights.min():.2%} to {weights.max():.2%}", fontsize=7)
+    bar = figure.colorbar(ScalarMappable(Normalize(), "inferno"), ax=panels, aspect=40, label="attention to a patch")
+    bar.set_ticks([0, 1], labels=["min", "max"])
     return figure
 
 
-def plot_heads(image: np.ndarray, weights: np.ndarray, *, title: str) -> Figure:
-    """What the class token attends to, head by head in columns, layer by layer in rows.
+def plot_heads(
+    image: UInt8[np.ndarray, "h w 3"], weights: Float[np.ndarray, "layers heads g g"], *, title: str
+) -> Figure:
+    """Plots an image and the attention maps of all heads: layers in rows, heads in columns.
 
-    Args:
-        image: uint8 [h w 3], shown first.
-        weights: [l k g g]; all panels share one scale, of square roots, for one head often outshines all others.
-        title: of the figure.
+    All maps share one color scale, of square roots, since the weights of one head are often far above the others.
     """
     layers, heads = weights.shape[:2]
     figure = Figure(figsize=(max(6.0, 0.9 * heads + 2.6), 0.9 * layers + 1.2), layout="constrained")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.6, max(3.0, 0.9 * heads + 0.4)))[0]
-    picture = left.subplots()
-    picture.imshow(image)
-    picture.set_axis_off()
+    shown = left.subplots()
+    shown.imshow(image)
+    shown.set_axis_off()
     panels = right.subplots(layers, heads, squeeze=False)
-    for layer in range(layers):
-        for head in range(heads):
-            axes = panels[layer, head]
-            shown = axes.imshow(weights[layer, head], cmap="viridis", norm=PowerNorm(0.5, vmin=0, vmax=weights.max()))
-            axes.set(xticks=[], yticks=[])
-            if layer == 0:
-                axes.set_title(f"head {head}", fontsize=8)
-            if head == 0:
-                axes.set_ylabel(f"layer {layer}", fontsize=8)
-    right.colorbar(shown, ax=panels, label="attention weight", fraction=0.05)
+    norm = PowerNorm(0.5, vmin=0, vmax=weights.max())
+    for (layer, head), axes in np.ndenumerate(panels):
+        axes.imshow(weights[layer, head], cmap="viridis", norm=norm)
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(f"head {head}" if layer == 0 else "", fontsize=8)
+        axes.set_ylabel(f"layer {layer}" if head == 0 else "", fontsize=8)
+    right.colorbar(ScalarMappable(norm, "viridis"), ax=panels, label="attention weight", fraction=0.05)
     figure.suptitle(title)
     return figure
 
 
-def plot_position_similarity(similarity: np.ndarray) -> Figure:
-    """Each position's similarity to all others: a grid of grids, in the places of the patches.
-
-    Args:
-        similarity: [n n] with n = g · g, from -1 to 1.
-    """
+def plot_position_similarity(similarity: Float[np.ndarray, "n n"]) -> Figure:
+    """Plots the similarity of each position embedding to all others as a map, in a grid of the patches' positions."""
     side = round(len(similarity) ** 0.5)
-    gap = 1
-    cell = side + gap
-    canvas = np.full((side * cell - gap, side * cell - gap), np.nan)
-    for i in range(side):
-        for j in range(side):
-            grid = similarity[i * side + j].reshape(side, side)
-            canvas[i * cell : i * cell + side, j * cell : j * cell + side] = grid
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    axes = figure.subplots()
-    shown = axes.imshow(canvas, cmap="viridis", vmin=-1, vmax=1, interpolation="nearest")
-    middle, numbers = [i * cell + (side - 1) / 2 for i in range(side)], [str(i) for i in range(side)]
+    maps = similarity.reshape(side, side, side, side)
+    maps = np.pad(maps, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=np.nan)  # a gap behind each map
+    canvas = maps.transpose(0, 2, 1, 3).reshape(side * (side + 1), -1)[:-1, :-1]
+    figure, axes = _plot_similarity(canvas, "Position embeddings: similarity of each to all others")
+    centers, names = np.arange(side) * (side + 1) + (side - 1) / 2, [str(i) for i in range(side)]
     axes.set(xlabel="column of the patch", ylabel="row of the patch")
-    axes.set_xticks(middle, numbers, fontsize=8)
-    axes.set_yticks(middle, numbers, fontsize=8)
-    axes.set_title("Position embeddings: each one's similarity to all others")
-    figure.colorbar(shown, label="cosine similarity")
+    axes.set_xticks(centers, names, fontsize=8)
+    axes.set_yticks(centers, names, fontsize=8)
     return figure
 
 
-def plot_position_matrix(similarity: np.ndarray) -> Figure:
-    """The whole matrix of similarities [n n], row after row of patches."""
+def plot_position_matrix(similarity: Float[np.ndarray, "n n"]) -> Figure:
+    """Plots the matrix of similarities between all position embeddings."""
+    figure, axes = _plot_similarity(similarity, "Position embeddings: similarity of every pair")
+    axes.set(xlabel="patch, row by row", ylabel="patch, row by row")
+    return figure
+
+
+def _plot_similarity(image: np.ndarray, title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 7), layout="constrained")
     axes = figure.subplots()
-    shown = axes.imshow(similarity, cmap="viridis", vmin=-1, vmax=1, interpolation="nearest")
-    axes.set(xlabel="patch, row by row", ylabel="patch, row by row")
-    axes.set_title("Position embeddings: similarity of every pair")
+    shown = axes.imshow(image, cmap="viridis", vmin=-1, vmax=1, interpolation="nearest")
+    axes.set_title(title)
     figure.colorbar(shown, label="cosine similarity")
-    return figure
+    return figure, axes
 
 
-def plot_filters(components: np.ndarray, shares: np.ndarray) -> Figure:
-    """Principal components of the patch filters as colours, each scaled to its own range.
+def plot_filters(components: Float[np.ndarray, "n p p 3"], explained: Float[np.ndarray, " n"]) -> Figure:
+    """Plots principal components of the patch filters as colors, each scaled to its own range.
 
     Args:
-        components: [count p p 3].
-        shares: [count], of the variance.
+        components: see `analysis.filter_components`.
+        explained: fractions of the variance.
     """
     columns = min(7, len(components))
     rows = -(-len(components) // columns)
-    figure = Figure(figsize=(1.25 * columns + 0.4, 1.45 * rows + 0.7), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for axes in panels.flat:
-        axes.set_axis_off()
-    for axes, component, share in zip(panels.flat, components, shares, strict=False):
-        extent = max(np.abs(component).max(), 1e-12)
-        axes.imshow(0.5 + 0.5 * component / extent, interpolation="nearest")
-        axes.set_title(f"{share:.1%}", fontsize=8)
-    figure.suptitle("Patch filters: principal components and their share of the variance")
+    title = "Patch filters: principal components and explained variance"
+    figure, panels = _create_panels(rows, columns, panel_size=(1.25, 1.45), title=title)
+    for axes, component, fraction in zip(panels.flat, components, explained, strict=False):
+        axes.imshow(0.5 + 0.5 * component / max(np.abs(component).max(), 1e-12), interpolation="nearest")
+        axes.set_title(f"{fraction:.1%}", fontsize=8)
     return figure
 
 
 def plot_confusion(
-    counts: np.ndarray, pairs: Sequence[tuple[int, int, int]], class_names: Sequence[str], *, title: str
+    counts: Int[np.ndarray, "c c"], pairs: Sequence[tuple[int, int, int]], class_names: Sequence[str], *, title: str
 ) -> Figure:
-    """The confusion matrix in shares of each row, and the commonest mistakes in words.
+    """Plots the confusion matrix as fractions of each row, and lists the most frequent confusions.
 
     Args:
-        counts: [c c], of pictures; row: what it is, column: what the model says.
-        pairs: of `analysis.most_confused`.
+        counts: see `analysis.confusion_matrix`. Rows of classes without images are grey.
+        pairs: see `analysis.most_frequent_confusions`.
         class_names: [c].
         title: of the figure.
     """
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    few = len(counts) <= 20
-    figure = Figure(figsize=(13.5, 8), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(5, 2))
-    shown = left.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-    left.set(title=title, xlabel="the model says", ylabel="it is")
-    if few:
-        left.set_xticks(range(len(counts)), class_names, rotation=45, ha="right", rotation_mode="anchor")
-        left.set_yticks(range(len(counts)), class_names)
+    totals, classes = counts.sum(axis=1, keepdims=True), range(len(counts))
+    fractions = np.where(totals, counts / np.maximum(totals, 1), np.nan)
+    side = min(7.0, 3.2 + 0.36 * len(counts))  # inches
+    figure = Figure(figsize=(1.2 * side + 3, side), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.2 * side, 3))
+    left.set_facecolor("lightgrey")
+    shown = left.imshow(fractions, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    left.set(title=title, xlabel="predicted class", ylabel="true class")
+    if len(counts) <= 20:
+        left.set_xticks(classes, map(_shorten, class_names), rotation=45, ha="right", rotation_mode="anchor")
+        left.set_yticks(classes, map(_shorten, class_names))
         for i, j in np.argwhere(counts):
-            colour = "black" if shares[i, j] > 0.5 else "white"
-            left.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=8, color=colour)
-    else:
-        left.set(xlabel="the model says (number of the class)", ylabel="it is (number of the class)")
-    figure.colorbar(shown, ax=left, label="share of the pictures of a row", fraction=0.046)
+            color = "black" if fractions[i, j] > 0.5 else "white"
+            left.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", fontsize=9, color=color)
+    figure.colorbar(shown, ax=left, label="fraction of the images of a class", fraction=0.046)
     right.set_axis_off()
-    lines = [f"{number:>4}  {_short(class_names[i])} taken for {_short(class_names[j])}" for i, j, number in pairs]
-    right.set_title("Most confused (pictures)", loc="left")
-    words = "\n".join(lines) or "no mistakes"
-    right.text(0, 0.98, words, va="top", fontsize=9, linespacing=1.6, transform=right.transAxes)
+    right.set_title("Most frequent confusions", loc="left")
+    lines = [
+        f"{number:,} × {_shorten(class_names[i])} classified as {_shorten(class_names[j])}" for i, j, number in pairs
+    ]
+    right.text(
+        0, 0.98, "\n".join(lines) or "no errors", va="top", fontsize=9, linespacing=1.6, transform=right.transAxes
+    )
     return figure
 
 
 def plot_errors(
-    images: np.ndarray, labels: Sequence[str], predictions: Sequence[str], probabilities: Sequence[float]
+    images: UInt8[np.ndarray, "b h w 3"],
+    labels: Sequence[str],
+    predictions: Sequence[str],
+    probabilities: Float[np.ndarray, " b"],
 ) -> Figure:
-    """A sheet of wrong pictures, under each what it is and what the model says.
+    """Plots misclassified images with their true class, predicted class and its probability.
 
     Args:
-        images: uint8 [b h w 3].
-        labels: [b], names of the classes.
-        predictions: [b], names of what the model says.
-        probabilities: [b], how sure it is.
+        images: in the order of the panels.
+        labels: names of the true classes, [b].
+        predictions: names of the predicted classes, [b].
+        probabilities: of the predicted classes.
     """
-    columns = 5
-    rows = max(1, -(-len(images) // columns))
-    figure = Figure(figsize=(2.1 * columns, 2.6 * rows + 0.7), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for axes in panels.flat:
-        axes.set_axis_off()
+    rows = max(1, -(-len(images) // 5))
+    title = "Most confident errors" if len(images) else "No errors"
+    figure, panels = _create_panels(rows, 5, panel_size=(2.1, 2.6), title=title)
     for axes, image, label, prediction, probability in zip(
         panels.flat, images, labels, predictions, probabilities, strict=False
     ):
         axes.imshow(image)
-        axes.set_title(f"{_short(label)}\nsays {_short(prediction)}, {probability:.0%}", fontsize=9)
-    figure.suptitle("The surest mistakes" if len(images) else "No mistakes")
+        axes.set_title(f"{_shorten(label)}\nclassified as {_shorten(prediction)}, {probability:.0%}", fontsize=8)
     return figure
 
 
-def _short(name: str) -> str:
-    return textwrap.shorten(name.replace("_", " "), 20, placeholder="…")
+def _create_panels(
+    rows: int, columns: int, *, panel_size: tuple[float, float], title: str
+) -> tuple[Figure, np.ndarray]:
+    """Returns a figure and its grid of axes [rows columns], which are hidden; sizes in inches."""
+    width, height = panel_size
+    figure = Figure(figsize=(max(6.5, width * columns + 0.4), height * rows + 0.6), layout="constrained")  # title fits
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    figure.suptitle(title)
+    return figure, panels
+
+
+def _shorten(name: str, width: int = 20) -> str:
+    return textwrap.shorten(name.replace("_", " "), width, placeholder="…")
