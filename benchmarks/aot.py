@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs import cifar100, models
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UsageError, UserError, parse_arguments, run_command
-from vit_jax.training import build, program
+from vit_jax.training import experiment
 
 GIB = 2**30
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
@@ -116,7 +116,7 @@ def meshes_of(num_devices: int) -> list[tuple[int, int]]:
     return list(dict.fromkeys([(num_devices, 1), (1, num_devices), *both]))
 
 
-def create_step(variant: str, *, data: int, fsdp: int, batch: int, num_layers: int | None = None) -> program.Program:
+def create_step(variant: str, *, data: int, fsdp: int, batch: int, num_layers: int | None = None) -> experiment.Plan:
     """The step of the variant, or of a shallower one, for a topology of one GPU to many hosts of eight."""
     num_devices = data * fsdp
     # Partitions joined by NVLink × hosts in each × GPUs in each.
@@ -128,9 +128,9 @@ def create_step(variant: str, *, data: int, fsdp: int, batch: int, num_layers: i
     if num_layers:
         config.model.num_layers = num_layers
     config.batch_size = batch * num_devices
-    model = build.create_model(config, None, num_classes=100)
+    model = experiment.create_model(config, None, num_classes=100)
     mesh = sharding.create_mesh(devices, data=data, fsdp=fsdp)
-    return program.create_program(config, model, mesh, num_images=50_000, image_shape=(32, 32, 3))
+    return experiment.plan_experiment(config, model, mesh, num_images=50_000, image_shape=(32, 32, 3))
 
 
 def count_collectives(text: str) -> dict[str, int]:

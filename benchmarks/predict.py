@@ -9,6 +9,7 @@ the medians, their ratio, and that of the CPU's seconds; it exits with 1 where t
 """
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -22,14 +23,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vit_jax.training.job import create_evaluate
 
 import vit_jax
 from vit_jax import data, predict
 from vit_jax.classifier import Classifier
-from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UsageError, UserError, parse_arguments, run_command
-from vit_jax.training import steps
 from vit_jax.types import Split
 
 LEAST_RATIO = 0.8
@@ -66,18 +64,9 @@ def write_pictures(images: np.ndarray, folder: Path) -> list[str]:
 
 
 def make_evaluate(classifier: Classifier, images: np.ndarray) -> Callable[[], object]:
-    """What `evaluate` times: all pictures, which lie on the device, through the model, and the sums."""
-    mesh = sharding.create_mesh()
+    """Returns the evaluation that is timed."""
     split = Split(images=images, labels=np.zeros(len(images), np.int32))
-    params = sharding.device_put(classifier.params, sharding.replicated(mesh))
-    forward = steps.image_forward(
-        classifier.model,
-        image_size=classifier.image_size,
-        mean=classifier.image_mean,
-        std=classifier.image_std,
-    )
-    evaluate = create_evaluate(forward, split, mesh, batch_size=256)
-    return lambda: jax.block_until_ready(evaluate(params))
+    return functools.partial(classifier.evaluate, split)
 
 
 def measure(run: Callable[[], object]) -> tuple[float, float]:

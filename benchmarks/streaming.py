@@ -25,7 +25,7 @@ from configs import digits
 from vit_jax import data
 from vit_jax.data.streaming import training_batches
 from vit_jax.runtime.errors import UsageError, parse_arguments, run_command
-from vit_jax.training import job
+from vit_jax.training.experiment import create_experiment
 from vit_jax.types import Split
 
 _READY_BATCHES = 8  # at least as many as lie ready: the first ones are not timed
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=3, metavar="N")
     arguments = parse_arguments(parser, argv)
     if min(arguments.batch_size, arguments.num_steps, arguments.num_workers, arguments.turns) < 1:
-        raise UsageError("expected whole numbers of at least 1")
+        raise UsageError("expected positive integers")
     if arguments.folder is None:
         with tempfile.TemporaryDirectory() as folder:
             report("decoding", [time_decoding(write_photographs(Path(folder)), arguments)])
@@ -107,18 +107,17 @@ def open_run(storage: str, arguments: argparse.Namespace) -> Iterator[Callable[[
     config = digits.get_config("scratch")
     config.update(image_size=32, batch_size=arguments.batch_size, augment="inception", num_steps=10**6)
     config.dataset.update(name=f"folder:{arguments.folder}", storage=storage, num_workers=arguments.num_workers)
-    made, create_state = job.create_job(config)
-    state = create_state()
-    train_steps = made.compile_train_steps()
-    arrays, _ = made.open_arrays(state, step=0)
-    permutation = made.program.permute(state)
+    experiment, state = create_experiment(config)
+    train_step = experiment.compile_train_step()
+    batches = experiment.train_batches(experiment.load_examples(state), 0)
 
     def step() -> None:
         nonlocal state
-        state, _ = train_steps(state, *next(arrays), permutation, count=1)
+        _, batch = next(batches)
+        state, _ = train_step(state, batch)
         jax.block_until_ready(state.step)
 
-    with contextlib.closing(arrays):
+    with contextlib.closing(batches):
         for _ in range(_READY_BATCHES):
             step()
         yield step

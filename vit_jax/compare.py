@@ -93,11 +93,14 @@ def read_row(workdir: Path) -> Row:
         UserError: there is no run, it is not finished, or its metrics are missing or damaged.
     """
     from vit_jax.config import load_config
-    from vit_jax.training import checkpoint, writer
+    from vit_jax.training import writer
+    from vit_jax.training.checkpoint import Checkpoints
+    from vit_jax.training.info import RunInfo
 
-    about = checkpoint.read_about(workdir)
-    config = load_config(workdir, saved=about.get("config"))
-    step = checkpoint.require_step(workdir)
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        step = checkpoints.require_step()
+        info = RunInfo.from_json(checkpoints.read_metadata(step))
+    config = load_config(workdir, saved=info.config)
     if step != config.num_steps:
         raise UserError(f"{workdir} is at step {step} of {config.num_steps}; expected a finished run")
     records, results = writer.read_results(workdir, step)
@@ -108,7 +111,7 @@ def read_row(workdir: Path) -> Row:
     return Row(
         run=workdir.name,
         config=config,
-        num_trainable=about["num_trainable"],
+        num_trainable=info.num_trainable,
         results=results,
         seconds=sum(number / speed for number, speed in zip(num_images, speeds, strict=True)),
         images_per_second=statistics.median_high(speeds) if speeds else 0.0,
@@ -136,7 +139,7 @@ def _test_settings(config: ConfigDict) -> dict[str, str]:
         "image size": str(config.image_size),
         "image mean": ", ".join(f"{mean:g}" for mean in config.image_mean),
         "image std": ", ".join(f"{std:g}" for std in config.image_std),
-        "test augment": config.test_augment,
+        "test augment": config.ablation.test_augment,
         "data directory": str(Path(data_dir).resolve()) if data_dir else "default",
     }
 

@@ -37,10 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     paths = list_images(arguments.images)
 
     import vit_jax
-    from vit_jax.classifier import require_trained_head
 
     classifier = vit_jax.load(arguments.model)
-    require_trained_head(classifier, arguments.model)
+    classifier.require_trained_head(arguments.model)
     num_failed = 0
     for path, prediction in predict_files(classifier, paths):
         if isinstance(prediction, UserError):

@@ -84,7 +84,9 @@ def write_report(workdir: Path, *, data_dir: str | None = None) -> Path:
         results.append(("top 5", f"{row.results['test/accuracy_top5']:.2%}"))
     if "test_raw/accuracy" in row.results:
         results.append(("without EMA", f"{row.results['test_raw/accuracy']:.2%}"))
-    results += [(name, f"{value:.2%}") for name, value in run.config.get("reference_results", ())]
+    if not run.config.dataset.classes:  # results of other work are of all classes
+        references = [row for row in run.config.reference_results if row[0] == run.config.dataset.name]
+        results += [(label, f"{value:.2%}") for _, label, value in references]
     captioned = {caption: figures[name] for name, caption in _CAPTIONS.items() if name in figures}
     page = html.format_report(texts, results=results, settings=describe_run(run, row, test), figures=captioned)
     write_atomically(workdir / "report.html", page)

@@ -173,13 +173,13 @@ def check_dataset(dataset: Dataset) -> Dataset:
         are_labels = labels.shape == (len(images),) and labels.dtype.kind in "iu" and bool(len(labels))
         if not is_uint8 or images.shape[1:] != shape or shape[2:] != (3,):
             raise UsageError(
-                f"dataset: images are {getattr(images, 'dtype', 'uint8')} {list(images.shape)}; expected uint8 [n h w 3], "
-                "height and width alike in both splits"
+                f"dataset: images are {getattr(images, 'dtype', 'uint8')} {list(images.shape)}; expected uint8 "
+                "[n h w 3], height and width alike in both splits"
             )
         if not are_labels or not 0 <= labels.min() <= labels.max() < len(dataset.class_names):
             raise UsageError(
-                f"dataset: labels are {labels.dtype} {list(labels.shape)} of {len(images)} images; expected integers [n] "
-                f"from 0 to {len(dataset.class_names) - 1}, the last of class_names"
+                f"dataset: labels are {labels.dtype} {list(labels.shape)} of {len(images)} images; expected integers "
+                f"[n] from 0 to {len(dataset.class_names) - 1}, the last of class_names"
             )
         splits.append(Split(images=images, labels=labels.astype(np.int32), ids=split.ids))
     return Dataset(splits[0], splits[1], tuple(dataset.class_names))
