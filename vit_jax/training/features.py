@@ -28,7 +28,7 @@ def extract_features(
         images: uint8 [n h w 3].
         image_size: pixels, square; pictures are resized.
         batch_size: pictures at once, rounded up to the devices.
-        **options: of `preprocess.prepare`: `mean`, `deviation`.
+        **options: of `preprocess.prepare`: `mean`, `std`.
 
     Returns:
         float32 [n d].

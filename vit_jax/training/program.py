@@ -186,7 +186,7 @@ def test_options(config: ConfigDict, *, in_memory: bool = True) -> dict[str, Any
         "test_augment": device_augment(config.test_augment, in_memory=in_memory),
         "image_size": config.image_size,
         "mean": config.image_mean,
-        "deviation": config.image_std,
+        "std": config.image_std,
     }
 
 

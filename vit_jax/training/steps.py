@@ -66,7 +66,7 @@ def image_forward(
         augment: of training pictures, see `preprocess.prepare`.
         test_augment: of test pictures, each drawn in the same way at every evaluation.
         dropout: whether the model's dropout is on in training.
-        **options: of `preprocess.prepare`: `image_size` in pixels; `mean`, `deviation`.
+        **options: of `preprocess.prepare`: `image_size` in pixels; `mean`, `std`.
     """
 
     def logits(params: Params, images: jax.Array, keys: jax.Array | None) -> jax.Array:
