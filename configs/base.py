@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.dataset.storage = "auto"
     config.dataset.num_workers = 0  # processes that decode what is streamed; 0: one per available processor
     config.image_size = 224  # pixels, square: what the model sees
-    # Pixels are (pixel / 255 - mean) / deviation, in red, green, blue; these take them to [-1, 1].
+    # Pixels are (pixel / 255 - mean) / std, in red, green, blue; these take them to [-1, 1].
     config.image_mean = (0.5, 0.5, 0.5)
     config.image_std = (0.5, 0.5, 0.5)
     config.augment = "none"  # of training pictures: "none" | "flip" | "pad_crop" | "square_crop" | "inception"
