@@ -2,12 +2,14 @@
 
 import contextlib
 import importlib
+import importlib.metadata
 import io
 import logging
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,16 +21,40 @@ from ml_collections import ConfigDict
 
 # JAX reads these when it is imported: by the tests, not by anything above.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-# Tests and processes that compile the same program compile it once; pytest's workers inherit the directory.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    _CACHE_FOLDER = tempfile.TemporaryDirectory(prefix="vit_jax_tests_")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE_FOLDER.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+_EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"patch_size": 4, "hidden_size": 24, "num_layers": 1, "num_heads": 3, "mlp_dim": 40}
 """Arguments of the smallest VisionTransformer in use."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets how XLA compiles: most of the time of the quick tests would go into optimizing programs that run once.
+
+    The slow tests, some of which measure time, compile as users do.
+    """
+    os.environ["XLA_FLAGS"] = _EIGHT_DEVICES
+    if config.option.markexpr == "not slow":
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        if importlib.metadata.version("jaxlib") < "0.11":  # 0.11 has the older, quicker emitters no more
+            os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # workers and child processes inherit it
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_compilation_cache(config))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+
+def _compilation_cache(config: pytest.Config) -> Path:
+    """The directory of JAX's compilation cache: in pytest's own, so that the next session finds it."""
+    try:
+        directory = config.cache.mkdir("jax")
+        for path in directory.iterdir():
+            if path.stat().st_mtime < time.time() - 7 * 24 * 3600:
+                path.unlink()
+        return directory
+    except OSError:  # a read-only checkout
+        temporary = tempfile.TemporaryDirectory(prefix="vit_jax_tests_")
+        config.add_cleanup(temporary.cleanup)
+        return Path(temporary.name)
 
 
 class Result(NamedTuple):
@@ -98,8 +124,7 @@ def command_line(*arguments: object) -> list[str]:
 
 def command_env(extra: dict[str, str] | None = None) -> dict[str, str]:
     """The environment of a user's shell, on the CPU."""
-    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    return {**env, "JAX_PLATFORMS": "cpu", **(extra or {})}
+    return {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(_EIGHT_DEVICES, ""), **(extra or {})}
 
 
 def set_keys(config: ConfigDict, changes: dict[str, object]) -> ConfigDict:
