@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 import vit_jax
 from configs import digits
 from vit_jax import export, pretrained, trainer
+from vit_jax.run import load_run
 from vit_jax.runtime.errors import UserError
 from vit_jax.training import build, checkpoint
 
@@ -43,7 +44,7 @@ def exported(workdir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(workdir):
-    return trainer.load_test_dataset(trainer.load_run(workdir)).test.images
+    return load_run(workdir).load_test_split().images
 
 
 def logits_of(source, images):
@@ -157,11 +158,11 @@ def test_create_model_takes_its_dtype_from_the_config(bfloat16_workdir, tmp_path
 
 def test_predictions_are_those_that_were_evaluated(workdir, images):
     run = vit_jax.load(workdir)
-    test = trainer.load_test_dataset(run).test
+    test = run.load_test_split()
     probabilities = run.predict(test.images)
     np.testing.assert_allclose(probabilities.sum(axis=-1), 1, atol=1e-6)
     accuracy = np.mean(probabilities.argmax(axis=-1) == test.labels)
-    assert accuracy == trainer.evaluate_run(run)["test/accuracy"]
+    assert accuracy == run.evaluate()["test/accuracy"]
     np.testing.assert_allclose(run.predict(test.images[:3]), probabilities[:3], atol=1e-6)
     assert run.predict(test.images[:0]).shape == (0, 10)
     with pytest.raises(ValueError, match=r"expected pictures as uint8 \[n h w 3\], got float32 \[2, 16, 16, 3\]"):
@@ -174,7 +175,7 @@ def test_an_npz_has_the_keys_of_the_released_layout_and_starts_another_run(workd
     config = digits.get_config()
     config.update(pretrained=str(exported / "npz"), num_steps=0, warmup_steps=0)
     trainer.train_and_evaluate(config, tmp_path / "again")
-    again = flatten_dict(jax.device_get(trainer.load_run(tmp_path / "again").params), sep="/")
+    again = flatten_dict(jax.device_get(load_run(tmp_path / "again").params), sep="/")
     for key in flat.keys() - {"head/kernel", "head/bias"}:
         np.testing.assert_array_equal(again[key], flat[key])
 
@@ -182,7 +183,7 @@ def test_an_npz_has_the_keys_of_the_released_layout_and_starts_another_run(workd
 def test_averages_are_exported_unless_asked_otherwise(workdir, exported, images, tmp_path):
     words = ["--workdir", str(workdir), "--format", "npz", "--no_ema", "--out", str(tmp_path / "raw.npz")]
     assert export.main(words) == 0
-    raw = trainer.load_run(workdir, use_ema=False)
+    raw = load_run(workdir, use_ema=False)
     np.testing.assert_array_equal(logits_of(tmp_path / "raw.npz", images), raw.logits(images))
     assert np.abs(raw.logits(images) - logits_of(exported / "npz", images)).max() > 1e-3
 
@@ -209,7 +210,7 @@ np.save({str(tmp_path / "logits.npy")!r}, logits[1])
 
 
 def test_every_export_says_what_it_is(workdir, exported):
-    metadata = trainer.load_run(workdir).metadata
+    metadata = load_run(workdir).metadata
     assert metadata.vit_jax == vit_jax.__version__ and metadata.class_names == tuple(str(i) for i in range(10))
     assert pretrained.read_metadata(exported / "npz") == metadata
     for name in ("orbax", "stablehlo", "safetensors"):

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = [  # a module or package imports from its own row and from the rows above it
+ROWS = [  # a module or package imports from itself and from the rows above it
     ["types"],
     ["runtime"],
-    ["models", "visualization"],
-    ["data"],
-    ["pretrained"],
-    ["training", "config", "classifier"],
-    ["trainer"],
-    ["evaluate", "predict", "export", "compare", "visualize"],
+    ["config", "models"],
+    ["data", "pretrained", "visualization"],
+    ["training"],
+    ["classifier"],
+    ["run"],
+    ["trainer", "evaluate", "predict", "export", "compare", "visualize"],
     ["report"],
 ]
 
@@ -50,7 +50,7 @@ def test_the_top_of_the_package_is_small():
 @pytest.mark.parametrize("unit", [unit for row in ROWS for unit in row])
 def test_imports_point_downwards(unit):
     (level,) = (i for i, row in enumerate(ROWS) if unit in row)
-    allowed = {other for row in ROWS[: level + 1] for other in row}
+    allowed = {other for row in ROWS[:level] for other in row} | {unit}
     for path in units()[unit]:
         assert imported_units(path) <= allowed, path
 

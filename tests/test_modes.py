@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from configs import digits
 from vit_jax import trainer
 from vit_jax.models import VisionTransformer
+from vit_jax.run import load_run
 from vit_jax.training import optim
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.visualization import plotting
@@ -227,7 +228,7 @@ def released_names():
 
 
 def flat_run(workdir):
-    return {path: np.asarray(leaf) for path, leaf in flatten_dict(trainer.load_run(workdir).params, sep="/").items()}
+    return {path: np.asarray(leaf) for path, leaf in flatten_dict(load_run(workdir).params, sep="/").items()}
 
 
 def test_load_run_gives_the_ema_of_all_states(whole, tmp_path):
@@ -266,8 +267,8 @@ def test_load_run_adds_low_rank_products_and_gives_the_released_names(whole):
 @pytest.mark.parametrize("name", ["mlp", "head_views", "lora"])
 def test_evaluate_run_gives_what_the_run_logged(whole, name):
     folder = whole(name)[0]
-    expected = {"step": 13, **trainer.evaluate_run(trainer.load_run(folder))}
+    expected = {"step": 13, **load_run(folder).evaluate()}
     if "ema_decay" in RUNS[name]:
-        expected |= trainer.evaluate_run(trainer.load_run(folder, use_ema=False), prefix="test_raw")
+        expected |= load_run(folder, use_ema=False).evaluate(prefix="test_raw")
         assert expected["test/loss"] != pytest.approx(expected["test_raw/loss"], abs=1e-4)
     assert records(folder)[-1] == pytest.approx(expected, rel=1e-5)

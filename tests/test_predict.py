@@ -12,6 +12,7 @@ from sklearn.datasets import load_sample_image
 import vit_jax
 from configs import digits
 from vit_jax import data, evaluate, predict, pretrained, trainer
+from vit_jax.run import load_run
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def workdir(tmp_path_factory):
 def pictures(workdir, tmp_path_factory):
     """Real digits as files of every kind; one is no picture."""
     folder = tmp_path_factory.mktemp("pictures")
-    images = trainer.load_test_dataset(trainer.load_run(workdir)).test.images
+    images = load_run(workdir).load_test_split().images
     (folder / "more").mkdir()
     rgb = [Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR) for image in images[:6]]
     rgb[0].save(folder / "a_rgb.png")

@@ -16,6 +16,7 @@ from PIL import Image
 
 from configs import digits
 from vit_jax import data, trainer, visualize
+from vit_jax.run import load_run
 from vit_jax.runtime import resources
 from vit_jax.training import dry_run
 from vit_jax.training.checkpoint import Checkpoints
@@ -77,7 +78,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, whole, tmp_path, monkeyp
     monkeypatch.setattr(Checkpoints, "save", save)
     trainer.train_and_evaluate(config_for(folder, **auto, **{"dataset.num_workers": 2}), tmp_path / "run")
     assert records_of(tmp_path / "run") == records_of(whole)
-    ours, theirs = (flatten_dict(trainer.load_run(workdir).params) for workdir in (tmp_path / "run", whole))
+    ours, theirs = (flatten_dict(load_run(workdir).params) for workdir in (tmp_path / "run", whole))
     for path, leaf in ours.items():
         np.testing.assert_array_equal(leaf, theirs[path])
 
@@ -90,12 +91,12 @@ def test_accumulation_gives_the_update_of_the_large_batch(folder, whole, tmp_pat
 
 def test_evaluation_is_that_of_images_in_memory(folder, whole, tmp_path):
     """Every test image counts once, though 22 do not divide into batches of 8; so do features of all of them."""
-    run = trainer.load_run(whole)
+    run = load_run(whole)
     run.config.dataset.storage = "auto"
-    assert not trainer.load_test_dataset(run).test.in_memory  # as in training
-    streamed = trainer.evaluate_run(run)
+    assert not run.load_test_split().in_memory  # as in training
+    streamed = run.evaluate()
     run.config.dataset.storage = "memory"
-    assert streamed == pytest.approx(trainer.evaluate_run(run), abs=1e-6)
+    assert streamed == pytest.approx(run.evaluate(), abs=1e-6)
     assert records_of(whole)[-1] == pytest.approx({"step": 6, **streamed}, abs=1e-6)
     results = {}
     for storage in ("memory", "stream"):
@@ -121,13 +122,13 @@ def test_train_and_evaluate_gives_the_same_run_streamed_and_in_memory(folder, tm
         trainer.train_and_evaluate(config, tmp_path / storage)
     for ours, theirs in zip(records_of(tmp_path / "stream"), records_of(tmp_path / "memory"), strict=True):
         assert ours == pytest.approx(theirs, abs=2e-3)
-    run = trainer.load_run(tmp_path / "stream")
-    evaluated = {"step": 6, **trainer.evaluate_run(run)}
+    run = load_run(tmp_path / "stream")
+    evaluated = {"step": 6, **run.evaluate()}
     assert records_of(tmp_path / "stream")[-1] == pytest.approx(evaluated, abs=1e-5)
 
 
 def test_images_of_a_streamed_run_are_plotted(whole):
-    figures = dict(visualize.draw_all(trainer.load_run(whole), whole, pictures=[], num_images=4, layer=None, head=None))
+    figures = dict(visualize.draw_all(load_run(whole), whole, pictures=[], num_images=4, layer=None, head=None))
     assert {"confusion", "mistakes", "attention_rollout"} <= figures.keys()
 
 

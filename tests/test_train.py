@@ -14,6 +14,7 @@ from conftest import ROOT, command_env, command_line
 
 from configs import digits
 from vit_jax import trainer
+from vit_jax.run import load_run
 from vit_jax.runtime.errors import UserError
 from vit_jax.training import optim
 
@@ -43,7 +44,7 @@ def records(workdir: Path) -> list[dict]:
 
 
 def assert_same_parameters(first: Path, second: Path) -> None:
-    one, other = trainer.load_run(first), trainer.load_run(second)
+    one, other = load_run(first), load_run(second)
     assert one.step == other.step
     for ours, theirs in zip(_leaves(one.params), _leaves(other.params), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -165,7 +166,7 @@ def test_sigterm_saves_and_exits_0(finished, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "stopped by SIGTERM; saved step" in out
-    run = trainer.load_run(workdir)
+    run = load_run(workdir)
     assert f"saved step {run.step} " in out
     assert run.step >= 25
 
@@ -185,7 +186,7 @@ def test_sigint_saves_and_exits_130(tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert trainer.load_run(workdir).step >= 25
+    assert load_run(workdir).step >= 25
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, run_command):
@@ -206,7 +207,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monk
     monkeypatch.setattr(optim, "make_schedule", lambda *_, **__: lambda i: jnp.where(i == 24, jnp.nan, 0.01))
     with pytest.raises(UserError, match="not finite at step 25; the last good checkpoint is step 20"):
         trainer.train_and_evaluate(config, tmp_path)
-    run = trainer.load_run(tmp_path)
+    run = load_run(tmp_path)
     assert run.step == 20
     assert all(np.isfinite(leaf).all() for leaf in _leaves(run.params))
 
@@ -216,7 +217,7 @@ def test_no_steps_evaluate_and_save_what_the_run_starts_from(tmp_path, run_comma
     result = run_command(*train(workdir, "--config.num_steps=0", "--config.warmup_steps=0")[1:])
     assert result.returncode == 0, result.stderr
     assert [line["step"] for line in records(workdir)] == [0]
-    assert trainer.load_run(workdir).step == 0
+    assert load_run(workdir).step == 0
 
 
 def test_a_write_that_fails_keeps_the_last_good_checkpoint(finished, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from configs import digits
 from vit_jax import trainer
+from vit_jax.run import load_run
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.training.checkpoint import Checkpoints
 
@@ -39,17 +40,17 @@ def test_load_run_gives_model_and_parameters(tmp_path, optimizer, trainable):
     config = small_config(trainable=trainable, dtype="bfloat16")
     config.optimizer.name = optimizer
     results = trainer.train_and_evaluate(config, tmp_path)
-    run = trainer.load_run(tmp_path)
+    run = load_run(tmp_path)
     assert run.step == 40
     assert run.class_names == tuple("0123456789")
     assert run.model.dtype == jax.numpy.bfloat16
-    assert trainer.evaluate_run(run) == pytest.approx(results, rel=1e-5)
+    assert run.evaluate() == pytest.approx(results, rel=1e-5)
 
 
 def test_load_run_names_the_checkpoints_that_there_are(tmp_path):
     trainer.train_and_evaluate(small_config(), tmp_path)
     with pytest.raises(UserError, match="no checkpoint of step 7; it has 40"):
-        trainer.load_run(tmp_path, step=7)
+        load_run(tmp_path, step=7)
 
 
 def interrupt(config, workdir, monkeypatch, *, step):
@@ -72,7 +73,7 @@ def test_train_and_evaluate_takes_a_missing_config_json_from_the_checkpoint(tmp_
     (tmp_path / "config.json").unlink()
     with pytest.raises(UsageError, match=r"another config \(learning_rate: 0.001 → 0.5\)"):
         trainer.train_and_evaluate(small_config(learning_rate=0.5), tmp_path)
-    run = trainer.load_run(tmp_path)
+    run = load_run(tmp_path)
     assert json.dumps(run.config.to_dict(), indent=2) + "\n" == before
     assert "config" not in run.about
     trainer.train_and_evaluate(small_config(checkpoint_every_steps=20), tmp_path)
@@ -93,10 +94,10 @@ def test_train_and_evaluate_refuses_a_checkpoint_without_any_config(tmp_path, mo
 
 def test_evaluate_run_refuses_other_classes(tmp_path):
     trainer.train_and_evaluate(small_config(), tmp_path)
-    run = trainer.load_run(tmp_path)
+    run = load_run(tmp_path)
     other = dataclasses.replace(run, class_names=("cat", "dog"))
     with pytest.raises(UserError, match="the run knows 2 classes, cat, dog, …; the dataset has 10, 0, 1, 2, 3, 4, …"):
-        trainer.evaluate_run(other)
+        other.evaluate()
 
 
 def test_steps_compiled_once_serve_a_resumed_run(tmp_path, monkeypatch):
@@ -170,7 +171,7 @@ def test_train_and_evaluate_says_that_a_finished_run_has_no_metrics(tmp_path):
     (tmp_path / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="is finished at step 40, but metrics.jsonl is missing"):
         trainer.train_and_evaluate(small_config(), tmp_path)
-    assert trainer.evaluate_run(trainer.load_run(tmp_path))["test/accuracy"] >= 0
+    assert load_run(tmp_path).evaluate()["test/accuracy"] >= 0
 
 
 @pytest.mark.parametrize("num_steps", [0, 20])

@@ -15,6 +15,7 @@ from configs import cifar100_resnet50, digits
 from vit_jax import data, pretrained, trainer
 from vit_jax.data import preprocess
 from vit_jax.models import ResNet
+from vit_jax.run import load_run
 from vit_jax.runtime.errors import UsageError
 from vit_jax.training import build, dry_run, features
 
@@ -139,9 +140,9 @@ def test_a_run_from_a_file_trains_what_it_should_and_evaluates(tmp_path, trainab
     pretrained.save_npz(tmp_path / "BiT.npz", released_params(units=(1, 1)))
     config = config_with(pretrained=str(tmp_path / "BiT.npz"), trainable=trainable, mesh=mesh)
     results = trainer.train_and_evaluate(config, tmp_path / "run")
-    run = trainer.load_run(tmp_path / "run")
+    run = load_run(tmp_path / "run")
     assert run.model == ResNet(10, (1, 1), WIDTH)
-    assert trainer.evaluate_run(run) == pytest.approx(results, abs=1e-5)
+    assert run.evaluate() == pytest.approx(results, abs=1e-5)
     before = flatten_dict(released_params(units=(1, 1)), sep="/")
     for key, leaf in flatten_dict(run.params, sep="/").items():
         moved = np.any(leaf) if key.startswith("head/") else not np.array_equal(leaf, before[key])

@@ -16,6 +16,7 @@ import vit_jax
 from configs import digits
 from vit_jax import classifier, export, models, pretrained, trainer, visualize
 from vit_jax.pretrained.formats import LAYOUTS
+from vit_jax.run import load_run
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.training import build
 
@@ -294,7 +295,7 @@ def test_a_run_starts_from_one_and_is_looked_into_and_handed_on(name, image_size
     flat, layout = FILES[name]
     config = config_from(write(tmp_path / "file.npz", layout(flat)), image_size=image_size)
     trainer.train_and_evaluate(config, tmp_path / "run")
-    run = trainer.load_run(tmp_path / "run")
+    run = load_run(tmp_path / "run")
     params = flatten_dict(jax.device_get(run.params), sep="/")
     assert params.keys() == flat.keys() and not np.array_equal(params["embedding/kernel"], flat["embedding/kernel"])
     names = [
@@ -318,7 +319,7 @@ def test_without_a_step_a_run_is_its_file(tmp_path):
     flat, layout = FILES["hybrid, root alone"]
     file = write(tmp_path / "file.npz", layout(flat))
     trainer.train_and_evaluate(config_from(file, num_steps=0, warmup_steps=0, image_size=32), tmp_path / "run")
-    params = flatten_dict(jax.device_get(trainer.load_run(tmp_path / "run").params), sep="/")
+    params = flatten_dict(jax.device_get(load_run(tmp_path / "run").params), sep="/")
     assert params.keys() == flat.keys()
     for key, leaf in params.items():
         if not key.startswith("head/"):

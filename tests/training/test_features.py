@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from configs import digits
 from vit_jax import data, pretrained, trainer
 from vit_jax.data import preprocess
+from vit_jax.run import load_run
 from vit_jax.runtime import sharding
 from vit_jax.training import build, features, steps
 
@@ -31,7 +32,7 @@ def run(config, workdir):
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         record.pop("images_per_second", None)
-    return records, flatten_dict(trainer.load_run(workdir).params, sep="/")
+    return records, flatten_dict(load_run(workdir).params, sep="/")
 
 
 def test_stored_features_give_the_run_without_them(tmp_path):
@@ -59,7 +60,7 @@ def test_evaluate_run_crops_test_images_as_training_did(tmp_path, features):
     config = head_config(features=features, seed=3, num_steps=22, eval_every_steps=22, warmup_steps=0)
     config.ablation.test_augment = "square_crop"
     results = trainer.train_and_evaluate(config, tmp_path)
-    assert trainer.evaluate_run(trainer.load_run(tmp_path)) == pytest.approx(results, abs=1e-5)
+    assert load_run(tmp_path).evaluate() == pytest.approx(results, abs=1e-5)
 
 
 def micro():
