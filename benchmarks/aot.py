@@ -35,6 +35,7 @@ from jax.experimental import topologies
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs import cifar100, models
+from vit_jax.data import DatasetInfo
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UsageError, UserError, parse_arguments, run_command
 from vit_jax.training import experiment
@@ -130,7 +131,8 @@ def create_step(variant: str, *, data: int, fsdp: int, batch: int, num_layers: i
     config.batch_size = batch * num_devices
     model = experiment.create_model(config, None, num_classes=100)
     mesh = sharding.create_mesh(devices, data=data, fsdp=fsdp)
-    return experiment.plan_experiment(config, model, mesh, num_images=50_000, image_shape=(32, 32, 3))
+    info = DatasetInfo(50_000, 10_000, (32, 32, 3), tuple(map(str, range(100))), in_memory=True)
+    return experiment.plan_experiment(config, model, mesh, info)
 
 
 def count_collectives(text: str) -> dict[str, int]:

@@ -54,11 +54,9 @@ def train_and_evaluate(
         KeyboardInterrupt: Ctrl-C; the state was saved first.
     """
     workdir = Path(workdir)
-    custom = {"dataset": dataset, "augment": augment, "optimizer": optimizer}
     check_config(config)
     with lock_workdir(workdir), Checkpoints(workdir) as checkpoints:
-        given = {name for name, value in custom.items() if value is not None}
-        saved = check_resumable(config, workdir, checkpoints, custom=given)
+        saved = check_resumable(config, workdir, checkpoints)
         step = checkpoints.latest_step() or 0
         if saved and step == config.num_steps:
             print(f"already finished at step {step:,}, nothing trained")
@@ -114,29 +112,17 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.item(), jax.device_get(tree))
 
 
-def check_resumable(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, *, custom: set[str]) -> RunInfo | None:
+def check_resumable(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> RunInfo | None:
     """Returns the facts of the run that `workdir` holds, None if it would start.
-
-    Args:
-        config: to train with.
-        workdir: run directory.
-        checkpoints: of the run.
-        custom: which of "dataset", "augment" and "optimizer" are given from Python.
 
     Raises:
         UsageError: the run was started with another config.
-        UserError: its files are damaged, or it was started with something from Python that is not given now.
+        UserError: its files are damaged.
     """
     step = checkpoints.latest_step()
     saved = None if step is None else RunInfo.from_json(checkpoints.read_metadata(step))
     if saved or (workdir / "config.json").exists():
         check_same(config, workdir, saved=saved.config if saved else None)
-    if saved and set(saved.custom) != custom:
-        raise UserError(
-            f"{workdir} was started with {', '.join(saved.custom) or 'nothing'} given from Python, and is resumed with "
-            f"{', '.join(sorted(custom)) or 'nothing'}; resume it with train_and_evaluate(config, workdir, dataset=…, "
-            "augment=…, optimizer=…) and the same arguments"
-        )
     read_records(workdir / "metrics.jsonl")  # raises here, before compilation, if a line is damaged
     distributed.sync_processes("every process has seen where the run stands")
     return saved

@@ -29,7 +29,8 @@ def config_with(**changes):
 def plan(config, *, num_devices=8, num_images=1437):
     mesh = sharding.create_mesh(jax.devices()[:num_devices], **config.mesh)
     model = experiment.create_model(config, None, num_classes=10)
-    return experiment.plan_experiment(config, model, mesh, num_images=num_images, image_shape=(8, 8, 3))
+    info = data.DatasetInfo(num_images, 360, (8, 8, 3), tuple("0123456789"), in_memory=True)
+    return experiment.plan_experiment(config, model, mesh, info)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_plan_experiment_turns_dropout_on_where_something_below_the_head_is_trai
 def test_create_experiment_keeps_parameters_in_float32():
     config = config_with(**{"dtype": "bfloat16", "optimizer.name": "adamw"})
     created, state = experiment.create_experiment(config)
-    assert created.steps_per_epoch == 1437 // 64
+    assert created.dataset_info.num_train == 1437
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.trainable)} == {"float32"}
     assert created.info.model.class_names == tuple(str(digit) for digit in range(10))
     saved = RunInfo.from_json(json.loads(json.dumps(created.info.to_json())))

@@ -92,6 +92,12 @@ class DatasetInfo:
     class_names: tuple[str, ...]
     in_memory: bool
 
+    @classmethod
+    def from_dataset(cls, dataset: Dataset) -> "DatasetInfo":
+        """Describes a dataset."""
+        train, test = dataset.train, dataset.test
+        return cls(len(train), len(test), train.images.shape[1:], dataset.class_names, train.in_memory)
+
 
 def load_dataset(
     name: str, *, train_split: str = "train", test_split: str = "test", **options: Unpack[DatasetOptions]
@@ -134,7 +140,7 @@ def dataset_info(
     Numbers are exact, but of `classes` in CIFAR and TFDS, which are taken to be equally frequent in every slice.
     """
     (train, test), class_names = _load(name, [train_split, test_split], dry_run=True, **options)
-    return DatasetInfo(len(train), len(test), train.images.shape[1:], class_names, train.in_memory)
+    return DatasetInfo.from_dataset(Dataset(train, test, class_names))
 
 
 def _load(

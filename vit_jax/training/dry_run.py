@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from vit_jax import data
@@ -54,15 +53,13 @@ def dry_run(config: ConfigDict) -> None:
     needs_file = config.pretrained and needs_pretrained(config.model, config.architecture)
     source = load_pretrained(config.pretrained) if needs_file else None
     model = create_model(config, source, num_classes=len(info.class_names))
-    plan = plan_experiment(
-        config, model, mesh, num_images=info.num_train, image_shape=info.image_shape, in_memory=info.in_memory
-    )
+    plan = plan_experiment(config, model, mesh, info)
     print("compiling the training step and the evaluation …", flush=True)
     training = measure(plan.lower().compile(), mesh.size, config.batch_size // config.accumulation_steps)
     eval_batch_size = sharding.pad_to_devices(config.eval_batch_size, info.num_test, mesh)
     evaluation = measure(lower_evaluation(plan, eval_batch_size).compile(), mesh.size, eval_batch_size)
 
-    examples = bytes_of_examples(plan, info.num_train, info.num_test)
+    examples = bytes_of_examples(plan)
     state = training.arguments - sum(map(_bytes_per_device, jax.tree.leaves(plan.abstract_batch)))
     needed = training.arguments + examples + max(training.temporaries, evaluation.temporaries)
     storage = {Storage.FEATURES: ", as cached features", Storage.STREAM: ", two batches", Storage.MEMORY: ""}
@@ -112,7 +109,7 @@ def lower_evaluation(plan: Plan, batch_size: int) -> jax.stages.Lowered:
     mesh, forward = plan.mesh, plan.image_forward
     evaluated_params = functools.partial(steps.evaluated_params, lora_alpha=plan.config.lora.alpha)
     params = jax.eval_shape(evaluated_params, plan.abstract_state)
-    batch = Batch.abstract(jax.ShapeDtypeStruct((batch_size, *plan.image_shape), jnp.uint8))
+    batch = Batch.abstract(jax.ShapeDtypeStruct((batch_size, *plan.dataset_info.image_shape), jnp.uint8))
     sums = jax.eval_shape(metrics.zero_sums)
     eval_step = jax.jit(Inference(forward, mesh, batch_size=batch_size).eval_step)
     return eval_step.lower(
@@ -122,14 +119,14 @@ def lower_evaluation(plan: Plan, batch_size: int) -> jax.stages.Lowered:
     )
 
 
-def bytes_of_examples(plan: Plan, num_train: int, num_test: int) -> int:
+def bytes_of_examples(plan: Plan) -> int:
     """Returns the bytes per device of all images or features, or of two streamed batches."""
-    batch = plan.abstract_batch
+    info, inputs = plan.dataset_info, plan.abstract_batch.inputs
     if plan.storage == Storage.STREAM:
-        return 2 * sum(map(_bytes_per_device, jax.tree.leaves(batch)))
+        return 2 * sum(map(_bytes_per_device, jax.tree.leaves(plan.abstract_batch)))
     views = plan.config.feature_views if plan.storage == Storage.FEATURES else 1
-    example = math.prod(batch.inputs.shape[1:]) * batch.inputs.dtype.itemsize
-    return (views * num_train + num_test) * example + (num_train + num_test) * np.dtype(np.int32).itemsize
+    example = math.prod(inputs.shape[1:]) * inputs.dtype.itemsize
+    return (views * info.num_train + info.num_test) * example + 4 * (info.num_train + info.num_test)  # int32 labels
 
 
 def _bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax import data, models
-from vit_jax.data import DatasetFingerprint, batches, preprocess
+from vit_jax.data import DatasetFingerprint, DatasetInfo, batches, preprocess
 from vit_jax.data.batches import Batch
 from vit_jax.data.crops import CROPS
 from vit_jax.data.preprocess import Augment
@@ -23,7 +23,7 @@ from vit_jax.pretrained import ModelMetadata
 from vit_jax.runtime import distributed, rng, sharding
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.training import lora, metrics, optim, steps
-from vit_jax.training.features import Storage, abstract_batch, choose_storage, compute_features
+from vit_jax.training.features import Storage, abstract_batch, compute_features
 from vit_jax.training.inference import FeatureForward, ImageForward, Inference
 from vit_jax.training.info import RunInfo
 from vit_jax.training.initialize import (
@@ -40,6 +40,13 @@ from vit_jax.types import Dataset, ImageModel, ImageSource, Params, Split
 
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[[optax.Schedule], optax.GradientTransformation]
 """An optax transformation, or a function from the config's learning-rate schedule to one."""
+
+
+_STEP_OPTIONS = (
+    *("batch_size", "accumulation_steps", "label_smoothing"),
+    *("mixup_alpha", "cutmix_alpha", "ema_decay"),
+)
+"""Keys of the config that are attributes of `TrainStep`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,26 +74,24 @@ class Plan:
         config: see `vit_jax.config`.
         mesh: of devices.
         model: Linen module.
+        dataset_info: sizes of the dataset.
         storage: where the training examples are.
-        steps_per_epoch: whole batches in the training split.
         abstract_state: shapes, dtypes and shardings of the training state.
         abstract_batch: the same of a training batch.
         train_step: one update.
         image_forward: from images to logits.
-        image_shape: height, width and channels of the images as they are stored.
         init_state: parameters -> state before the first update; jitted.
     """
 
     config: ConfigDict
     mesh: Mesh
     model: ImageModel
+    dataset_info: DatasetInfo
     storage: Storage
-    steps_per_epoch: int
     abstract_state: TrainState
     abstract_batch: Batch
     train_step: TrainStep
     image_forward: ImageForward
-    image_shape: tuple[int, ...]
     init_state: Callable[[Params], TrainState]
 
     @property
@@ -211,7 +216,13 @@ def create_experiment(
         UsageError: the config does not fit the data, the model or the devices.
         UserError: data or pretrained parameters cannot be loaded, or the dataset has changed since the run was started.
     """
-    given = {"dataset": dataset, "augment": augment, "optimizer": optimizer}
+    values = {"dataset": dataset, "augment": augment, "optimizer": optimizer}
+    custom = tuple(name for name, value in values.items() if value is not None)
+    if saved and saved.custom != custom:
+        raise UserError(
+            f"the run was started with {', '.join(saved.custom) or 'nothing'} given from Python, and is resumed with "
+            f"{', '.join(custom) or 'nothing'}; resume it with the same arguments of train_and_evaluate"
+        )
     mesh = sharding.create_mesh(**config.mesh)
     with distributed.main_process_first():
         storage = saved.storage if saved else config.dataset.storage
@@ -227,47 +238,36 @@ def create_experiment(
             "or give another --workdir to start a new run"
         )
     model = create_model(config, source, num_classes=len(dataset.class_names), saved=saved)
-    plan = plan_experiment(
-        config,
+    plan = plan_experiment(config, model, mesh, DatasetInfo.from_dataset(dataset), augment=augment, optimizer=optimizer)
+    metadata = ModelMetadata.from_model(
         model,
-        mesh,
-        num_images=len(dataset.train),
-        image_shape=dataset.train.images.shape[1:],
-        in_memory=dataset.train.in_memory,
-        augment=augment,
-        optimizer=optimizer,
+        class_names=dataset.class_names,
+        image_size=config.image_size,
+        image_mean=config.image_mean,
+        image_std=config.image_std,
     )
     info = RunInfo(
-        model=ModelMetadata.from_model(
-            model,
-            image_size=config.image_size,
-            image_mean=config.image_mean,
-            image_std=config.image_std,
-            class_names=dataset.class_names,
-        ),
+        model=metadata,
         config=config.to_dict(),
         dataset=fingerprint,
         storage="memory" if dataset.train.in_memory else "stream",
         num_trainable=sum(leaf.size for leaf in jax.tree.leaves(plan.abstract_state.trainable)),
         command=shlex.join(["python", *sys.argv]),
-        custom=tuple(name for name, value in given.items() if value is not None),
+        custom=custom,
     )
     experiment = Experiment(**vars(plan), dataset=dataset, info=info)
-    state = plan.abstract_state
-    if saved is None:
-        params = create_params(model, source, image_size=config.image_size, seed=config.seed)
-        state = plan.init_state(sharding.device_put(params, sharding.param_shardings(params, mesh)))
-    return experiment, state
+    if saved:
+        return experiment, plan.abstract_state
+    params = create_params(model, source, image_size=config.image_size, seed=config.seed)
+    return experiment, plan.init_state(sharding.device_put(params, sharding.param_shardings(params, mesh)))
 
 
 def plan_experiment(
     config: ConfigDict,
     model: ImageModel,
     mesh: Mesh,
+    info: DatasetInfo,
     *,
-    num_images: int,
-    image_shape: tuple[int, ...],
-    in_memory: bool = True,
     augment: Augment | None = None,
     optimizer: Optimizer | None = None,
 ) -> Plan:
@@ -277,9 +277,7 @@ def plan_experiment(
         config: see `vit_jax.config`.
         model: Linen module.
         mesh: of devices, real ones or those of a topology.
-        num_images: of the training split.
-        image_shape: height, width and channels as they are stored.
-        in_memory: whether the images are decoded; others arrive batch by batch, cropped already.
+        info: sizes of the dataset.
         augment: see `create_experiment`.
         optimizer: see `create_experiment`.
 
@@ -287,7 +285,7 @@ def plan_experiment(
         UsageError: the batch does not divide or is larger than the data, no parameter would be trained, or features
             cannot be cached.
     """
-    check_batch(config, num_shards=mesh.size, num_images=num_images)
+    check_batch(config, num_shards=mesh.size, num_images=info.num_train)
     patterns = optim.trainable_patterns(config.trainable)
     tx, schedule = create_optimizer(config, model, optimizer)
 
@@ -300,67 +298,45 @@ def plan_experiment(
         )
 
     abstract_params = jax.eval_shape(lambda: init_params(model, image_size=config.image_size, seed=config.seed))
-    abstract_state = jax.eval_shape(init_state, abstract_params)
-    check_gradients(abstract_state.trainable, abstract_state.frozen, model)
-    state_shardings = sharding.param_shardings(abstract_state, mesh)
-    params = optim.merge_params(abstract_state.trainable, abstract_state.frozen)
+    state = jax.eval_shape(init_state, abstract_params)
+    check_gradients(state.trainable, state.frozen, model)
+    state_shardings = sharding.param_shardings(state, mesh)
+    params = optim.merge_params(state.trainable, state.frozen)
     print(optim.describe_trainable(params, patterns))
 
-    head_only = set(abstract_state.trainable) == {"head"}
-    dropout = has_dropout(model) and (config.ablation.frozen_dropout or not head_only)
-    image_forward = ImageForward(
+    head_only = set(state.trainable) == {"head"}
+    forward = ImageForward(
         model,
         image_size=config.image_size,
         image_mean=tuple(config.image_mean),
         image_std=tuple(config.image_std),
-        augment=augment or preprocess.device_augment(config.augment, in_memory=in_memory),
-        test_augment=preprocess.device_augment(config.ablation.test_augment, in_memory=in_memory),
-        dropout=dropout,
+        augment=augment or preprocess.device_augment(config.augment, in_memory=info.in_memory),
+        test_augment=preprocess.device_augment(config.ablation.test_augment, in_memory=info.in_memory),
+        dropout=has_dropout(model) and (config.ablation.frozen_dropout or not head_only),
     )
-    storage = choose_storage(
-        config.features,
-        num_views=config.feature_views,
-        augment=config.augment,
-        in_memory=in_memory,
-        obstacles={
-            f"trainable {config.trainable!r} trains more than the head": not head_only,
-            "frozen_dropout samples them again at every step": dropout,
-            "mixup and cutmix need the images": config.mixup_alpha > 0 or config.cutmix_alpha > 0,
-            "an augmentation of your own needs the images": augment is not None,
-        },
-    )
-    images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), jnp.uint8)
-    if storage == Storage.FEATURES:
-        max_updates = min(config.log_every_steps, max(1, config.num_steps))
-        batch = abstract_batch(image_forward, params, images, max_updates=max_updates)
-    else:
-        batch = Batch.abstract(images)
-    max_updates = len(batch.labels) // config.batch_size
-    batch_sharding = batches.train_batch_sharding(mesh, max_updates=max_updates)
-    train_step = TrainStep(
-        forward=FeatureForward(model) if storage == Storage.FEATURES else image_forward,
-        tx=tx,
-        schedule=schedule,
-        mesh=mesh,
-        batch_size=config.batch_size,
-        accumulation_steps=config.accumulation_steps,
-        label_smoothing=config.label_smoothing,
-        mixup_alpha=config.mixup_alpha,
-        cutmix_alpha=config.cutmix_alpha,
-        ema_decay=config.ema_decay,
-        lora_alpha=config.lora.alpha,
-    )
+    storage = Storage.MEMORY if info.in_memory else Storage.STREAM
+    batch = Batch.abstract(jax.ShapeDtypeStruct((config.batch_size, *info.image_shape), jnp.uint8))
+    if caches_features(config, head_only=head_only, dropout=forward.dropout, own_augment=augment is not None):
+        storage, max_updates = Storage.FEATURES, min(config.log_every_steps, max(1, config.num_steps))
+        batch = abstract_batch(forward, params, batch.inputs, max_updates=max_updates)
+    batch_sharding = batches.train_batch_sharding(mesh, max_updates=len(batch.labels) // config.batch_size)
     return Plan(
         config=config,
         mesh=mesh,
         model=model,
+        dataset_info=info,
         storage=storage,
-        steps_per_epoch=num_images // config.batch_size,
-        abstract_state=sharding.with_sharding(abstract_state, state_shardings),
+        abstract_state=sharding.with_sharding(state, state_shardings),
         abstract_batch=sharding.with_sharding(batch, batch_sharding),
-        train_step=train_step,
-        image_forward=image_forward,
-        image_shape=image_shape,
+        train_step=TrainStep(
+            forward=FeatureForward(model) if storage == Storage.FEATURES else forward,
+            tx=tx,
+            schedule=schedule,
+            mesh=mesh,
+            lora_alpha=config.lora.alpha,
+            **{name: config[name] for name in _STEP_OPTIONS},
+        ),
+        image_forward=forward,
         init_state=jax.jit(init_state, out_shardings=state_shardings, donate_argnums=0),
     )
 
@@ -464,3 +440,33 @@ def check_batch(config: ConfigDict, *, num_shards: int, num_images: int) -> None
         )
     if config.batch_size > num_images:
         raise UsageError(f"config.batch_size is {config.batch_size}, there are {num_images} training images; lower it")
+
+
+def caches_features(config: ConfigDict, *, head_only: bool, dropout: bool, own_augment: bool) -> bool:
+    """Returns whether features are cached: where they are the same at every step, or if the config says so.
+
+    Args:
+        config: see `vit_jax.config`.
+        head_only: whether only the head is trained.
+        dropout: whether the model's dropout is on.
+        own_augment: whether the augmentation is the user's own function.
+
+    Raises:
+        UsageError: the config asks for cached features, and they would not be the same at every step.
+    """
+    obstacles = {
+        f"trainable {config.trainable!r} trains more than the head": not head_only,
+        "frozen_dropout samples them again at every step": dropout,
+        "mixup and cutmix need the images": config.mixup_alpha > 0 or config.cutmix_alpha > 0,
+        "an augmentation of your own needs the images": own_augment,
+    }
+    obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
+    cached, augmented = config.features == "cached", config.augment != "none"
+    if cached and obstacle:
+        raise UsageError(f"config.features is 'cached', but {obstacle}; set it to 'auto'")
+    if config.feature_views > 1 and not (cached and augmented):
+        raise UsageError(
+            f"config.feature_views is {config.feature_views}, which needs features 'cached' and an augment; "
+            f"they are {config.features!r} and {config.augment!r}"
+        )
+    return cached or (config.features == "auto" and not obstacle and not augmented)

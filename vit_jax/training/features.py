@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 
 from vit_jax.data import EncodedImages, preprocess
 from vit_jax.data.batches import Batch, crop_when_decoded
-from vit_jax.runtime.errors import UsageError
 from vit_jax.training.inference import ImageForward, Inference
 from vit_jax.types import ImageSource, Params
 
@@ -26,34 +25,6 @@ class Storage(enum.StrEnum):
     MEMORY = "memory"
     STREAM = "stream"
     FEATURES = "features"
-
-
-def choose_storage(
-    features: str, *, num_views: int, augment: str, in_memory: bool, obstacles: dict[str, bool]
-) -> Storage:
-    """Returns where the training examples are: features are cached where they are the same at every step.
-
-    Args:
-        features: "auto", "cached" or "fresh".
-        num_views: number of augmented views that are cached.
-        augment: of training images.
-        in_memory: whether the images are decoded.
-        obstacles: reasons against cached features, and whether they hold.
-
-    Raises:
-        UsageError: cached features are requested, and they would not be the same.
-    """
-    obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
-    if features == "cached" and obstacle:
-        raise UsageError(f"features is 'cached', but {obstacle}; set it to 'auto'")
-    if num_views > 1 and (features != "cached" or augment == "none"):
-        raise UsageError(
-            f"feature_views is {num_views}, which needs features 'cached' and an augment; "
-            f"they are {features!r} and {augment!r}"
-        )
-    if features == "cached" or (features == "auto" and not obstacle and augment == "none"):
-        return Storage.FEATURES
-    return Storage.MEMORY if in_memory else Storage.STREAM
 
 
 def abstract_batch(forward: ImageForward, params: Params, images: jax.ShapeDtypeStruct, *, max_updates: int) -> Batch:
