@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,6 +15,7 @@ FlatParams = dict[str, np.ndarray]
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
+@runtime_checkable
 class ImageSource(Protocol):
     """Images of a split, uint8 [n h w 3]: a NumPy array, or `data.EncodedImages`, which decodes files when indexed."""
 
@@ -32,6 +33,7 @@ class ImageSource(Protocol):
         """Selects images, as `numpy.ndarray.take` along axis 0."""
 
 
+@runtime_checkable
 class ImageModel(Protocol):
     """A Linen module that maps images to class logits: `VisionTransformer`, `ResNet`."""
 

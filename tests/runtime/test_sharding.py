@@ -1,4 +1,4 @@
-import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -79,5 +79,5 @@ def test_pad_to_devices_rounds_up_what_is_needed(batch_size, num_images, padded)
 )
 def test_device_memory_is_the_devices_or_a_fraction_of_the_machines(monkeypatch, stats, expected):
     monkeypatch.setattr(resources, "total_memory", lambda: 8 * 2**30)
-    device = types.SimpleNamespace(memory_stats=lambda: stats)
+    device = mock.Mock(spec=jax.Device, memory_stats=lambda: stats)
     assert sharding.device_memory(device) == expected

@@ -1,21 +1,27 @@
-"""Progress bars of long work."""
+"""Progress bars."""
 
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+T = TypeVar("T")
 
 _DELAY_SECONDS = 2.0
+_MIN_INTERVAL_SECONDS = 30.0
+"""Of bars in a log file; on a terminal they are drawn ten times a second."""
 
 
-def progress_bar(*arguments: Any, **options: Any) -> Any:
-    """A bar on stderr that shows itself only where the work takes long, and goes when it is done.
-
-    Where nobody watches it is a line every half minute and not ten a second.
+def progress_bar(iterable: Iterable[T] | None = None, **options: object) -> "tqdm[T]":
+    """Returns a bar on stderr that appears after two seconds of work, and is removed at the end.
 
     Args:
-        *arguments: of `tqdm.tqdm`.
+        iterable: counted by the bar.
         **options: of `tqdm.tqdm`.
     """
-    from tqdm import tqdm  # when a bar is made: a process of several may have turned bars off by then
+    from tqdm import tqdm  # reads $TQDM_DISABLE, which all processes but the main one set
 
-    interval = 0.1 if sys.stderr.isatty() else 30.0
-    return tqdm(*arguments, **{"delay": _DELAY_SECONDS, "leave": False, "mininterval": interval, **options})
+    interval = 0.1 if sys.stderr.isatty() else _MIN_INTERVAL_SECONDS
+    return tqdm(iterable, **{"delay": _DELAY_SECONDS, "leave": False, "mininterval": interval, **options})

@@ -1,17 +1,18 @@
-"""Random numbers of a run: which images a step sees, and the keys of their crops, dropout and mixing.
+"""Random numbers of a run: the order of its images, and the keys of their crops, dropout and mixing.
 
-All are functions of the run's key and of a number of epochs or steps, so that a resumed run replays nothing, and a
-worker process that decodes images for a step samples what the device samples of images in its memory.
+They depend on the key of the run and an epoch or a step alone: a resumed run repeats no work, and a worker process
+that decodes the images of a step samples what the device samples for images in its memory.
 """
 
 import enum
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Int, Int32, PRNGKeyArray
 
 
 class Stream(enum.IntEnum):
-    """Number that is folded into the run's key first."""
+    """The number that is folded into the run's key first."""
 
     ORDER = 0
     STEP = 1
@@ -19,28 +20,28 @@ class Stream(enum.IntEnum):
     LORA = 3
 
 
-def epoch_order(key: jax.Array, epoch: jax.Array | int, num_images: int) -> jax.Array:
-    """Returns the order of the training images in an epoch, int32 [num_images]."""
+def epoch_order(key: PRNGKeyArray, epoch: Int[ArrayLike, ""], num_images: int) -> Int32[Array, " n"]:
+    """Returns the order of the training images in an epoch."""
     key = jax.random.fold_in(jax.random.fold_in(key, Stream.ORDER), epoch)
     return jax.random.permutation(key, num_images).astype(jnp.int32)
 
 
-def step_keys(key: jax.Array, step: jax.Array | int, batch_size: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the keys of a step's images: for augmentation and for dropout, [batch_size] each."""
+def step_keys(key: PRNGKeyArray, step: Int[ArrayLike, ""], batch_size: int) -> tuple[Array, Array]:
+    """Returns the keys of a step's images, for augmentation and for dropout, [b] each."""
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, Stream.STEP), step))
     return jax.random.split(augment_key, batch_size), jax.random.split(dropout_key, batch_size)
 
 
-def mix_keys(key: jax.Array, step: jax.Array | int, batch_size: int) -> jax.Array:
-    """Returns the keys of a step's mixup and cutmix, [batch_size]."""
+def mix_keys(key: PRNGKeyArray, step: Int[ArrayLike, ""], batch_size: int) -> Array:
+    """Returns the keys of a step's mixup and cutmix, [b]."""
     return jax.random.split(jax.random.fold_in(jax.random.fold_in(key, Stream.MIX), step), batch_size)
 
 
-def row_keys(rows: jax.Array, *, seed: int = 0) -> jax.Array:
-    """Returns the keys of images that are seen once per run: of a test split, or of cached features.
+def row_keys(rows: Int[ArrayLike, " b"], *, seed: int = 0) -> Array:
+    """Returns the keys of images that are seen once per run, [b]: of a test split, or of cached features.
 
     Args:
-        rows: int [b], the images' numbers.
-        seed: 0 for test images, so that they are the same for every run.
+        rows: numbers of the images.
+        seed: 0 for test images, so that their keys are the same for every run.
     """
     return jax.vmap(lambda row: jax.random.fold_in(jax.random.PRNGKey(seed), row))(rows)

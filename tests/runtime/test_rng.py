@@ -1,0 +1,36 @@
+import jax
+import numpy as np
+
+from vit_jax.runtime import rng
+
+KEY = jax.random.PRNGKey(7)
+
+
+def fold(*numbers):
+    key = KEY
+    for number in numbers:
+        key = jax.random.fold_in(key, number)
+    return key
+
+
+def test_epoch_order_is_a_permutation_of_its_epoch():
+    order = rng.epoch_order(KEY, 3, 100)
+    np.testing.assert_array_equal(order, jax.random.permutation(fold(0, 3), 100))
+    np.testing.assert_array_equal(np.sort(order), np.arange(100))
+    assert (order != rng.epoch_order(KEY, 4, 100)).any()
+
+
+def test_step_keys_differ_between_images_and_between_uses():
+    augment, dropout = rng.step_keys(KEY, 5, 4)
+    keys = jax.random.split(fold(1, 5))
+    np.testing.assert_array_equal(augment, jax.random.split(keys[0], 4))
+    np.testing.assert_array_equal(dropout, jax.random.split(keys[1], 4))
+    assert len({tuple(key) for key in np.concatenate([augment, dropout]).tolist()}) == 8
+
+
+def test_mix_keys_are_a_stream_of_their_own():
+    np.testing.assert_array_equal(rng.mix_keys(KEY, 5, 4), jax.random.split(fold(2, 5), 4))
+
+
+def test_row_keys_depend_on_the_seed_and_the_row_alone():
+    np.testing.assert_array_equal(rng.row_keys(np.array([2, 9]), seed=7), [fold(2), fold(9)])
