@@ -128,9 +128,12 @@ def test_load_config_reads_a_checkpoint_where_config_json_is_missing(tmp_path):
     assert settings.load_config(tmp_path, saved=saved).seed == 7
 
 
-def test_load_config_prefers_config_json(tmp_path):
+def test_load_config_takes_the_config_of_the_checkpoint_and_names_a_config_json_that_differs(tmp_path, capsys):
     settings.save_config(config_with(seed=1), tmp_path)
-    assert settings.load_config(tmp_path, saved=config_with(seed=2).to_dict()).seed == 1
+    assert settings.load_config(tmp_path, saved=config_with(seed=1).to_dict()).seed == 1
+    assert capsys.readouterr().err == ""
+    assert settings.load_config(tmp_path, saved=config_with(seed=2).to_dict()).seed == 2
+    assert "config.json is not the config of the run (seed: 2 → 1); the checkpoint's is used" in capsys.readouterr().err
 
 
 def test_check_same_compares_with_the_checkpoint_rather_than_config_json(tmp_path):

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -180,14 +181,19 @@ def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | Non
         UserError: the run's own config cannot be read.
     """
     old_config = load_config(workdir) if saved is None else _complete(saved, workdir / "checkpoints")
-    old, new = _flatten(old_config.to_dict()), _flatten(json.loads(json.dumps(config.to_dict())))
-    keys = [key for key in sorted(old.keys() | new.keys()) if key not in _FREE and old.get(key) != new.get(key)]
-    if keys:
-        changes = "; ".join(f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in keys)
+    changes = _changes(old_config, config)
+    if changes:
         raise UsageError(
             f"{workdir} belongs to a run with another config ({changes}); "
             "give another --workdir, or delete this one to start afresh"
         )
+
+
+def _changes(old_config: ConfigDict, new_config: ConfigDict) -> str:
+    """Returns the keys that matter to a run and differ, with both values."""
+    old, new = (_flatten(json.loads(json.dumps(config.to_dict()))) for config in (old_config, new_config))
+    keys = [key for key in sorted(old.keys() | new.keys()) if key not in _FREE and old.get(key) != new.get(key)]
+    return "; ".join(f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in keys)
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:
@@ -196,30 +202,35 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
 
 
 def load_config(workdir: Path, *, saved: dict[str, Any] | None = None) -> ConfigDict:
-    """Reads `workdir/config.json`; keys that were added after the run was started get their neutral values.
+    """Loads the config of a run; keys that were added after the run was started get their neutral values.
 
     Args:
-        workdir: of the run.
-        saved: the config in a checkpoint, as JSON values; replaces a config.json that is missing or damaged.
+        workdir: run directory.
+        saved: the config in a checkpoint, as JSON values, which is verified and therefore taken; config.json is only
+            compared with it, and a line on stderr tells if it differs. None reads config.json.
 
     Raises:
-        UserError: it is missing, not JSON, or lacks keys.
+        UserError: config.json is read, and it is missing, not JSON, or lacks keys.
     """
     path = workdir / "config.json"
+    config = None if saved is None else _complete(saved, workdir / "checkpoints")
     try:
-        tree = json.loads(path.read_text())
+        written = _complete(json.loads(path.read_text()), path)
+        changes = "" if config is None else _changes(config, written)
     except FileNotFoundError as error:
-        if saved is None:
+        if config is None:
             raise UserError(
                 f"{path} is missing, and the checkpoint, of an older version, does not hold the config; "
                 "put the file back, or give another --workdir"
             ) from error
-        tree = saved
+        changes = "it is missing"
     except (ValueError, OSError) as error:
-        if saved is None:
+        if config is None:
             raise UserError(f"{path} could not be read: {one_line(error)}; give the --workdir of a run") from error
-        tree = saved
-    return _complete(tree, path)
+        changes = one_line(error)
+    if changes:
+        print(f"{path} is not the config of the run ({changes}); the checkpoint's is used", file=sys.stderr)
+    return written if config is None else config
 
 
 def _complete(tree: Any, path: Path) -> ConfigDict:
