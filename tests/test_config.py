@@ -274,6 +274,14 @@ def test_resumable_keys_are_those_that_no_result_depends_on():
     ]  # fmt: skip
 
 
+def test_load_config_takes_the_config_of_the_checkpoint_and_names_a_config_json_that_differs(tmp_path, capsys):
+    settings.save_config(config_with(seed=1), tmp_path)
+    assert settings.load_config(tmp_path, saved=config_with(seed=1).to_dict()).seed == 1
+    assert capsys.readouterr().err == ""
+    assert settings.load_config(tmp_path, saved=config_with(seed=2).to_dict()).seed == 2
+    assert "config.json is not the config of the run (seed: 2 → 1); the checkpoint's is used" in capsys.readouterr().err
+
+
 def test_check_same_compares_with_the_checkpoint_rather_than_config_json(tmp_path):
     write_config(tmp_path, seed=7)
     saved = json.loads(config_with().to_json())

@@ -96,7 +96,7 @@ def test_train_ends_with_a_table_and_what_to_type_next(finished):
     again = subprocess.run([*command.split(), "--json"], cwd=ROOT, env=command_env(), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout.splitlines()[-1])["test/accuracy"] == accuracy
-    assert "pictures/s" in result.stderr
+    assert "images/s" in result.stderr
 
 
 def test_a_finished_run_started_again_prints_its_table(finished, run_command):

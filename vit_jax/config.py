@@ -234,11 +234,15 @@ def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | Non
         UserError: the run's own config cannot be read.
     """
     run_config = load_config(workdir) if saved is None else _complete(saved, workdir / "checkpoints")
-    old, new = (_flatten(json.loads(json.dumps(each.to_dict()))) for each in (run_config, config))
-    fixed = sorted((old.keys() | new.keys()) - {key.name for key in KEYS if key.resumable})
-    changes = "; ".join(f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in fixed if old.get(k) != new.get(k))
-    if changes:
+    if changes := _changes(run_config, config):
         raise UsageError(f"{workdir} is of a run with another config ({changes}); delete it or give another --workdir")
+
+
+def _changes(old_config: ConfigDict, new_config: ConfigDict) -> str:
+    """Returns the keys that are not `resumable` and differ, with both values."""
+    old, new = (_flatten(json.loads(json.dumps(config.to_dict()))) for config in (old_config, new_config))
+    fixed = sorted((old.keys() | new.keys()) - {key.name for key in KEYS if key.resumable})
+    return "; ".join(f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in fixed if old.get(k) != new.get(k))
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:
@@ -247,23 +251,27 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
 
 
 def load_config(workdir: Path, *, saved: dict[str, Any] | None = None) -> ConfigDict:
-    """Reads `workdir/config.json`; keys that are newer than the run get their defaults.
+    """Loads the config of a run; keys that are newer than the run get their defaults.
 
     Args:
         workdir: of the run.
-        saved: the config in a checkpoint, as JSON values; replaces a config.json that is missing or damaged.
+        saved: the config in a checkpoint, as JSON values, which is verified and therefore taken: config.json is only
+            compared with it. None reads config.json.
 
     Raises:
-        UserError: it cannot be read, or is not a config.
+        UserError: config.json is read, and it cannot be read, or is not a config.
     """
     path = workdir / "config.json"
+    config = None if saved is None else _complete(saved, workdir / "checkpoints")
     try:
-        tree = json.loads(path.read_text())
+        written = _complete(json.loads(path.read_text()), path)
     except (OSError, ValueError) as error:
-        if saved is None:
+        if config is None:
             raise UserError(f"{path} cannot be read: {one_line(error)}; give the --workdir of a run") from error
-        tree = saved
-    return _complete(tree, path)
+        return config
+    if config and (changes := _changes(config, written)):
+        print(f"{path} is not the config of the run ({changes}); the checkpoint's is used", file=sys.stderr)
+    return config or written
 
 
 def _complete(tree: Any, path: Path) -> ConfigDict:

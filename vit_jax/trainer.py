@@ -87,7 +87,9 @@ def train_and_evaluate(
                 saving = evaluating or stopping or step % config.checkpoint_every_steps == 0
                 if logging or saving:
                     metrics, nonfinite_step = fetch((metrics, state.first_nonfinite_step))
-                    stop_if_nonfinite(nonfinite_step, checkpoints.latest_step())
+                    if nonfinite_step:
+                        checkpoints.finish()
+                        raise UserError(describe_nonfinite(nonfinite_step, checkpoints.latest_step()))
                 if logging:
                     writer.log_training(step, metrics, batch_size=config.batch_size)
                 results = experiment.evaluate(state, examples) if evaluating else {}
@@ -157,14 +159,13 @@ def stop_requested(signals: list[signal.Signals], *, synchronize: bool) -> int:
     return distributed.process_max(number) if synchronize else 0
 
 
-def stop_if_nonfinite(nonfinite_step: int, saved_step: int | None) -> None:
-    """Raises UserError if the loss or the update of some step was not finite."""
-    if nonfinite_step:
-        kept = f"the last good checkpoint is step {saved_step}" if saved_step else "no checkpoint had been written"
-        raise UserError(
-            f"the loss or the update was not finite at step {nonfinite_step}; {kept}; "
-            "start again in another --workdir with a lower learning_rate, a longer warmup_steps, or optimizer.clip_norm"
-        )
+def describe_nonfinite(step: int, saved_step: int | None) -> str:
+    """Returns the message of a run whose loss or update was not finite at a step."""
+    kept = f"the last good checkpoint is step {saved_step}" if saved_step else "no checkpoint had been written"
+    return (
+        f"the loss or the update was not finite at step {step}; {kept}; "
+        "start again in another --workdir with a lower learning_rate, a longer warmup_steps, or optimizer.clip_norm"
+    )
 
 
 def report_interruption(number: signal.Signals, step: int, workdir: Path) -> dict[str, float]:

@@ -1,6 +1,8 @@
 import json
+import struct
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from vit_jax.runtime.errors import UserError
 from vit_jax.training.writer import Writer, read_records, read_results
@@ -12,11 +14,25 @@ def test_read_records_ignores_a_truncated_last_line(tmp_path):
     assert read_records(path) == [{"step": 1}, {"step": 2}]
 
 
-@pytest.mark.parametrize("line", [b'{"step": 2, "tr', b'{"train/loss": 1.0}', b"[2]", b"\0\xff", b""])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"step": 2, "tr',
+        b'{"train/loss": 1.0}',
+        b'{"step": 2, "train/loss": "1.0"}',
+        b'{"step": true}',
+        b'{"step": 0}',
+        b"[2]",
+        b"\0\xff",
+        b"",
+    ],
+)
 def test_read_records_names_a_damaged_line(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"^line 2 of .*metrics.jsonl is .*; expected a JSON object .*; delete that"):
+    with pytest.raises(
+        UserError, match=r"^line 2 of .*metrics.jsonl is .*; expected a JSON object of numbers, .*; delete that"
+    ):
         read_records(path)
 
 
@@ -40,7 +56,7 @@ def test_read_records_stops_at_a_step(tmp_path):
     assert [record["step"] for record in read_records(path, last_step=2)] == [1, 2, 2]
 
 
-def test_writer_cuts_back_to_the_restored_step_and_goes_on(tmp_path):
+def test_writer_cuts_back_to_the_restored_step_and_resumes(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10}\n{"step": 20}\n{"step": 30')
     with Writer(tmp_path, step=10, num_steps=40) as writer:
@@ -53,8 +69,38 @@ def test_writer_cuts_back_to_the_restored_step_and_goes_on(tmp_path):
     assert third == {"step": 20, "test/loss": 1.0, "test/accuracy": 0.75, "test/accuracy_top5": 1.0}
 
 
-def test_writer_writes_tensorboard_events(tmp_path):
-    with Writer(tmp_path, step=0, num_steps=1) as writer:
-        writer.log_evaluation(1, {"test/loss": 1.0, "test/accuracy": 0.75, "test/accuracy_top5": 1.0})
-    (events,) = tmp_path.glob("events.out.tfevents.*")
-    assert b"test/accuracy_top5" in events.read_bytes()
+def read_events(workdir):
+    """Returns (tag, step, value) of every scalar, from the only event file: TFRecords of protocol buffers."""
+    (path,) = workdir.glob("events.out.tfevents.*")
+    content, scalars = path.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        event = Event.FromString(content[12 : 12 + length])
+        scalars += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        content = content[16 + length :]
+    return scalars
+
+
+def test_writer_leaves_one_tensorboard_curve_after_sixty_restarts(tmp_path):
+    for step in range(60):
+        with Writer(tmp_path, step=step, num_steps=200) as writer:
+            for new in (step + 1, step + 2):  # the second one is written again after the restart
+                scalars = {"train/loss": new / 8, "train/accuracy": 0.5, "learning_rate": 0.25}
+                writer.log_training(new, scalars, batch_size=4)
+            writer.log_evaluation(step + 2, {"test/loss": 1.0, "test/accuracy": step / 256, "test/accuracy_top5": 1.0})
+    scalars = read_events(tmp_path)
+    assert [(step, loss) for tag, step, loss in scalars if tag == "train/loss"] == [(k, k / 8) for k in range(1, 62)]
+    assert [(tag, step) for tag, step, _ in scalars if tag == "test/accuracy"] == [("test/accuracy", 61)]
+    assert len(scalars) == len({(tag, step) for tag, step, _ in scalars}) == 4 * 61 + 3
+    records = read_records(tmp_path / "metrics.jsonl")
+    written = [(tag, record["step"], value) for record in records for tag, value in record.items() if tag != "step"]
+    assert scalars == [(tag, step, pytest.approx(value)) for tag, step, value in written]
+
+
+def test_writer_keeps_other_files(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "events.out.tfevents.1.host").write_bytes(b"old")
+    with Writer(tmp_path, step=0, num_steps=1):
+        pass
+    assert read_events(tmp_path) == []
+    assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -1,11 +1,12 @@
-"""What a run writes while it goes: metrics.jsonl, TensorBoard events, the progress bar."""
+"""Outputs of a run while it trains: metrics.jsonl, TensorBoard events, a progress bar."""
 
 import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
@@ -13,8 +14,14 @@ from vit_jax.runtime.errors import UserError
 from vit_jax.runtime.files import write_atomically
 from vit_jax.runtime.progress import progress_bar
 
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
-def read_records(path: Path, *, last_step: int | None = None) -> list[dict[str, Any]]:
+Record = dict[str, float]
+"""A line of metrics.jsonl: "step", an integer, and metrics."""
+
+
+def read_records(path: Path, *, last_step: int | None = None) -> list[Record]:
     """Reads the lines of a metrics.jsonl; a truncated last line, left by a kill, is ignored.
 
     Args:
@@ -26,20 +33,29 @@ def read_records(path: Path, *, last_step: int | None = None) -> list[dict[str, 
     """
     if not path.exists():
         return []
+    records: list[Record] = []
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line break is empty or truncated
-    records = [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is None or (records and record["step"] < records[-1]["step"]):
+            found = line[:60].decode(errors="replace")
+            raise UserError(
+                f"line {number} of {path} is {found!r}; expected a JSON object of numbers, "
+                '"step" not below that of the line before; delete that line'
+            )
+        records.append(record)
     return [record for record in records if last_step is None or record["step"] <= last_step]
 
 
-def read_results(workdir: Path, step: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def read_results(workdir: Path, step: int) -> tuple[list[Record], Record]:
     """Reads the metrics of a finished run.
 
     Args:
-        workdir: of the run.
-        step: its last.
+        workdir: run directory.
+        step: last one of the run.
 
     Returns:
-        (records, results): all lines, and the evaluation after the last step.
+        (records, results): all lines, and that of the evaluation after the last step.
 
     Raises:
         UserError: metrics.jsonl is missing, is damaged, or lacks that evaluation.
@@ -56,19 +72,18 @@ def read_results(workdir: Path, step: int) -> tuple[list[dict[str, Any]], dict[s
     )
 
 
-def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
+def _parse(line: bytes) -> Record | None:
+    """Returns the record in a line; None if it is damaged."""
     try:
         record = json.loads(line)
     except ValueError:
-        record = None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        found = line[:60].decode(errors="replace")
-        raise UserError(f'line {number} of {path} is {found!r}; expected a JSON object with "step"; delete that line')
-    return record
+        return None
+    numbers = isinstance(record, dict) and all(type(value) in (int, float) for value in record.values())
+    return record if numbers and type(record.get("step")) is int else None
 
 
 def format_number(number: float) -> str:
-    """A whole number, or two digits of a small one."""
+    """Formats a number of at least 10 as an integer, a smaller one with two digits."""
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
@@ -79,22 +94,25 @@ def _sync(file: TextIO) -> None:
 
 
 class Writer:
-    """Writes the records of one run; a context manager.
+    """Writes the metrics of one run; a context manager.
+
+    Records of later steps than the one that the run resumes from are removed from metrics.jsonl. TensorBoard's events
+    are written again from what is kept, into one new file, so that a run that was resumed often is one curve.
 
     Args:
-        workdir: exists.
-        step: the run starts or goes on from here; records of later steps are cut off.
-        num_steps: of the whole run, for the bar.
-        silent: whether nothing is written at all: another process does it.
+        workdir: run directory; exists.
+        step: finished updates; 0 starts a run.
+        num_steps: of the whole run, for the progress bar.
+        silent: whether nothing is written, because another process does.
     """
 
     def __init__(self, workdir: Path, *, step: int, num_steps: int, silent: bool = False):
         path = workdir / "metrics.jsonl"
+        kept = [] if silent else read_records(path, last_step=step)
         if not silent:
-            kept = read_records(path, last_step=step)
             write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(os.devnull if silent else path, "a")  # noqa: SIM115
-        self._events = None if silent else _create_events(workdir, step)
+        self._events = None if silent else _create_events(workdir, kept)
         self._bar = progress_bar(
             total=num_steps,
             initial=step,
@@ -113,29 +131,32 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Closes files and bar."""
+        """Closes the files and the progress bar."""
         self._bar.close()
         self._file.close()
         if self._events is not None:
             self._events.close()
 
     def start_clock(self, step: int) -> None:
-        """Pictures per second count from here: called after what is not training."""
+        """Starts the time of the next images per second; called after work that is not training."""
         self._clock, self._clock_step = time.perf_counter(), step
 
     def log_training(self, step: int, scalars: dict[str, float], *, batch_size: int) -> None:
-        """Writes a training line and moves the bar; the speed is that since the last line or `start_clock`."""
+        """Writes a training line and moves the progress bar.
+
+        Images per second are counted since the last training line or `start_clock`.
+        """
         speed = (step - self._clock_step) * batch_size / (time.perf_counter() - self._clock)
         self._write(step, {**scalars, "images_per_second": speed})
         loss, accuracy = scalars["train/loss"], scalars["train/accuracy"]
         self._bar.set_postfix_str(
-            f"loss {loss:.3f}, accuracy {accuracy:.1%}, {format_number(speed)} pictures/s", refresh=False
+            f"loss {loss:.3f}, accuracy {accuracy:.1%}, {format_number(speed)} images/s", refresh=False
         )
         self._bar.update(step - self._bar.n)
         self.start_clock(step)
 
     def log_evaluation(self, step: int, results: dict[str, float]) -> None:
-        """Writes an evaluation line, and says it above the bar."""
+        """Writes an evaluation line, and prints it above the progress bar."""
         self._write(step, results)
         raw = f" (without EMA {results['test_raw/accuracy']:.2%})" if "test_raw/accuracy" in results else ""
         accuracy, loss = results["test/accuracy"], results["test/loss"]
@@ -147,23 +168,34 @@ class Writer:
             _sync(self._file)
 
     def say(self, text: str) -> None:
-        """Prints a line above the bar."""
+        """Prints a line above the progress bar."""
         if not self._silent:
             tqdm.write(text, file=sys.stderr)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        record = {"step": step, **values}
+        self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+            _add_events(self._events, [record])
 
 
-def _create_events(workdir: Path, step: int) -> Any:
-    """A TensorBoard writer, or None where tensorboardX is not installed; later steps of a killed run are purged."""
+def _create_events(workdir: Path, records: Iterable[Record]) -> "SummaryWriter | None":
+    """Replaces all event files by one of these records; None if tensorboardX is not installed."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         print("tensorboardX is not installed: no TensorBoard events are written", file=sys.stderr)
         return None
-    return SummaryWriter(str(workdir), purge_step=step + 1, flush_secs=10)
+    for path in workdir.glob("events.out.tfevents.*"):
+        path.unlink()
+    events = SummaryWriter(str(workdir), flush_secs=10)
+    _add_events(events, records)
+    return events
+
+
+def _add_events(events: "SummaryWriter", records: Iterable[Record]) -> None:
+    for record in records:
+        for name, value in record.items():
+            if name != "step":
+                events.add_scalar(name, value, record["step"])
