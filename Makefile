@@ -16,9 +16,9 @@ test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: $(VENV)/installed-test $(VENV)-aot/installed $(VENV)-interop/installed
-	$(BIN)/python -m pytest -m slow --ignore tests/test_aot.py --ignore tests/test_interop.py
+	$(BIN)/python -m pytest -m slow --ignore tests/test_aot.py --ignore tests/pretrained/test_interop.py
 	$(VENV)-aot/bin/python -m pytest -m slow -rs tests/test_aot.py
-	$(VENV)-interop/bin/python -m pytest -m slow -rs tests/test_interop.py
+	$(VENV)-interop/bin/python -m pytest -m slow -rs tests/pretrained/test_interop.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -73,8 +74,8 @@ gpu_device_info {{
 }}
 """
 # Without a GPU nothing can be timed, and XLA's Triton products want to be.
-UNTIMED = {"xla_gpu_enable_triton_gemm": False}
-UNJOINED = {f"xla_gpu_{kind.replace('-', '_')}_combine_threshold_bytes": 0 for kind in KINDS[:3]}
+UNTIMED: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+UNJOINED: dict[str, str | bool] = {f"xla_gpu_{kind.replace('-', '_')}_combine_threshold_bytes": "0" for kind in KINDS[:3]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +136,9 @@ def create_step(variant: str, *, data: int, fsdp: int, batch: int, num_layers: i
     return experiment.plan_experiment(config, model, mesh, info)
 
 
-def count_collectives(text: str) -> dict[str, int]:
+def count_collectives(text: str | None) -> dict[str, int]:
     """Instructions of each kind in a compiled program; a start and its done are one."""
-    found = collections.Counter(re.findall(rf" (?:ragged-)?({'|'.join(KINDS)})(?:-start)?\(", text))
+    found = collections.Counter(re.findall(rf" (?:ragged-)?({'|'.join(KINDS)})(?:-start)?\(", text or ""))
     return {kind: found[kind] for kind in KINDS}
 
 
@@ -159,7 +160,7 @@ def measure(variant: str, *, data: int, fsdp: int, batch: int) -> Measured:
     started = time.monotonic()
     compiled = step.lower().compile(UNTIMED)
     seconds = time.monotonic() - started
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
 
     def is_split(leaf: jax.ShapeDtypeStruct) -> bool:
         return fsdp > 1 and leaf.size >= 4096

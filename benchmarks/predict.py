@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     images = load_pictures(arguments.pictures, arguments.size)
     with tempfile.TemporaryDirectory() as folder:
         paths = write_pictures(images, Path(folder))
-        runs = {
+        runs: dict[str, Callable[[], object]] = {
             "evaluate": make_evaluate(classifier, images),
             "predict": lambda: list(predict.predict_files(classifier, paths)),
         }

@@ -128,7 +128,7 @@ def time_calls(call: Callable[[], object], arguments: argparse.Namespace) -> flo
     start = time.perf_counter()
     for _ in range(arguments.num_steps):
         call()
-    return arguments.num_steps * arguments.batch_size / (time.perf_counter() - start)
+    return float(arguments.num_steps * arguments.batch_size / (time.perf_counter() - start))
 
 
 if __name__ == "__main__":

@@ -144,7 +144,8 @@ class Classifier:
 
     @functools.cached_property
     def _placed(self) -> Params:
-        return sharding.device_put(self.params, sharding.replicated(self.mesh))
+        params: Params = sharding.device_put(self.params, sharding.replicated(self.mesh))
+        return params
 
 
 def load_classifier(name_or_path: str) -> Classifier:

@@ -99,7 +99,8 @@ def resident_batches(
 @functools.partial(jax.jit, static_argnames=("mesh", "num_examples", "views"))
 def _epoch_order(key: jax.Array, epoch: jax.Array, *, mesh: Mesh, num_examples: int, views: int) -> jax.Array:
     order = rng.epoch_order(key, epoch, num_examples) + num_examples * (epoch % views)
-    return jax.lax.with_sharding_constraint(order, sharding.replicated(mesh))
+    replicated: jax.Array = jax.lax.with_sharding_constraint(order, sharding.replicated(mesh))
+    return replicated
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "batch_size", "max_updates", "steps_per_epoch"))

@@ -132,7 +132,7 @@ def _step_uniforms(seed: int, step: jax.Array | int, batch_size: int) -> jax.Arr
 
 def _start_worker(worker: int, num_workers: int) -> None:
     """Keeps a worker process off the accelerator, and ends it soon after its run, however that ended."""
-    jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]
+    jax.config.update("jax_platforms", "cpu")
     run = os.getppid()
 
     def watch() -> None:

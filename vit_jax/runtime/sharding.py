@@ -86,15 +86,14 @@ def with_sharding(tree: _Tree, shardings: PyTree[NamedSharding]) -> _Tree:
     return shapes
 
 
-def device_put(tree: _Tree, shardings: PyTree[NamedSharding]) -> _Tree:
+def device_put(tree: Any, shardings: PyTree[NamedSharding]) -> Any:
     """Shards host arrays over the mesh, in one process or several.
 
     Args:
         tree: arrays that every process holds whole and equal.
         shardings: one for all leaves, or a tree of them.
     """
-    arrays: _Tree = jax.tree.map(_put, tree, jax.tree.broadcast(shardings, tree))
-    return arrays
+    return jax.tree.map(_put, tree, jax.tree.broadcast(shardings, tree))
 
 
 def _put(leaf: jax.typing.ArrayLike, sharding: NamedSharding) -> jax.Array:

@@ -315,10 +315,11 @@ def plan_experiment(
         dropout=has_dropout(model) and (config.ablation.frozen_dropout or not head_only),
     )
     storage = Storage.MEMORY if info.in_memory else Storage.STREAM
-    batch = Batch.abstract(jax.ShapeDtypeStruct((config.batch_size, *info.image_shape), jnp.uint8))
+    images = jax.ShapeDtypeStruct((config.batch_size, *info.image_shape), jnp.uint8)
+    batch = Batch.abstract(images)
     if caches_features(config, head_only=head_only, dropout=forward.dropout, own_augment=augment is not None):
         storage, max_updates = Storage.FEATURES, min(config.log_every_steps, max(1, config.num_steps))
-        batch = abstract_batch(forward, params, batch.inputs, max_updates=max_updates)
+        batch = abstract_batch(forward, params, images, max_updates=max_updates)
     batch_sharding = batches.train_batch_sharding(mesh, max_updates=len(batch.labels) // config.batch_size)
     return Plan(
         config=config,

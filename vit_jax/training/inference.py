@@ -127,7 +127,7 @@ class Inference:
         """
         batch_size = sharding.pad_to_devices(self.batch_size, len(labels), self.mesh)
         batches = evaluation_batches(images, labels, self.mesh, batch_size=batch_size)
-        sums = sharding.device_put(metrics.zero_sums(), self._replicated)
+        sums: metrics.Sums = sharding.device_put(metrics.zero_sums(), self._replicated)
         for batch in progress_bar(batches, total=-(-len(labels) // batch_size), desc="test", unit="batch"):
             previous, sums = sums, self._eval_step(params, batch, sums)
             jax.block_until_ready(previous)  # keeps the bar accurate; the device already has the next batch
