@@ -68,7 +68,7 @@ def folder(tmp_path):
         (["--config.trainable=lora", "--config.lora.targets=('.*/querry/.*',)"], "config.lora.targets: '.*/querry/.*'"),
         (["--config.features=cached"], "config.features is 'cached', but trainable 'full' trains more than the head"),
         (["--config.accumulation_steps=3"], "config.batch_size 64 does not divide into 3 accumulation_steps"),
-        (["--config.mesh.fsdp=4"], "config.mesh: data 0 × fsdp 4 does not fit 1 devices"),
+        (["--config.mesh.fsdp=4"], "mesh: data 0 × fsdp 4 does not fit 1 devices"),
         (
             ["--config.model.num_layers=100000"],
             "100000; expected a whole number of at least 1, at most",
