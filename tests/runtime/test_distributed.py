@@ -178,7 +178,7 @@ def test_initialize_processes_gives_up_in_one_line_when_the_others_do_not_come(t
         result = run_command(*training(tmp_path), *flags, "--wait_seconds", 3)
         assert result.returncode == 1
         assert result.stderr.splitlines() == [
-            f"error: process {process_id} waited 3 seconds for the others; "
+            "error: waited 3 seconds for the other processes; "
             "start all of them, with one --coordinator that each can reach"
         ]
 
@@ -203,7 +203,7 @@ def test_initialize_processes_refuses_flags_that_do_not_belong_together(flags, m
 
 FAIL = """
 import os, sys, time
-from vit_jax.runtime import distributed, watch
+from vit_jax.runtime import distributed
 from vit_jax.runtime.errors import UserError, run_command
 
 def fail(how):
@@ -219,7 +219,7 @@ def fail(how):
 
 def main():
     coordinator, count, how, which, process_id = sys.argv[1:]
-    watch.SILENT_SECONDS = 5
+    distributed.SILENT_SECONDS = 5
     with distributed.initialize_processes(coordinator, int(count), int(process_id)):
         distributed.process_max(1)
         if how == "late":

@@ -20,7 +20,7 @@ def raising(error):
     [
         (UsageError("--x is 3;\n  expected 4"), 2, "error: --x is 3; expected 4\n"),
         (UserError("the file is damaged"), 1, "error: the file is damaged\n"),
-        (MemoryError("Unable to allocate 4 PiB"), 1, "error: out of memory: Unable to allocate 4 PiB\n"),
+        (MemoryError("Unable to allocate 4 PiB"), 1, "error: Unable to allocate 4 PiB\n"),
         (PermissionError(13, "Permission denied", "a"), 1, "error: [Errno 13] Permission denied: 'a'\n"),
         (KeyboardInterrupt(), 130, "interrupted; rerun the same command to resume from the last checkpoint\n"),
     ],

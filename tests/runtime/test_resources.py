@@ -10,9 +10,10 @@ GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
-def machine(monkeypatch):
+def machine(monkeypatch, tmp_path):
     """A machine with 32 GiB, half of it in use."""
     memory = types.SimpleNamespace(total=32 * GIB, available=16 * GIB)
+    monkeypatch.setattr(resources, "_ROOT", tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
 
 
@@ -46,9 +47,9 @@ VERSION_1 = {
 def test_available_memory_and_cpus_obey_control_groups(tmp_path, monkeypatch, files):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     write_files(tmp_path, files)
-    assert resources.total_memory(tmp_path) == 4 * GIB
-    assert resources.available_memory(tmp_path) == 2 * GIB  # 4 - (3 - 1 of file cache)
-    assert resources.available_cpus(tmp_path) == 2  # 1.5, rounded up
+    assert resources.total_memory() == 4 * GIB
+    assert resources.available_memory() == 2 * GIB  # 4 - (3 - 1 of file cache)
+    assert resources.available_cpus() == 2  # 1.5, rounded up
 
 
 UNLIMITED = {
@@ -61,12 +62,12 @@ UNLIMITED = {
 def test_available_memory_and_cpus_without_limits_are_those_of_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
     write_files(tmp_path, UNLIMITED)
-    assert resources.total_memory(tmp_path) == 32 * GIB
-    assert resources.available_memory(tmp_path) == 16 * GIB
-    assert resources.available_cpus(tmp_path) == 2
+    assert resources.total_memory() == 32 * GIB
+    assert resources.available_memory() == 16 * GIB
+    assert resources.available_cpus() == 2
 
 
 def test_available_memory_and_cpus_are_known_without_proc(tmp_path):
-    assert resources.total_memory(tmp_path) == 32 * GIB
-    assert resources.available_memory(tmp_path) == 16 * GIB
-    assert resources.available_cpus(tmp_path) >= 1
+    assert resources.total_memory() == 32 * GIB
+    assert resources.available_memory() == 16 * GIB
+    assert resources.available_cpus() >= 1

@@ -5,15 +5,22 @@ import os
 import re
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
 import jax
 import numpy as np
+from jax._src.distributed import global_state  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
-from vit_jax.runtime.errors import UsageError, UserError, one_line
-from vit_jax.runtime.watch import Watch
+from vit_jax.runtime.errors import UsageError, UserError, one_line, report_error
+
+SILENT_SECONDS = 30
+"""A process that publishes nothing for this long is considered dead; JAX's own limit is 100 seconds."""
+_LOST_PEER = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+"""Words of errors that JAX raises when another process is gone."""
 
 
 @contextlib.contextmanager
@@ -27,10 +34,8 @@ def initialize_processes(
     """Connects the processes of a run; to be entered before any other use of JAX.
 
     Without flags the tasks of a SLURM step and the pods of an indexed Kubernetes job find each other; any other process
-    runs alone. Standard output and progress bars of all processes but the main one are turned off.
-
-    When one process fails or is killed, all of them end within a minute: the others with one line that names it and
-    exit code 1. Otherwise each leaves when all others do.
+    runs alone. Standard output and progress bars of all processes but the main one are turned off. When one process
+    fails or is killed, the others end within a minute, each with one line that names it and exit code 1.
 
     Args:
         coordinator: "host:port" of process 0, which listens there.
@@ -48,9 +53,7 @@ def initialize_processes(
         return
     if not detect:
         _check_flags(coordinator, num_processes, process_id)
-    timer = threading.Timer(
-        wait_seconds, _give_up, [process_id, wait_seconds]
-    )  # JAX would abort with a C++ stack trace
+    timer = threading.Timer(wait_seconds, _give_up, [wait_seconds])  # JAX would abort with a C++ stack trace
     timer.daemon = True
     timer.start()
     try:
@@ -69,7 +72,7 @@ def initialize_processes(
         ) from error
     finally:
         timer.cancel()
-    watch = Watch()
+    watch = _Watch()
     try:
         with contextlib.nullcontext() if is_main_process() else _silence():
             num_local = jax.local_device_count()
@@ -104,17 +107,14 @@ def sync_processes(name: str) -> None:
 
 def process_max(number: int) -> int:
     """Returns the largest number of all processes; each must call this at the same step."""
-    if jax.process_count() == 1:
-        return number
-    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+    return number if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
 def gather_strings(text: str) -> list[str]:
     """Returns the strings of all processes in their order, cut after 256 bytes; each must call this."""
-    if jax.process_count() == 1:
-        return [text]
     encoded = np.frombuffer(text.encode()[:256].ljust(256, b"\0"), np.uint8)
-    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(encoded)]
+    gathered = np.reshape(multihost_utils.process_allgather(encoded), (jax.process_count(), 256))
+    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in gathered]
 
 
 def _is_cluster() -> bool:
@@ -124,22 +124,17 @@ def _is_cluster() -> bool:
 
 
 def _check_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    if (
-        num_processes is None
-        or process_id is None
-        or not 0 <= process_id < num_processes
-        or not re.fullmatch(r".+:\d+", coordinator or "")
-    ):
+    is_address = re.fullmatch(r".+:\d+", coordinator or "")
+    if not is_address or num_processes is None or process_id is None or not 0 <= process_id < num_processes:
         raise UsageError(
             f"--coordinator is {coordinator}, --num_processes {num_processes}, --process_id {process_id}; expected "
             "HOST:PORT of process 0, a positive integer, and this process's number from 0; give all three or none"
         )
 
 
-def _give_up(process_id: int | None, wait_seconds: int) -> NoReturn:
-    name = "this process" if process_id is None else f"process {process_id}"
+def _give_up(wait_seconds: int) -> NoReturn:
     advice = "start all of them, with one --coordinator that each can reach"
-    print(f"error: {name} waited {wait_seconds} seconds for the others; {advice}", file=sys.stderr, flush=True)
+    print(f"error: waited {wait_seconds} seconds for the other processes; {advice}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -148,3 +143,87 @@ def _silence() -> Iterator[None]:
     os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
         yield
+
+
+class _Watch:
+    """Ends this process when another one fails or dies; JAX itself would hang, then abort with a C++ stack trace.
+
+    Twice a second a thread writes the time and the status of this process to the key-value store of process 0, and
+    reads those of all: "running", "done", or "failed: …". When process 0 is killed, JAX aborts the others at once.
+    """
+
+    def __init__(self) -> None:
+        self._status, self._exit_code = "running", 1
+        self._failing = threading.Lock()  # acquired once, by the thread that reports why this process ends
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def leave(self) -> None:
+        """Returns when every process has called this, so that none can fail any more."""
+        self._status = "done"
+        self._thread.join()
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """Reports an error as `run_command` does, or a bug with its traceback, and ends all processes."""
+        if isinstance(error, RuntimeError | ValueError) and any(word in str(error) for word in _LOST_PEER):
+            time.sleep(SILENT_SECONDS + 10)  # until the thread ends this process and names the one that is gone
+        if self._failing.acquire(blocking=False):
+            code, reason = report_error(error), one_line(error)
+            if code is None:
+                traceback.print_exception(error)
+                code, reason = 1, f"{type(error).__name__}: {reason}"
+            self._exit_code, self._status = code, f"failed: {reason[:300]}"
+        self._thread.join()  # it ends this process; only after `leave` it may have returned
+        os._exit(self._exit_code)
+
+    def _run(self) -> None:
+        count = jax.process_count()
+        values, last_changes = [""] * count, [time.monotonic()] * count
+        while any(not value.endswith(" done") for value in values):
+            time.sleep(0.5)
+            for process, value in self._exchange().items():
+                if values[process] != value:
+                    values[process], last_changes[process] = value, time.monotonic()
+            ends = [_describe_end(*pair) for pair in zip(values, last_changes, strict=True)]
+            for process, end in enumerate(ends):
+                if end:
+                    self._report(f"process {process} of {count} {end}")
+            if all(ends):
+                self._exit()
+
+    def _exchange(self) -> dict[int, str]:
+        """Publishes the status of this process; returns the time and status of each."""
+        assert global_state.client is not None
+        try:
+            key, value = f"vit_jax/{jax.process_index()}", f"{time.monotonic()} {self._status}"
+            global_state.client.key_value_set(key, value, allow_overwrite=True)
+            values = global_state.client.key_value_dir_get("vit_jax/")
+        except jax.errors.JaxRuntimeError:
+            self._report("process 0 cannot be reached")
+            self._exit()
+        return {int(key.rpartition("/")[2]): value for key, value in values}
+
+    def _report(self, reason: str) -> None:
+        """Prints why this process ends, unless that has been reported."""
+        if not self._failing.locked():
+            time.sleep(2)  # this process may have the same error, and reports it itself
+        if self._failing.acquire(blocking=False):
+            print(f"error: {reason}; rerun the same command to resume from the last checkpoint", file=sys.stderr)
+            self._status = f"ended because {reason}"
+
+    def _exit(self) -> NoReturn:
+        """Ends this process without JAX's shutdown, which waits for the other processes."""
+        if is_main_process():
+            time.sleep(1)  # JAX aborts a process that has lost its coordinator
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(self._exit_code)
+
+
+def _describe_end(value: str, last_change: float) -> str:
+    """Returns how a process ended, by what it has published; "" while it is running or done."""
+    if time.monotonic() - last_change > SILENT_SECONDS:
+        return f"has not responded for {SILENT_SECONDS} seconds"
+    status = value.partition(" ")[2]
+    return "" if status in ("", "running", "done") else status

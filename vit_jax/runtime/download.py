@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,10 +19,11 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 1 << 16
 _TIMEOUT_SECONDS = 30.0
 """A connection that is silent for this long is broken."""
-_NUM_ATTEMPTS = 5
-"""Of a request, and in a row of requests whose body breaks off without new bytes."""
+_NUM_RETRIES = 4
+"""Of a request that is refused."""
 _BACKOFF_SECONDS = 1.0
-"""Pause before the third attempt of a request; doubled before each further one."""
+_NUM_REQUESTS = 20
+"""For a file whose body breaks off."""
 
 
 def cache_dir() -> Path:
@@ -67,7 +67,7 @@ def fetch(
         url = f"{mirror}/{url.partition('://')[2]}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path):
+        with filelock.FileLock(path.with_name(path.name + ".lock")):
             if not path.exists():
                 _download(url, part, num_bytes)
                 _verify(part, num_bytes=num_bytes, sha256=sha256, check=check)
@@ -76,21 +76,9 @@ def fetch(
         cause = getattr(error.args[0], "reason", error)  # of urllib3's MaxRetryError
         raise UserError(f"cannot fetch {url}: {one_line(cause)}; download it by hand and put it at {path}") from error
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or one_line(error)}; free disk space, or set $VIT_JAX_CACHE to "
-            "another directory"
-        ) from error
+        reason = error.strerror or one_line(error)
+        raise UserError(f"cannot write {path}: {reason}; free disk space, or set $VIT_JAX_CACHE") from error
     return path
-
-
-def _lock(path: Path) -> contextlib.AbstractContextManager[object]:
-    """Takes the lock of a file to download; tells the user when another process holds it."""
-    lock = filelock.FileLock(path.with_name(path.name + ".lock"))
-    try:
-        return lock.acquire(timeout=0)
-    except filelock.Timeout:
-        print(f"another process downloads {path}; waiting for it …", file=sys.stderr)
-        return lock.acquire()
 
 
 def _download(url: str, part: Path, num_bytes: int | None) -> None:
@@ -98,21 +86,15 @@ def _download(url: str, part: Path, num_bytes: int | None) -> None:
     import requests.adapters
     from urllib3.util import Retry
 
-    retry = Retry(
-        _NUM_ATTEMPTS - 1,
-        backoff_factor=_BACKOFF_SECONDS,
-        status_forcelist=(429, 500, 502, 503, 504),
-        raise_on_status=False,
-    )
-    most_bytes, num_failures = 0, 0
+    codes = (429, 500, 502, 503, 504)
+    retry = Retry(_NUM_RETRIES, backoff_factor=_BACKOFF_SECONDS, status_forcelist=codes, raise_on_status=False)
     with requests.Session() as session:
         for scheme in ("http://", "https://"):
             session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
-        while not _request_rest(session, url, part, num_bytes):
-            num_failures = 0 if _size(part) > most_bytes else num_failures + 1
-            most_bytes = max(most_bytes, _size(part))
-            if num_failures == _NUM_ATTEMPTS:
-                raise UserError(f"the connection broke off after {most_bytes:,} bytes (rerun to resume)")
+        for _ in range(_NUM_REQUESTS):
+            if _request_rest(session, url, part, num_bytes):
+                return
+    raise UserError(f"the connection broke off after {_size(part):,} bytes (rerun to resume)")
 
 
 def _request_rest(session: "requests.Session", url: str, part: Path, num_bytes: int | None) -> bool:
@@ -143,7 +125,7 @@ def _request_rest(session: "requests.Session", url: str, part: Path, num_bytes: 
             delay=0,
             leave=True,
         )
-        with part.open("ab" if start else "wb") as file, bar:
+        with bar, part.open("ab" if start else "wb") as file:
             try:
                 for chunk in response.iter_content(_CHUNK_BYTES):
                     file.write(chunk)

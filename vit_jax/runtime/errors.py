@@ -58,10 +58,8 @@ def report_error(error: BaseException) -> int | None:
         case BrokenPipeError():  # the reader of stdout is gone, as in `… | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        case OSError():
+        case OSError() | MemoryError():
             line, code = f"error: {one_line(error)}", 1
-        case MemoryError():
-            line, code = f"error: out of memory: {one_line(error)}", 1
         case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):  # a device of JAX
             advice = (
                 "raise --config.accumulation_steps, set --config.remat=full, shard the parameters with "
