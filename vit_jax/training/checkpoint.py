@@ -12,39 +12,32 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import TypedDict, cast
 
 import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from orbax.checkpoint import checkpoint_managers as managers
 
 from vit_jax.runtime import distributed
-from vit_jax.runtime.checksums import checksum
+from vit_jax.runtime.checksums import checksums, mismatches
 from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.training import optim
 from vit_jax.training.steps import TrainState
 from vit_jax.types import Json, Params
 
-_Arrays = dict[str, list[Json]]
-"""Name "<item>/<path>" -> [dtype, shape, checksum] of an array, as JSON."""
+_Types = dict[str, list[Json]]
+"""Name of an array, "<item>/<path>" -> [dtype, shape]."""
 
 
 class _Content(TypedDict):
-    """Content of the item `metadata`, besides "crc32" of all this.
-
-    Attributes:
-        step: name of the checkpoint.
-        accuracy: on the test split, if it was measured.
-        arrays: of all items.
-        metadata: of the caller.
-    """
+    """Content of the item `metadata`, besides "crc32" of all this."""
 
     step: int
     accuracy: float | None
-    arrays: _Arrays
+    types: _Types
+    checksums: dict[str, str]
     metadata: dict[str, Json]
 
 
@@ -122,8 +115,10 @@ class Checkpoints:
             UserError: this save or the one before it failed.
         """
         items = _items(state)
-        content = _Content(step=step, accuracy=accuracy, arrays=_describe(items), metadata=metadata)
-        saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        content = _Content(
+            step=step, accuracy=accuracy, types=_types(items), checksums=checksums(items), metadata=metadata
+        )
+        saves = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
         saves["metadata"] = ocp.args.JsonSave({**content, "crc32": _crc32(content)})
         self._accuracies[step] = accuracy
         with _naming_errors(self._explain_failure):
@@ -163,15 +158,15 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is damaged, or has arrays of other names, dtypes or shapes.
         """
-        wanted, saved = _items(abstract_state), self._read_content(step)["arrays"]
-        for name, leaf in _named_leaves(wanted).items():
-            if _type(leaf) != saved.get(name, [])[:2]:
-                found = " ".join(map(str, saved[name][:2])) if name in saved else "missing"
+        content, items = self._read_content(step), _items(abstract_state)
+        for name, expected in _types(items).items():
+            found = content["types"].get(name, ["missing"])
+            if found != expected:
                 raise UserError(
-                    f"{self._directory / str(step)} is of another model or optimizer: {name} is {found}, expected "
-                    f"{leaf.dtype} {list(leaf.shape)}; give another --workdir"
+                    f"{self._directory / str(step)} is of another model or optimizer: {name} is "
+                    f"{' '.join(map(str, found))}, expected {' '.join(map(str, expected))}; give another --workdir"
                 )
-        items = self._read_arrays(step, wanted, saved)
+        items = self._read_arrays(step, items, content)
         flat = flatten_dict(items["params"])
         trainable, frozen = (
             unflatten_dict({path: flat[path] for path in flatten_dict(part)})
@@ -196,34 +191,28 @@ class Checkpoints:
             UserError: the checkpoint is damaged.
         """
         content = self._read_content(step)
-        wanted = _abstract_items(content["arrays"], sharding)
-        del wanted["training"]
-        if not use_ema:
-            wanted.pop("ema", None)
-        items = self._read_arrays(step, wanted, content["arrays"])
+        names = ("params", "ema") if use_ema else ("params",)
+        items = {item: tree for item, tree in _abstract_items(content, sharding).items() if item in names}
+        items = self._read_arrays(step, items, content)
         return optim.merge_params(items.get("ema", {}), items["params"]), content["metadata"]
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
         """Saves, and deletes all but the latest and the best; opened late, as it creates its directory."""
         options = ocp.CheckpointManagerOptions(preservation_policy=_LatestAndBest(self._accuracies))
-        handlers: dict[str, ocp.CheckpointHandler] = {
-            "params": ocp.StandardCheckpointHandler(),
-            "ema": ocp.StandardCheckpointHandler(),
-            "training": ocp.StandardCheckpointHandler(),
-            "metadata": ocp.JsonCheckpointHandler(),
-        }
+        arrays, metadata = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
+        handlers = {"params": arrays(), "ema": arrays(), "training": arrays(), "metadata": metadata()}
         return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     def _read_content(self, step: int) -> _Content:
         with _naming_errors(functools.partial(self._explain_damage, step, "metadata")):
             return _load_content(self._directory / str(step))
 
-    def _read_arrays(self, step: int, items: Params, saved: _Arrays) -> Params:
+    def _read_arrays(self, step: int, items: Params, content: _Content) -> Params:
         arrays = {}
         for item, tree in items.items():
             with _naming_errors(functools.partial(self._explain_damage, step, item)):
-                arrays[item] = _load_arrays(self._directory / str(step), item, tree, saved)
+                arrays[item] = _load_arrays(self._directory / str(step), item, tree, content)
         return arrays
 
     def _explain_failure(self, error: Exception) -> str:
@@ -287,32 +276,17 @@ def _items(state: TrainState) -> Params:
     return {name: tree for name, tree in items.items() if tree}
 
 
-def _abstract_items(saved: _Arrays, sharding: jax.sharding.Sharding) -> Params:
-    """Returns the items of a checkpoint as nested dictionaries of abstract arrays."""
-    leaves = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (dtype, shape, _) in saved.items()}
-    return dict(unflatten_dict(leaves, sep="/"))
-
-
-def _named_leaves(items: Params) -> dict[str, Any]:
-    """Returns "<item>/<path>" -> array."""
+def _types(items: Params) -> _Types:
     leaves = jax.tree_util.tree_leaves_with_path(items)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): [leaf.dtype.name, list(leaf.shape)] for path, leaf in leaves}
 
 
-def _type(leaf: jax.Array | jax.ShapeDtypeStruct) -> list[Json]:
-    return [leaf.dtype.name, list(leaf.shape)]
-
-
-def _describe(items: Params) -> _Arrays:
-    """Returns name -> [dtype, shape, checksum] of every array; a collective call."""
-    return {name: [*_type(leaf), checksum(_whole(leaf))] for name, leaf in _named_leaves(items).items()}
-
-
-def _whole(array: jax.Array) -> jax.typing.ArrayLike:
-    """Returns an array that this process holds whole, gathered from all processes if it must be."""
-    if array.is_fully_replicated:
-        return array.addressable_data(0)  # which keeps no copy on the host
-    return array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
+def _abstract_items(content: _Content, sharding: jax.sharding.Sharding) -> Params:
+    """Returns the items of a checkpoint as nested dictionaries of abstract arrays."""
+    types = content["types"].items()
+    leaves = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (dtype, shape) in types}
+    return dict(unflatten_dict(leaves, sep="/"))
 
 
 def _crc32(content: Mapping[str, object]) -> int:
@@ -324,33 +298,32 @@ def _load_content(path: Path) -> _Content:
     """Reads the item `metadata` of the checkpoint in `path`; raises any exception if it is damaged."""
     content = json.loads((path / "metadata" / "metadata").read_text())
     crc32 = content.pop("crc32")
-    _check_equal({"metadata": crc32, "step": path.name}, {"metadata": _crc32(content), "step": str(content["step"])})
+    _require_none([] if (crc32, path.name) == (_crc32(content), str(content["step"])) else ["the metadata"])
     return cast(_Content, content)
 
 
-def _load_arrays(path: Path, item: str, tree: Params, saved: _Arrays) -> Params:
+def _load_arrays(path: Path, item: str, tree: Params, content: _Content) -> Params:
     """Reads one item of the checkpoint in `path` into abstract arrays; raises any exception if it is damaged."""
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         arrays: Params = checkpointer.restore(path / item, args=ocp.args.StandardRestore(tree))
-    found = _describe({item: arrays})
-    _check_equal(found, {name: saved[name] for name in found})
+    expected = {name: crc32 for name, crc32 in content["checksums"].items() if name.startswith(f"{item}/")}
+    _require_none(mismatches({item: arrays}, expected))
     return arrays
 
 
-def _check_equal(found: Mapping[str, object], expected: Mapping[str, object]) -> None:
-    names = [name for name in expected if found[name] != expected[name]]
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise ValueError(f"wrong checksum of {', '.join(names[:3])}{more}")
+def _require_none(wrong: list[str]) -> None:
+    if wrong:
+        raise ValueError(f"wrong checksum of {', '.join(wrong[:3])}{', …' * (len(wrong) > 3)}")
 
 
 def _is_intact(path: Path) -> bool:
     """Reads a whole checkpoint; of several processes only the metadata, as reading arrays takes all of them."""
     try:
-        saved = _load_content(path)["arrays"]
+        content = _load_content(path)
         if jax.process_count() == 1:
-            for item, tree in _abstract_items(saved, jax.sharding.SingleDeviceSharding(jax.devices()[0])).items():
-                _load_arrays(path, item, tree, saved)
+            sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            for item, tree in _abstract_items(content, sharding).items():
+                _load_arrays(path, item, tree, content)
     except Exception:
         return False
     return True
