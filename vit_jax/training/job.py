@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from vit_jax import data
 from vit_jax.data import preprocess
 from vit_jax.data.crops import CROPS
-from vit_jax.data.streaming import training_batches
+from vit_jax.data.streaming import BatchReader, training_batches
 from vit_jax.runtime import distributed, sharding
 from vit_jax.runtime import rng as sampling
 from vit_jax.runtime.errors import UserError
@@ -242,17 +242,17 @@ def repeat(images: Any, labels: np.ndarray, mesh: Mesh) -> Generator[Arrays, Non
 
 def stream(config: ConfigDict, split: Split, mesh: Mesh, *, step: int) -> Generator[Arrays, None, None]:
     """Batches that worker processes make ready, the first one for the update after `step`."""
-    batches = training_batches(
+    read = BatchReader(
         split,
         augment=config.augment,
         margin_color=preprocess.margin_color(config.image_mean),
         batch_size=config.batch_size,
         seed=config.seed,
-        first_step=step,
-        num_steps=config.num_steps,
         part=jax.process_index(),
         num_parts=jax.process_count(),
-        num_workers=config.dataset.num_workers,
+    )
+    batches = training_batches(
+        read, first_step=step, num_steps=config.num_steps, num_workers=config.dataset.num_workers
     )
     with contextlib.closing(batches):
         for images, labels in batches:
