@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs import digits
 from vit_jax import data
-from vit_jax.data.streaming import training_batches
+from vit_jax.data.streaming import BatchReader, training_batches
 from vit_jax.runtime.errors import UsageError, parse_arguments, run_command
 from vit_jax.training.experiment import create_experiment
 from vit_jax.types import Split
@@ -85,16 +85,11 @@ def write_photographs(folder: Path) -> Split:
 
 def time_decoding(split: Split, arguments: argparse.Namespace) -> float:
     """Pictures per second that the worker processes hand over where nothing else is done."""
-    batches = training_batches(
-        split,
-        augment="inception",
-        margin_color=(127, 127, 127),
-        batch_size=arguments.batch_size,
-        seed=0,
-        first_step=0,
-        num_steps=_READY_BATCHES + arguments.num_steps,
-        num_workers=arguments.num_workers,
+    read = BatchReader(
+        split, augment="inception", margin_color=(127, 127, 127), batch_size=arguments.batch_size, seed=0
     )
+    num_steps = _READY_BATCHES + arguments.num_steps
+    batches = training_batches(read, first_step=0, num_steps=num_steps, num_workers=arguments.num_workers)
     with contextlib.closing(batches):
         for _ in range(_READY_BATCHES):
             next(batches)

@@ -42,7 +42,7 @@ OPTIONS = {"augment": "none", "margin_color": (127,) * 3, "batch_size": 16, "see
 
 def batches(split, *, first_step=0, num_steps=6, **options):
     """Read in this process: three epochs of two batches."""
-    read = BatchReader(split.images, split.labels, **OPTIONS | options)
+    read = BatchReader(split, **OPTIONS | options)
     return [read(step) for step in range(first_step, num_steps)]
 
 
@@ -60,7 +60,9 @@ def six(folder):
 def test_training_batches_gives_those_of_the_reader(folder):
     split, options = load(folder).train, OPTIONS | {"augment": "inception", "part": 1, "num_parts": 2}
     expected = batches(split, **options, first_step=1)
-    assert same(list(training_batches(split, **options, first_step=1, num_steps=6, num_workers=2)), expected)
+    assert same(
+        list(training_batches(BatchReader(split, **options), first_step=1, num_steps=6, num_workers=2)), expected
+    )
 
 
 def test_batch_reader_shows_every_image_at_most_once_an_epoch(folder, six):
@@ -103,11 +105,11 @@ def test_training_batches_names_an_image_that_cannot_be_decoded(folder, tmp_path
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy/train/1/05.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"1/05.png cannot be decoded \(not an image\)"):
-        next(training_batches(load(tmp_path / "copy").train, **OPTIONS, first_step=0, num_steps=6, num_workers=1))
+        next(training_batches(BatchReader(load(tmp_path / "copy").train, **OPTIONS), first_step=0, num_steps=6))
 
 
 def test_training_batches_reports_a_worker_that_is_killed(folder):
-    stream = training_batches(load(folder).train, **OPTIONS, first_step=0, num_steps=10_000, num_workers=2)
+    stream = training_batches(BatchReader(load(folder).train, **OPTIONS), first_step=0, num_steps=10_000, num_workers=2)
     next(stream)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
@@ -122,15 +124,16 @@ def test_training_batches_leaves_nothing_in_shared_memory(folder, tmp_path):
     """Where batches are left over, and where none are, a process ends without a complaint."""
     script = """
     import sys
-    
+    import time
+
     from vit_jax import data
-    from vit_jax.data.streaming import training_batches
+    from vit_jax.data.streaming import BatchReader, training_batches
 
     if __name__ == "__main__":
         train = data.load_dataset(f"folder:{sys.argv[1]}", image_size=16, storage="stream").train
         for taken in (3, 6):
-            options = {"augment": "none", "margin_color": (0, 0, 0), "batch_size": 16, "seed": 0, "num_workers": 1}
-            batches = training_batches(train, first_step=0, num_steps=6, **options)
+            read = BatchReader(train, augment="none", margin_color=(0, 0, 0), batch_size=16, seed=0)
+            batches = training_batches(read, first_step=0, num_steps=6, num_workers=1)
             for _ in range(taken):
                 next(batches)
             batches.close()

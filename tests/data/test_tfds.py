@@ -57,12 +57,12 @@ STREAM = """
     import sys
 
     from vit_jax.data import load_dataset
-    from vit_jax.data.streaming import training_batches
+    from vit_jax.data.streaming import BatchReader, training_batches
 
     if __name__ == "__main__":
         train = load_dataset(sys.argv[1], data_dir=sys.argv[2], image_size=4, storage="stream").train
-        options = {"augment": "none", "margin_color": (0, 0, 0), "batch_size": 2, "seed": 0, "num_workers": 1}
-        batches = training_batches(train, first_step=0, num_steps=2, **options)
+        read = BatchReader(train, augment="none", margin_color=(0, 0, 0), batch_size=2, seed=0)
+        batches = training_batches(read, first_step=0, num_steps=2, num_workers=1)
         pairs = [(int(image[0, 0, 0]) // 10, int(label)) for batch in batches for image, label in zip(*batch)]
         print(sorted(pairs))
 """

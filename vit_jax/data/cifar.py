@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_jax.data.splits import parse_split, slice_splits
+from vit_jax.data.splits import OpenedSplits, parse_split, slice_splits
 from vit_jax.runtime import download
 from vit_jax.runtime.errors import UserError
 from vit_jax.types import Split
@@ -65,16 +65,10 @@ CIFARS = {
 }
 
 
-def open_cifar(
-    name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool
-) -> tuple[list[Split], tuple[str, ...]]:
-    """Reads splits of "cifar10" or "cifar100"; see `datasets.Reader`.
+def open_cifar(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
+    """Reads "cifar10" or "cifar100", see `datasets.Reader`, from the archive or a directory with it or its files.
 
-    `data_dir` is the archive, or a directory with it or its files; "" downloads it into the cache.
-
-    Raises:
-        UsageError: a split is unknown.
-        UserError: files are missing, truncated or damaged, or of another dataset.
+    Without a `data_dir` the archive is downloaded into the cache.
     """
     cifar = CIFARS[name]
     slices = [parse_split(text, known=cifar.files) for text in splits]

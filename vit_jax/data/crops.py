@@ -116,7 +116,7 @@ def resize_weights(start: Number, length: Number, *, input_size: int, output_siz
     outside of the interval do not contribute. Pillow holds weights in fixed point, and so does this.
 
     Args:
-        start: of the interval, pixels; may be a fraction.
+        start: of the interval; may be a fraction.
         length: of the interval, pixels.
         input_size: pixels of the whole axis.
         output_size: pixels.

@@ -14,7 +14,7 @@ import numpy as np
 from vit_jax.data.cifar import open_cifar
 from vit_jax.data.folder import open_folder
 from vit_jax.data.images import EncodedImages, decode_all
-from vit_jax.data.splits import nearest_first, parse_split, slice_splits
+from vit_jax.data.splits import OpenedSplits, nearest_first, parse_split, slice_splits
 from vit_jax.data.tfds import open_tfds
 from vit_jax.runtime import resources
 from vit_jax.runtime.errors import UsageError, UserError
@@ -24,9 +24,7 @@ from vit_jax.types import Dataset, Split
 class Reader(Protocol):
     """Opens splits of a dataset, of arrays or of `EncodedImages`."""
 
-    def __call__(
-        self, name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool
-    ) -> tuple[list[Split], tuple[str, ...]]:
+    def __call__(self, name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
         """Returns splits and class names.
 
         Args:
@@ -42,9 +40,7 @@ class Reader(Protocol):
         """
 
 
-def open_digits(
-    name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool
-) -> tuple[list[Split], tuple[str, ...]]:
+def open_digits(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
     """Reads scikit-learn's 1,797 handwritten digits, 8 × 8: 1,437 to train on, 360 to test on; see `Reader`.
 
     Source: the test part of "Optical Recognition of Handwritten Digits", UCI, Alpaydin and Kaynak 1998.
@@ -154,7 +150,7 @@ def _load(
     storage: str = "auto",
     device_bytes: int | None = None,
     dry_run: bool = False,
-) -> tuple[list[Split], tuple[str, ...]]:
+) -> OpenedSplits:
     reader = find_reader(name)
     if data_dir and reader in (open_digits, open_folder):
         raise UsageError(f"dataset {name!r} does not read data_dir, got {data_dir!r}; leave it empty")

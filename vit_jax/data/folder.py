@@ -8,30 +8,23 @@ from pathlib import Path
 import numpy as np
 
 from vit_jax.data.images import IMAGE_SUFFIXES, EncodedImages
-from vit_jax.data.splits import parse_split, select_rows
+from vit_jax.data.splits import OpenedSplits, parse_split, select_rows
 from vit_jax.runtime.errors import UserError
 from vit_jax.types import Split
 
 
-def open_folder(
-    name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool
-) -> tuple[list[Split], tuple[str, ...]]:
-    """Lists the files of splits of "folder:DIR"; see `datasets.Reader`.
-
-    Raises:
-        UsageError: a slice cannot be read or is empty, or two overlap.
-        UserError: a directory is missing or has no images, or the splits have different classes.
-    """
+def open_folder(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
+    """Lists the files of "folder:DIR"; see `datasets.Reader`."""
     root = Path(name.partition(":")[2]).expanduser()
     slices = [parse_split(text) for text in splits]
     files = {split.name: _list_classes(root / split.name) for split in slices}
     first, last = slices[0].name, slices[-1].name
-    differing = [f"{name} (only in {first})" for name in sorted(files[first].keys() - files[last].keys())]
-    differing += [f"{name} (only in {last})" for name in sorted(files[last].keys() - files[first].keys())]
+    pairs = ((first, last), (last, first))
+    differing = [
+        f"{name} (only in {here})" for here, there in pairs for name in files[here] if name not in files[there]
+    ]
     if differing:
-        raise UserError(
-            f"{root}: expected the same classes in {first} and {last}; these differ: {', '.join(differing)}"
-        )
+        raise UserError(f"{root}: all splits must have the same classes; these differ: {', '.join(differing)}")
     selected = select_rows(slices, {name: sum(map(len, classes.values())) for name, classes in files.items()})
     class_names = tuple(files[first])
     return [_select_files(files[split.name], rows) for split, rows in zip(slices, selected, strict=True)], class_names

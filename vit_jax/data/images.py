@@ -111,11 +111,9 @@ class EncodedImages:
         """Decodes an image [h w 3], or those of a slice or an array of rows [m h w 3], in one thread per processor."""
         if np.ndim(rows) or isinstance(rows, slice):
             return decode_all(self.take(np.arange(len(self))[rows]))
-        sample_box = None
-        sampler = AUGMENTATIONS[self.augment].sample_box
+        source, sampler, sample_box = self.open_image(self.numbers[rows]), AUGMENTATIONS[self.augment].sample_box, None
         if sampler and self.uniforms is not None:
             sample_box = functools.partial(sampler, self.uniforms[rows], image_size=self.size[0], xp=np)
-        source = self.open_image(self.numbers[rows])
         return np.asarray(decode_image(source, size=self.size, sample_box=sample_box, margin_color=self.margin_color))
 
     def take(self, rows: Int[np.ndarray, " m"], axis: int = 0) -> "EncodedImages":
@@ -130,11 +128,10 @@ class EncodedImages:
         return dataclasses.replace(self.take(rows), augment=augment, uniforms=uniforms, margin_color=margin_color)
 
     def read_sizes(self) -> set[tuple[int, int]]:
-        """Returns all different (width, height) in pixels; reads headers unless they are known to have one size."""
-        sizes = set()
-        if any(self.size):
-            return {self.size}
-        _for_each_image(len(self), lambda i: sizes.add(read_size(self.open_image(self.numbers[i]))), "reading headers")
+        """Returns all different (width, height) in pixels; reads headers unless `size` is known."""
+        sizes = {self.size} if any(self.size) else set()
+        if not sizes:
+            _for_each_image(len(self), lambda row: sizes.add(read_size(self.open_image(self.numbers[row]))), "headers")
         return sizes
 
 

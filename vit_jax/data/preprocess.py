@@ -47,10 +47,9 @@ def prepare(
         keys: random keys; None where nothing is sampled.
         images: of any one size.
         image_size: pixels, square.
-        augment: "none"; "flip" (half of the images, left to right); "pad_crop" (padded by an eighth of each side in the
-            mean's color, cropped to the image's size, flip); "square_crop" (a square of 64 to 100 % of the area,
-            flip); "inception" (5 to 100 % of the area, flip): see `crops`. Or a function of a key and an image, which
-            is applied on the device before the resize; streamed images come resized, and so it gets these after it.
+        augment: a key of `crops.AUGMENTATIONS`: "none"; "flip"; "pad_crop", padded in the mean's color; "square_crop";
+            "inception"; all but "none" flip half of the images. Or a function of a key and an image, applied on the
+            device before the resize; streamed images come resized, and so it gets these after it.
         mean: of the channels, from 0 to 1.
         std: of the channels, on the same scale.
     """
@@ -102,15 +101,14 @@ def mix(
 ) -> tuple[Float[Array, "b h w 3"], Float[Array, " b"]]:
     """Blends every image with its partner, or pastes a box of the partner into it.
 
-    An image's weight is sampled from Beta(alpha, alpha). Where both alphas are positive, each image is mixed in one of
-    the two ways, with equal probability.
+    Where both alphas are positive, each image is mixed in one of the two ways, with equal probability.
 
     Args:
         keys: random keys of the images.
-        images: to be mixed.
-        partners: to be mixed with.
-        mixup_alpha: of blending (Zhang et al. 2018); 0 for none.
-        cutmix_alpha: of pasting a box of the area 1 - weight, cut off at the edges (Yun et al. 2019); 0 for none.
+        images: to be mixed with `partners`.
+        partners: in the same order.
+        mixup_alpha: 0, or the weight of an image is sampled from Beta(alpha, alpha) (Zhang et al. 2018).
+        cutmix_alpha: 0, or the same for boxes of the area 1 - weight, cut off at the edges (Yun et al. 2019).
 
     Returns:
         (mixed images, weights): the fraction of the image itself, from 0 to 1, which is the weight of its label.
@@ -142,19 +140,16 @@ def mix(
 
 def _pad(image: Array, margins: tuple[int, int], color: Sequence[int]) -> Array:
     """Pads an image [h w c] by margins of rows and of columns, in pixels."""
-    height, width = (length + 2 * margin for length, margin in zip(image.shape, margins, strict=False))
-    canvas = jnp.broadcast_to(jnp.array(color, image.dtype), (height, width, len(color)))
+    height, width, channels = image.shape
+    shape = (height + 2 * margins[0], width + 2 * margins[1], channels)
+    canvas = jnp.broadcast_to(jnp.array(color, image.dtype), shape)
     return jax.lax.dynamic_update_slice(canvas, image, (*margins, 0))
 
 
 def _resize(image: Array, box: Box, *, image_size: int, xp: ModuleType) -> Array:
-    """Resizes a box of an image, integers 0 to 255 [h w c], to a square int32 [image_size image_size c].
+    """Resizes a box inside of an image, integers 0 to 255 [h w c], to int32 [image_size image_size c].
 
-    Args:
-        image: the box is inside of it.
-        box: top, left, height, width in pixels.
-        image_size: pixels, square.
-        xp: `numpy` where the box is known when the step is traced, else `jax.numpy`.
+    `xp` is `numpy` where the box is known when the step is traced, else `jax.numpy`.
     """
     top, left, height, width = box
     columns = resize_weights(left, width, input_size=image.shape[1], output_size=image_size, xp=xp)
@@ -171,11 +166,10 @@ def _apply_weights(subscripts: str, weights: Number, image: Array) -> Array:
     """
     half_bits = WEIGHT_BITS // 2
     pixels = image.astype(jnp.float32)
-
-    def products(half: Number) -> Array:
-        # At the highest precision: tensor cores would otherwise round pixels to 8 or 10 bits.
-        half = jnp.asarray(half, jnp.float32)
-        return jnp.einsum(subscripts, half, pixels, precision="highest").astype(jnp.int32)
-
-    total = (products(weights // 2**half_bits) << half_bits) + products(weights % 2**half_bits)
+    # At the highest precision: tensor cores would otherwise round pixels to 8 or 10 bits.
+    upper, lower = (
+        jnp.einsum(subscripts, jnp.asarray(half, jnp.float32), pixels, precision="highest").astype(jnp.int32)
+        for half in (weights // 2**half_bits, weights % 2**half_bits)
+    )
+    total = (upper << half_bits) + lower
     return jnp.right_shift(total + 2 ** (WEIGHT_BITS - 1), WEIGHT_BITS)

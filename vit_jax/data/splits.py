@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from vit_jax.runtime.errors import UsageError
 from vit_jax.types import Split
 
+OpenedSplits = tuple[list[Split], tuple[str, ...]]
+"""Splits, and class names."""
+
 _SPLIT_PATTERN = re.compile(r"(?P<name>[\w.\-]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
@@ -34,14 +37,10 @@ class SplitSlice:
 
 
 def parse_split(text: str, *, known: Iterable[str] = ()) -> SplitSlice:
-    """Parses a split.
-
-    Args:
-        text: a split's name, or a slice as TFDS writes it.
-        known: names of the splits that there are; empty allows any name.
+    """Parses a split's name, or a slice of it as TFDS writes it; `known` are the names allowed, or empty.
 
     Raises:
-        UsageError: the name is not known, or the slice cannot be read.
+        UsageError: the name is unknown, or the slice cannot be read.
     """
     match = _SPLIT_PATTERN.fullmatch(text.strip())
     names = nearest_first(match["name"] if match else text, known)
@@ -53,11 +52,7 @@ def parse_split(text: str, *, known: Iterable[str] = ()) -> SplitSlice:
 
 
 def select_rows(slices: Sequence[SplitSlice], num_images: Mapping[str, int]) -> list[range]:
-    """Returns the rows that each slice selects.
-
-    Args:
-        slices: the one to train on first.
-        num_images: split name -> number of images of the whole split.
+    """Returns the rows that each slice selects, given the number of images of every whole split.
 
     Raises:
         UsageError: a slice is empty, or two share images, which would be trained and tested on.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from vit_jax.data.images import EncodedImages
-from vit_jax.data.splits import parse_split, select_rows
+from vit_jax.data.splits import OpenedSplits, parse_split, select_rows
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.types import Split
 
@@ -16,13 +16,8 @@ if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
 
 
-def open_tfds(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> tuple[list[Split], tuple[str, ...]]:
-    """Opens splits of "tfds:NAME" that TFDS prepared in `data_dir`, "" for its default; see `datasets.Reader`.
-
-    Raises:
-        UsageError: the dataset or a split is unknown, a slice is empty, or two overlap.
-        UserError: the dataset is not prepared, or is not one of images and classes.
-    """
+def open_tfds(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
+    """Opens "tfds:NAME", see `datasets.Reader`, in the directory that TFDS has prepared it in."""
     builder = _create_builder(name.partition(":")[2], data_dir)
     features = dict(builder.info.features.items())
     class_names = getattr(features.get("label"), "names", None)
