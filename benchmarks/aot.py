@@ -75,7 +75,9 @@ gpu_device_info {{
 """
 # Without a GPU nothing can be timed, and XLA's Triton products want to be.
 UNTIMED: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
-UNJOINED: dict[str, str | bool] = {f"xla_gpu_{kind.replace('-', '_')}_combine_threshold_bytes": "0" for kind in KINDS[:3]}
+UNJOINED: dict[str, str | bool] = {
+    f"xla_gpu_{kind.replace('-', '_')}_combine_threshold_bytes": "0" for kind in KINDS[:3]
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Batches on the devices: one type, whether the images are in memory, streamed, or cached as features."""
 
+import contextlib
 import functools
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -13,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding
 from vit_jax.data import preprocess
 from vit_jax.data.crops import CROPS
 from vit_jax.data.images import EncodedImages
-from vit_jax.data.streaming import training_batches
+from vit_jax.data.streaming import BatchReader, training_batches
 from vit_jax.runtime import rng, sharding
-from vit_jax.types import ImageSource, Split
+from vit_jax.types import ImageSource
 
 
 @flax.struct.dataclass
@@ -131,28 +132,15 @@ def train_batch_sharding(mesh: Mesh, *, max_updates: int) -> NamedSharding:
 
 
 def streamed_batches(
-    split: Split,
-    mesh: Mesh,
-    *,
-    augment: str,
-    margin_color: tuple[int, ...],
-    batch_size: int,
-    seed: int,
-    first_step: int,
-    num_steps: int,
-    num_workers: int = 0,
+    read: BatchReader, mesh: Mesh, *, first_step: int, num_steps: int, num_workers: int = 0
 ) -> Generator[tuple[int, Batch], None, None]:
     """Yields the training batches of a run whose images are decoded and cropped by worker processes.
 
-    Order and crops are those of `resident_batches`. Closing the iterator ends the processes.
+    Order and crops are those of `resident_batches`. Closing the generator ends the processes.
 
     Args:
-        split: of `EncodedImages`.
+        read: reads this process's part of a batch.
         mesh: batches are split over its devices.
-        augment: crop, see `preprocess.prepare`.
-        margin_color: see `preprocess.margin_color`.
-        batch_size: images per update.
-        seed: of the run.
         first_step: finished updates.
         num_steps: updates of the whole run.
         num_workers: worker processes; 0: one per available processor.
@@ -160,25 +148,11 @@ def streamed_batches(
     Yields:
         (finished updates after this batch, batch).
     """
-    batches = training_batches(
-        split,
-        augment=augment,
-        margin_color=margin_color,
-        batch_size=batch_size,
-        seed=seed,
-        first_step=first_step,
-        num_steps=num_steps,
-        part=jax.process_index(),
-        num_parts=jax.process_count(),
-        num_workers=num_workers,
-    )
-    try:
+    batches = training_batches(read, first_step=first_step, num_steps=num_steps, num_workers=num_workers)
+    with contextlib.closing(batches):
         for step, (images, labels) in enumerate(batches, start=first_step + 1):
-            inputs = sharding.shard_local_batch(images, mesh)
-            local = sharding.shard_local_batch(labels, mesh)
-            yield step, Batch(inputs, local, local)
-    finally:
-        batches.close()
+            local_labels = sharding.shard_local_batch(labels, mesh)
+            yield step, Batch(sharding.shard_local_batch(images, mesh), local_labels, local_labels)
 
 
 def evaluation_batches(

@@ -25,7 +25,7 @@ from vit_jax.runtime import resources, rng
 from vit_jax.runtime.errors import UserError
 from vit_jax.types import Split
 
-Batch = tuple[UInt8[np.ndarray, "b h w 3"], Int32[np.ndarray, " b"]]
+HostBatch = tuple[UInt8[np.ndarray, "b h w 3"], Int32[np.ndarray, " b"]]
 """Images and labels."""
 
 
@@ -53,7 +53,7 @@ class BatchReader:
     part: int = 0
     num_parts: int = 1
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> HostBatch:
         """Decodes `batch_size` / `num_parts` images."""
         num_images, size = len(self.split), self.batch_size // self.num_parts
         epoch, position = divmod(int(step), num_images // self.batch_size)
@@ -69,7 +69,7 @@ class BatchReader:
 
 def training_batches(
     read: BatchReader, *, first_step: int, num_steps: int, num_workers: int = 0
-) -> Generator[Batch, None, None]:
+) -> Generator[HostBatch, None, None]:
     """Yields the batches of the steps from `first_step` to `num_steps`, read by worker processes.
 
     Args:

@@ -19,6 +19,7 @@ from vit_jax.data import DatasetFingerprint, DatasetInfo, batches, preprocess
 from vit_jax.data.batches import Batch
 from vit_jax.data.crops import CROPS
 from vit_jax.data.preprocess import Augment
+from vit_jax.data.streaming import BatchReader
 from vit_jax.pretrained import ModelMetadata
 from vit_jax.runtime import distributed, rng, sharding
 from vit_jax.runtime.errors import UsageError, UserError
@@ -162,16 +163,18 @@ class Experiment(Plan):
                 max_updates=self.max_updates,
                 stops=(config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps),
             )
-        return batches.streamed_batches(
+        read = BatchReader(
             self.dataset.train,
-            self.mesh,
             augment=config.augment,
             margin_color=preprocess.margin_color(config.image_mean),
             batch_size=config.batch_size,
             seed=config.seed,
-            first_step=first_step,
-            num_steps=config.num_steps,
-            num_workers=config.dataset.num_workers,
+            part=jax.process_index(),
+            num_parts=jax.process_count(),
+        )
+        num_workers = config.dataset.num_workers
+        return batches.streamed_batches(
+            read, self.mesh, first_step=first_step, num_steps=config.num_steps, num_workers=num_workers
         )
 
     def evaluate(self, state: TrainState, examples: Examples) -> dict[str, float]:
