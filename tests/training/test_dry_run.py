@@ -59,22 +59,22 @@ def test_what_saves_memory_is_seen(cost):
 
 
 def test_a_run_that_does_not_fit_is_told_what_to_do(monkeypatch, capsys):
-    monkeypatch.setattr(sharding, "memory_of", lambda device: (2**20, "a device's figure"))
+    monkeypatch.setattr(sharding, "device_memory", lambda device: (2**20, "a device's figure"))
     with pytest.raises(UserError) as error:
         dry_run.dry_run(config_with(remat="dots"))
     assert re.fullmatch(
         r"the run needs 0\.\d\d GiB per device, there are 0.00 GiB: raise accumulation_steps \(now 1\), set remat to "
-        r"'full' \(now 'dots'\), share the parameters between devices with mesh.fsdp \(now 1\), or lower "
+        r"'full' \(now 'dots'\), shard the parameters over devices with mesh.fsdp \(now 1\), or lower "
         r"eval_batch_size \(now 8\)",
         str(error.value),
     )
-    assert "as the compiler for cpu says, jax" in capsys.readouterr().out
+    assert "estimated by the compiler for cpu, jax" in capsys.readouterr().out
 
 
 def test_stored_features_are_counted_instead_of_pictures(capsys):
     dry_run.dry_run(config_with(trainable="head"))
     text = capsys.readouterr().out
-    assert "its features being stored" in text
+    assert "as cached features" in text
     assert "head/.*       2           650" in text
 
 

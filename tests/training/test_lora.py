@@ -62,7 +62,7 @@ def test_a_tree_without_factors_stays_as_it_is():
 
 def test_targets_that_match_nothing_are_refused():
     with pytest.raises(
-        UsageError, match=r"'.\*/querry/kernel' matches no parameter; kernels look like block/query/kernel"
+        UsageError, match=r"'.\*/querry/kernel' matches no parameter; expected kernels only, such as block/query/kernel"
     ):
         add(targets=(r".*/querry/kernel",))
 
@@ -72,13 +72,13 @@ def test_targets_that_match_nothing_are_refused():
     [
         (".*/query/.*", "block/query/bias"),
         ("pos_embedding", "pos_embedding"),
-        ("norm/.*|pos_.*|block/.*", "block/query/bias, norm/bias, norm/scale and 1 more"),
+        ("norm/.*|pos_.*|block/.*", "block/query/bias, norm/bias, norm/scale"),
     ],
 )
 def test_add_factors_rejects_targets_that_are_not_kernels(target, listed):
     norm = {"bias": np.zeros(6, np.float32), "scale": np.ones(6, np.float32)}
     params = {**PARAMS, "norm": norm, "pos_embedding": np.ones((1, 5, 6), np.float32)}
-    with pytest.raises(UsageError, match=f"config.lora.targets matches {listed}; expected kernels only"):
+    with pytest.raises(UsageError, match=f"matches {listed}; expected kernels only"):
         add(params, targets=(target,))
 
 

@@ -25,19 +25,14 @@ def test_split_params_refuses_a_pattern_that_matches_nothing():
         optim.split_params(PARAMS, ("head",))
 
 
-def test_trainable_patterns_names_the_modes():
-    with pytest.raises(UsageError, match="no mode 'haed'; modes are full, head, mlp, attention, bias, lora"):
-        optim.trainable_patterns("haed")
-
-
-def test_trainable_patterns_refuses_a_broken_expression():
-    with pytest.raises(UsageError, match="is not a regular expression"):
-        optim.trainable_patterns(("head/(.*",))
+def test_trainable_patterns_returns_those_of_a_mode_or_the_given_ones():
+    assert optim.trainable_patterns("head") == ("head/.*",)
+    assert optim.trainable_patterns(["cls"]) == ("cls",)
 
 
 def test_describe_trainable_counts():
     table = optim.describe_trainable(PARAMS, (r"head/.*",))
-    assert table.splitlines()[-1].split() == ["together", "2", "9", "of", "11"]
+    assert table.splitlines()[-1].split() == ["total", "2", "9", "of", "11"]
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 0.0), (5, 0.1), (10, 0.2), (60, 0.1), (110, 0.0), (200, 0.0)])

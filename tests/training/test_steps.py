@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import re
 
 import jax
@@ -11,16 +13,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax import data
 from vit_jax.data import preprocess
+from vit_jax.data.batches import resident_batches
 from vit_jax.models import VisionTransformer
-from vit_jax.runtime import sharding
+from vit_jax.runtime import rng, sharding
 from vit_jax.training import metrics, optim, steps
+from vit_jax.training.inference import ImageForward
 
 MODEL = VisionTransformer(10, patch_size=4, hidden_size=16, num_layers=2, num_heads=2, mlp_dim=32)
 
 
 @pytest.fixture(scope="module")
 def digits():
-    """Real pictures, 8 × 8."""
+    """Real images, 8 × 8."""
     return data.load_dataset("digits", image_size=8).train
 
 
@@ -75,23 +79,27 @@ class Setup:
         )
 
         def create(params):
-            return steps.create_train_state(params, patterns=optim.MODES[mode], tx=tx, seed=0, ema=ema_decay > 0)
+            return steps.create_train_state(params, patterns=optim.MODES[mode], tx=tx, seed=0, use_ema=ema_decay > 0)
 
         shardings = sharding.param_shardings(jax.eval_shape(create, params), mesh)
         self.state = jax.jit(create, out_shardings=shardings)(sharding.device_put(params, everywhere))
-        self.arrays = sharding.device_put((split.images, split.labels), everywhere)
-        self.permute = jax.jit(steps.make_permutation(len(split), batch_size), out_shardings=everywhere)
-        forward = steps.image_forward(model, image_size=8, augment=augment, dropout=True)
-        train_step = steps.make_train_step(
-            forward, tx, schedule, mesh, batch_size=batch_size, ema_decay=ema_decay, **options
+        arrays = sharding.device_put((split.images, split.labels), everywhere)
+        self.batches = resident_batches(*arrays, mesh, batch_size=batch_size, seed=0, first_step=0, num_steps=1000)
+        train_step = steps.TrainStep(
+            ImageForward(model, image_size=8, augment=augment, dropout=True),
+            tx,
+            schedule,
+            mesh,
+            batch_size=batch_size,
+            ema_decay=ema_decay,
+            **options,
         )
         self.step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere))
-        self.mesh = mesh
 
     def run(self, num_steps):
-        """Steps within the first epoch, or full-batch steps; returns the last scalars."""
-        for _ in range(num_steps):
-            self.state, scalars = self.step(self.state, *self.arrays, self.permute(self.state))
+        """Trains; returns the metrics of the last step."""
+        for _, batch in itertools.islice(self.batches, num_steps):
+            self.state, scalars = self.step(self.state, batch)
         return scalars
 
     def params(self):
@@ -131,7 +139,7 @@ def test_full_batch_training_follows_a_float64_reference(digits, params, tmp_pat
     assert moved > 1e-2  # the updates are far larger than what the comparison lets through
 
 
-def test_training_overfits_16_pictures(digits, params):
+def test_train_step_overfits_16_images(digits, params):
     setup = Setup(params, first(digits, 16))
     before = setup.run(1)["train/loss"]
     assert setup.run(4)["train/loss"] < before - 0.1
@@ -182,10 +190,9 @@ def test_eight_devices_give_the_update_of_one(digits, params):
     assert float(ours["train/loss"]) == pytest.approx(float(theirs["train/loss"]), abs=1e-5)
 
 
-def test_a_step_takes_its_own_rows_of_the_permutation_and_reports_the_loss_before_its_update(digits, params):
+def test_train_step_reports_the_loss_of_its_batch_before_the_update(digits, params):
     setup = Setup(params, first(digits, 40), batch_size=16)
-    order = np.asarray(setup.permute(setup.state))
-    assert sorted(order) == list(range(40))
+    order = np.asarray(rng.epoch_order(setup.state.key, 0, 40))
     for step in range(2):
         rows = order[step * 16 : (step + 1) * 16]
         before = optim.merge_params(setup.state.trainable, setup.state.frozen)
@@ -196,17 +203,6 @@ def test_a_step_takes_its_own_rows_of_the_permutation_and_reports_the_loss_befor
         assert float(scalars["train/accuracy"]) == pytest.approx(
             float((logits.argmax(-1) == digits.labels[rows]).mean())
         )
-
-
-def test_the_order_of_pictures_changes_with_the_epoch_only(digits, params):
-    setup = Setup(params, first(digits, 40), batch_size=16)  # two steps an epoch
-    orders = []
-    for _ in range(4):
-        orders.append(np.asarray(setup.permute(setup.state)))
-        setup.run(1)
-    np.testing.assert_array_equal(orders[0], orders[1])
-    np.testing.assert_array_equal(orders[2], orders[3])
-    assert (orders[0] != orders[2]).any()
 
 
 def test_the_reported_learning_rate_is_that_of_the_update(digits, params):
@@ -221,21 +217,17 @@ def test_the_first_step_that_is_not_finite_is_kept(digits, params):
     setup = Setup(params, split)
     setup.run(1)
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, setup.state.trainable)
-    setup.state = setup.state.replace(trainable=broken)
+    setup.state = dataclasses.replace(setup.state, trainable=broken)
     setup.run(3)
     assert int(setup.state.first_nonfinite_step) == 2
 
 
 def test_steady_steps_transfer_nothing_from_the_host(digits, params):
     setup = Setup(params, first(digits, 40), batch_size=16)
-    step = setup.step.lower(setup.state, *setup.arrays, setup.permute(setup.state)).compile()
-    state = setup.state
+    setup.run(3)  # into the second epoch
     with jax.transfer_guard("disallow"):
-        for i in range(6):
-            if i % 2 == 0:
-                permutation = setup.permute(state)
-            state, _ = step(state, *setup.arrays, permutation)
-    assert int(state.step) == 6
+        setup.run(4)
+    assert int(setup.state.step) == 7
 
 
 def test_the_state_is_donated(digits, params):
@@ -245,44 +237,10 @@ def test_the_state_is_donated(digits, params):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
 
 
-@pytest.mark.parametrize(("num_devices", "batch_size"), [(1, 1), (1, 7), (1, 20), (1, 64), (8, 8), (8, 24), (8, 64)])
-def test_evaluation_counts_every_picture_once_whatever_the_batch_size(digits, params, num_devices, batch_size):
-    split = first(digits, 20)
-    mesh = sharding.create_mesh(jax.devices()[:num_devices])
-    place = lambda tree: sharding.device_put(tree, sharding.replicated(mesh))  # noqa: E731
-    eval_step = steps.make_eval_step(steps.image_forward(MODEL, image_size=8), mesh, batch_size=batch_size)
-    totals, on_device, arrays = place(steps.start_totals()), place(params), place((split.images, split.labels))
-    for _ in range(-(-20 // batch_size)):
-        totals = eval_step(on_device, *arrays, totals)
-    logits = MODEL.apply({"params": params}, preprocess.normalize(split.images))
-    expected = metrics.masked_sums(logits, split.labels, np.ones(20, bool))
-    assert int(totals["count"]) == 20
-    assert int(totals["correct"]) == int(expected["correct"])
-    assert int(totals["correct_top5"]) == int(expected["correct_top5"])
-    assert float(totals["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
-
-
 MIXING = {"mixup_alpha": 0.3, "cutmix_alpha": 1.0, "label_smoothing": 0.1}
 
 
-def test_test_pictures_may_be_drawn_as_training_pictures_are(digits, params):
-    """A mistake to be shown: the same draw at every evaluation, whatever the batch."""
-    arrays = digits.images[:32], digits.labels[:32]
-    forward = steps.image_forward(MODEL, image_size=8, test_augment="square_crop")
-
-    def loss(forward, batch_size):
-        mesh = sharding.create_mesh(jax.devices()[:1])
-        eval_step = steps.make_eval_step(forward, mesh, batch_size=batch_size)
-        totals = steps.start_totals()
-        for _ in range(32 // batch_size):
-            totals = eval_step(params, *arrays, totals)
-        return float(totals["loss"])
-
-    assert loss(forward, 32) == pytest.approx(loss(forward, 8), rel=1e-6)
-    assert loss(forward, 32) != pytest.approx(loss(steps.image_forward(MODEL, image_size=8), 32), rel=1e-4)
-
-
-def test_accumulation_gives_the_update_of_the_large_batch_when_pictures_are_mixed(digits, params):
+def test_accumulation_gives_the_update_of_the_large_batch_when_images_are_mixed(digits, params):
     whole, parts = (
         Setup(params, digits, num_devices=2, batch_size=32, accumulation_steps=n, augment="inception", **MIXING)
         for n in (1, 4)
@@ -292,20 +250,20 @@ def test_accumulation_gives_the_update_of_the_large_batch_when_pictures_are_mixe
     assert float(ours["train/loss"]) == pytest.approx(float(theirs["train/loss"]), abs=1e-6)
 
 
-def test_mixed_pictures_are_learned_by_their_shares(digits, params):
-    """The loss of a step is that of the mixed pictures under both labels, worked out apart."""
+def test_train_step_weights_both_labels_of_mixed_images(digits, params):
+    """The loss of a step is that of the mixed images under both labels, worked out apart."""
     setup = Setup(params, first(digits, 16), mixup_alpha=0.3, label_smoothing=0.1)
-    rows = np.asarray(setup.permute(setup.state))
+    rows = np.asarray(rng.epoch_order(setup.state.key, 0, 16))
     keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(setup.state.key, 2), 0), 16)
-    pictures = preprocess.normalize(digits.images[rows])
+    images = preprocess.normalize(digits.images[rows])
     partners = np.roll(rows, 1)
-    mixed, share = preprocess.mix(
-        keys, pictures, preprocess.normalize(digits.images[partners]), mixup_alpha=0.3, cutmix_alpha=0.0
+    mixed, weight = preprocess.mix(
+        keys, images, preprocess.normalize(digits.images[partners]), mixup_alpha=0.3, cutmix_alpha=0.0
     )
     log_probabilities = np.asarray(jax.nn.log_softmax(MODEL.apply({"params": params}, mixed)))
-    share = np.asarray(share)
+    weight = np.asarray(weight)
     one_hot = np.eye(10)[digits.labels]
-    targets = share[:, None] * one_hot[rows] + (1 - share)[:, None] * one_hot[partners]
+    targets = weight[:, None] * one_hot[rows] + (1 - weight)[:, None] * one_hot[partners]
     expected = -((0.9 * targets + 0.01) * log_probabilities).sum(axis=1).mean()
     assert float(setup.run(1)["train/loss"]) == pytest.approx(expected, abs=1e-5)
 

@@ -81,7 +81,8 @@ def resident_batches(
     num_examples = len(labels)
     steps_per_epoch = num_examples // batch_size
     key = sharding.device_put(jax.random.PRNGKey(seed), sharding.replicated(mesh))
-    make_order = functools.partial(_epoch_order, key, mesh=mesh, num_examples=num_examples, views=num_views)
+    sizes = {"num_examples": num_examples, "num_views": num_views, "steps_per_epoch": steps_per_epoch}
+    make_order = functools.partial(_epoch_order, key, mesh=mesh, **sizes)
     take = functools.partial(
         _take, mesh=mesh, batch_size=batch_size, max_updates=max_updates, steps_per_epoch=steps_per_epoch
     )
@@ -90,16 +91,19 @@ def resident_batches(
     order = None
     while step < num_steps:
         if order is None or step % steps_per_epoch == 0:
-            order = make_order(position // steps_per_epoch)
+            order = make_order(position)
         count = min(max_updates, *(every - step % every for every in (*stops, steps_per_epoch, num_steps)))
         step += count
         batch, position = take(inputs, labels, order, position, to_device(count))
         yield step, batch
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "num_examples", "views"))
-def _epoch_order(key: jax.Array, epoch: jax.Array, *, mesh: Mesh, num_examples: int, views: int) -> jax.Array:
-    order = rng.epoch_order(key, epoch, num_examples) + num_examples * (epoch % views)
+@functools.partial(jax.jit, static_argnames=("mesh", "num_examples", "num_views", "steps_per_epoch"))
+def _epoch_order(
+    key: jax.Array, step: jax.Array, *, mesh: Mesh, num_examples: int, num_views: int, steps_per_epoch: int
+) -> jax.Array:
+    epoch = step // steps_per_epoch
+    order = rng.epoch_order(key, epoch, num_examples) + num_examples * (epoch % num_views)
     replicated: jax.Array = jax.lax.with_sharding_constraint(order, sharding.replicated(mesh))
     return replicated
 

@@ -88,6 +88,14 @@ class DatasetInfo:
     class_names: tuple[str, ...]
     in_memory: bool
 
+    def __str__(self) -> str:
+        """Returns one line."""
+        height, width, _ = self.image_shape
+        return (
+            f"{self.num_train:,} training and {self.num_test:,} test images of {height} × {width} pixels, "
+            f"{len(self.class_names)} classes{'' if self.in_memory else ', streamed'}"
+        )
+
     @classmethod
     def from_dataset(cls, dataset: Dataset) -> "DatasetInfo":
         """Describes a dataset."""

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vit_jax import data
 from vit_jax.data.batches import Batch
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
 from vit_jax.training import metrics, steps
-from vit_jax.training.experiment import Plan, create_model, dataset_options, plan_experiment
+from vit_jax.training.experiment import Plan, create_model, describe_dataset, plan_experiment
 from vit_jax.training.features import Storage
 from vit_jax.training.inference import Inference
 from vit_jax.training.initialize import load_pretrained, needs_pretrained
@@ -48,8 +47,7 @@ def dry_run(config: ConfigDict) -> None:
         UserError: the run needs more memory than a device has.
     """
     mesh = sharding.create_mesh(**config.mesh)
-    splits = {"train_split": config.dataset.train_split, "test_split": config.dataset.test_split}
-    info = data.dataset_info(**dataset_options(config), **splits)
+    info = describe_dataset(config)
     needs_file = config.pretrained and needs_pretrained(config.model, config.architecture)
     source = load_pretrained(config.pretrained) if needs_file else None
     model = create_model(config, source, num_classes=len(info.class_names))
@@ -62,15 +60,17 @@ def dry_run(config: ConfigDict) -> None:
     examples = bytes_of_examples(plan)
     state = training.arguments - sum(map(_bytes_per_device, jax.tree.leaves(plan.abstract_batch)))
     needed = training.arguments + examples + max(training.temporaries, evaluation.temporaries)
-    storage = {Storage.FEATURES: ", as cached features", Storage.STREAM: ", two batches", Storage.MEMORY: ""}
+    storage = {Storage.FEATURES: ", as cached features", Storage.STREAM: ", two batches", Storage.MEMORY: ""}[
+        plan.storage
+    ]
     device = mesh.devices.flat[0]
     available, origin = sharding.device_memory(device)
     rows = {
-        "training, per image": _work(training) + storage[plan.storage].replace(", two batches", ""),
+        "training, per image": _work(training),
         "evaluation, per image": _work(evaluation),
         "memory per device": f"{_gib(needed)} of {_gib(available)} ({origin}); {mesh.size} × {device.device_kind}",
         "  training state": _gib(state),
-        "  images": _gib(examples) + storage[plan.storage],
+        "  images": _gib(examples) + storage,
         "  temporaries": f"{_gib(training.temporaries)} to train, {_gib(evaluation.temporaries)} to evaluate",
     }
     print("\n" + "\n".join(f"{name:<23}{value}" for name, value in rows.items()))

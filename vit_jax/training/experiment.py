@@ -5,7 +5,7 @@ import functools
 import shlex
 import sys
 from collections.abc import Callable, Generator
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from vit_jax import data, models
 from vit_jax.data import DatasetFingerprint, DatasetInfo, batches, preprocess
 from vit_jax.data.batches import Batch
 from vit_jax.data.crops import CROPS
+from vit_jax.data.datasets import DatasetOptions
 from vit_jax.data.preprocess import Augment
 from vit_jax.data.streaming import BatchReader
 from vit_jax.pretrained import ModelMetadata
@@ -368,10 +369,9 @@ def create_optimizer(
     return optim.create_optimizer(schedule=schedule, num_layers=num_layers, **config.optimizer), schedule
 
 
-def dataset_options(config: ConfigDict, *, storage: str = "") -> dict[str, Any]:
-    """Returns the arguments of `data.load_dataset`, `data.load_split` and `data.dataset_info` but for the splits."""
+def dataset_options(config: ConfigDict, *, storage: str = "") -> DatasetOptions:
+    """Returns the arguments of `data.load_dataset` and the like, but for name and splits."""
     return {
-        "name": config.dataset.name,
         "data_dir": config.dataset.data_dir,
         "image_size": config.image_size,
         "classes": config.dataset.classes,
@@ -383,19 +383,25 @@ def dataset_options(config: ConfigDict, *, storage: str = "") -> dict[str, Any]:
 
 def load_dataset(config: ConfigDict, *, storage: str = "") -> Dataset:
     """Loads the dataset that the config names, and prints its size."""
-    splits = {"train_split": config.dataset.train_split, "test_split": config.dataset.test_split}
-    dataset = data.load_dataset(**dataset_options(config, storage=storage), **splits)
-    height, width = dataset.train.images.shape[1:3]
-    print(
-        f"{config.dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images of {height} × "
-        f"{width} pixels, {len(dataset.class_names)} classes{'' if dataset.train.in_memory else ', streamed'}"
-    )
+    name, train_split, test_split = (config.dataset[key] for key in ("name", "train_split", "test_split"))
+    options = dataset_options(config, storage=storage)
+    dataset = data.load_dataset(name, train_split=train_split, test_split=test_split, **options)
+    print(f"{name}: {DatasetInfo.from_dataset(dataset)}")
     return dataset
+
+
+def describe_dataset(config: ConfigDict) -> DatasetInfo:
+    """Returns the sizes of the dataset that the config names, and prints them; downloads and decodes nothing."""
+    name, train_split, test_split = (config.dataset[key] for key in ("name", "train_split", "test_split"))
+    info = data.dataset_info(name, train_split=train_split, test_split=test_split, **dataset_options(config))
+    print(f"{name}: {info}")
+    return info
 
 
 def load_test_split(config: ConfigDict, *, storage: str = "") -> tuple[Split, tuple[str, ...]]:
     """Loads the test split that the config names, and its class names."""
-    return data.load_split(split=config.dataset.test_split, **dataset_options(config, storage=storage))
+    options = dataset_options(config, storage=storage)
+    return data.load_split(config.dataset.name, split=config.dataset.test_split, **options)
 
 
 def check_same_dataset(found: DatasetFingerprint) -> None:

@@ -1,0 +1,76 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax.data import batches
+from vit_jax.runtime import rng, sharding
+
+IMAGES = np.arange(40 * 3, dtype=np.uint8).reshape(40, 1, 1, 3)
+LABELS = np.arange(40, dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.create_mesh(jax.devices()[:2])
+
+
+@pytest.fixture(scope="module")
+def resident(mesh):
+    return sharding.device_put((IMAGES, LABELS), sharding.replicated(mesh))
+
+
+def train_batches(resident, mesh, **options):
+    options = {"batch_size": 16, "seed": 3, "first_step": 0, "num_steps": 6, **options}
+    return list(batches.resident_batches(*resident, mesh, **options))
+
+
+def test_resident_batches_follow_the_order_of_each_epoch(resident, mesh):
+    key = jax.random.PRNGKey(3)
+    orders = [np.asarray(rng.epoch_order(key, epoch, 40)) for epoch in range(3)]
+    assert (orders[0] != orders[1]).any()
+    for step, batch in train_batches(resident, mesh):
+        epoch, position = divmod(step - 1, 2)  # two whole batches per epoch
+        rows = orders[epoch][position * 16 :][:16]
+        np.testing.assert_array_equal(batch.rows, rows)
+        np.testing.assert_array_equal(batch.labels, rows)
+        np.testing.assert_array_equal(batch.inputs, IMAGES[rows])
+        assert {shard.data.shape[0] for shard in batch.inputs.addressable_shards} == {8}
+
+
+def test_resident_batches_resume_with_the_batch_after_the_last_step(resident, mesh):
+    whole, resumed = train_batches(resident, mesh), train_batches(resident, mesh, first_step=3)
+    assert [step for step, _ in resumed] == [4, 5, 6]
+    for (_, ours), (_, theirs) in zip(resumed, whole[3:], strict=True):
+        np.testing.assert_array_equal(ours.rows, theirs.rows)
+
+
+def test_resident_batches_of_several_updates_end_at_stops_and_epochs(resident, mesh):
+    single = train_batches(resident, mesh, batch_size=8, num_steps=17)  # five updates per epoch
+    several = train_batches(resident, mesh, batch_size=8, num_steps=17, max_updates=4, stops=(7,))
+    assert [step for step, _ in several] == [4, 5, 7, 10, 14, 15, 17]
+    used = [batch.labels[np.asarray(batch.labels) >= 0] for _, batch in several]
+    np.testing.assert_array_equal(np.concatenate(used), np.concatenate([batch.labels for _, batch in single]))
+    assert {batch.labels.shape for _, batch in several} == {(32,)}
+
+
+def test_resident_batches_take_views_in_turn(mesh):
+    inputs = jnp.arange(3 * 10.0)[:, None]  # three views of ten examples
+    arrays = sharding.device_put((inputs, LABELS[:10]), sharding.replicated(mesh))
+    for step, batch in train_batches(arrays, mesh, batch_size=4, num_views=3, num_steps=8):
+        view = (step - 1) // 2 % 3
+        rows = np.asarray(batch.inputs)[:, 0]
+        assert (rows // 10 == view).all()
+        np.testing.assert_array_equal(batch.labels, rows % 10)
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+@pytest.mark.parametrize("batch_size", [2, 16, 64])
+def test_evaluation_batches_read_every_example_once_in_order(resident, mesh, on_device, batch_size):
+    images, labels = resident if on_device else (IMAGES, LABELS)
+    read = list(batches.evaluation_batches(images, labels, mesh, batch_size=batch_size))
+    assert {len(batch.labels) for batch in read} == {batch_size}
+    labels, rows, inputs = (np.concatenate([getattr(b, name) for b in read]) for name in ("labels", "rows", "inputs"))
+    assert (labels[:40] == LABELS).all() and (labels[40:] == -1).all()
+    np.testing.assert_array_equal(rows, np.arange(len(rows)))
+    np.testing.assert_array_equal(inputs[:40], IMAGES)
