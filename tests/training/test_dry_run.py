@@ -75,7 +75,7 @@ def test_stored_features_are_counted_instead_of_pictures(capsys):
     dry_run.dry_run(config_with(trainable="head"))
     text = capsys.readouterr().out
     assert "as cached features" in text
-    assert "head/.*       2           650" in text
+    assert "head/.*         2           650" in text
 
 
 def test_nothing_is_downloaded_or_left_behind(tmp_path, run_command):
