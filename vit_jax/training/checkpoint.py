@@ -5,16 +5,18 @@ pretrained checkpoints, and LoRA weights), `ema` (EMA parameters, if any), `trai
 `metadata`: JSON of what the caller gives, the test accuracy, and dtype, shape and checksum of every array.
 """
 
+import asyncio
 import contextlib
 import functools
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict, cast
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
@@ -229,7 +231,7 @@ class Checkpoints:
     def _explain_damage(self, step: int, item: str, error: Exception) -> str:
         """Returns the message of a checkpoint that cannot be read; looks for those that can."""
         path = self._directory / str(step)
-        reason = one_line(error)[:300]
+        reason = one_line(error)[:200]
         if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
             return f"out of memory while reading {path / item}: {reason}"
         intact = [other for other in self.steps() if other != step and _is_intact(self._directory / str(other))]
@@ -298,20 +300,23 @@ def _load_content(path: Path) -> _Content:
     """Reads the item `metadata` of the checkpoint in `path`; raises any exception if it is damaged."""
     content = json.loads((path / "metadata" / "metadata").read_text())
     crc32 = content.pop("crc32")
-    _require_none([] if (crc32, path.name) == (_crc32(content), str(content["step"])) else ["the metadata"])
+    _raise_if_wrong([] if (crc32, path.name) == (_crc32(content), str(content["step"])) else ["the metadata"])
     return cast(_Content, content)
 
 
 def _load_arrays(path: Path, item: str, tree: Params, content: _Content) -> Params:
     """Reads one item of the checkpoint in `path` into abstract arrays; raises any exception if it is damaged."""
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    with _patient_event_loops(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         arrays: Params = checkpointer.restore(path / item, args=ocp.args.StandardRestore(tree))
-    expected = {name: crc32 for name, crc32 in content["checksums"].items() if name.startswith(f"{item}/")}
-    _require_none(mismatches({item: arrays}, expected))
+    _raise_if_wrong(mismatches({item: arrays}, _of_item(content, item)))
     return arrays
 
 
-def _require_none(wrong: list[str]) -> None:
+def _of_item(content: _Content, item: str) -> dict[str, str]:
+    return {name: crc32 for name, crc32 in content["checksums"].items() if name.startswith(f"{item}/")}
+
+
+def _raise_if_wrong(wrong: list[str]) -> None:
     if wrong:
         raise ValueError(f"wrong checksum of {', '.join(wrong[:3])}{', …' * (len(wrong) > 3)}")
 
@@ -320,13 +325,46 @@ def _is_intact(path: Path) -> bool:
     """Reads a whole checkpoint; of several processes only the metadata, as reading arrays takes all of them."""
     try:
         content = _load_content(path)
-        if jax.process_count() == 1:
-            sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            for item, tree in _abstract_items(content, sharding).items():
-                _load_arrays(path, item, tree, content)
+        items = {name.split("/")[0] for name in content["types"]} if jax.process_count() == 1 else ()
+        with _patient_event_loops(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            for item in items:
+                types = checkpointer.metadata(path / item).item_metadata.tree
+                on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), types)
+                arrays = checkpointer.restore(path / item, args=ocp.args.PyTreeRestore(restore_args=on_host))
+                _raise_if_wrong(mismatches({item: arrays}, _of_item(content, item)))
     except Exception:
         return False
     return True
+
+
+@contextlib.contextmanager
+def _patient_event_loops() -> Iterator[None]:
+    """Inside, event loops end their tasks before they close.
+
+    Orbax closes its loop when the first array cannot be read. Reads of others would then print tracebacks.
+    """
+    policy = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_PatientPolicy())
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(policy)
+
+
+class _PatientPolicy(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _PatientLoop()
+
+
+class _PatientLoop(asyncio.SelectorEventLoop):
+    def close(self) -> None:
+        while tasks := asyncio.all_tasks(self):
+            self.run_until_complete(_finish(tasks))
+        super().close()
+
+
+async def _finish(tasks: Iterable[asyncio.Task[object]]) -> None:
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _remove_half_written(directory: Path) -> None:
