@@ -18,6 +18,7 @@ from PIL import Image
 from configs import digits
 from vit_jax import data, trainer, visualize
 from vit_jax.data.streaming import training_batches
+from vit_jax.run import load_run
 from vit_jax.runtime import resources
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.training import dry_run
@@ -243,8 +244,8 @@ def test_train_and_evaluate_gives_the_same_run_streamed_and_in_memory(folder, tm
 
 
 def test_pictures_of_a_streamed_run_are_drawn(whole):
-    figures = dict(visualize.draw_all(trainer.load_run(whole), whole, pictures=[], num_images=4, layer=None, head=None))
-    assert {"confusion", "mistakes", "attention_rollout"} <= figures.keys()
+    figures = dict(visualize.draw_all(load_run(whole), num_images=4))
+    assert {"confusion", "errors", "attention_rollout"} <= figures.keys()
 
 
 def test_a_dry_run_counts_batches_instead_of_pictures(folder, capsys):

@@ -16,6 +16,7 @@ import vit_jax
 from configs import digits
 from vit_jax import classifier, export, models, pretrained, trainer, visualize
 from vit_jax.pretrained.formats import LAYOUTS
+from vit_jax.run import load_run
 from vit_jax.runtime.errors import UserError
 from vit_jax.training import build
 
@@ -290,12 +291,10 @@ def test_a_run_starts_from_one_and_is_looked_into_and_handed_on(name, image_size
     flat, layout = FILES[name]
     config = config_from(write(tmp_path / "file.npz", layout(flat)), image_size=image_size)
     trainer.train_and_evaluate(config, tmp_path / "run")
-    run = trainer.load_run(tmp_path / "run")
+    run = load_run(tmp_path / "run")
     params = flatten_dict(jax.device_get(run.params), sep="/")
     assert params.keys() == flat.keys() and not np.array_equal(params["embedding/kernel"], flat["embedding/kernel"])
-    names = [
-        name for name, _ in visualize.draw_all(run, tmp_path / "run", pictures=[], num_images=2, layer=None, head=None)
-    ]
+    names = [name for name, _ in visualize.draw_all(run, num_images=2)]
     assert {"patch_filters", "position_similarity", "attention_rollout", "attention_heads"} <= set(names)
 
     export.export_npz(run, tmp_path / "out.npz")
