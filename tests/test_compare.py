@@ -20,20 +20,20 @@ def runs(tmp_path_factory):
     return folder
 
 
-def test_runs_stand_side_by_side(runs):
+def test_compare_runs_reads_each_run(runs):
     lines = (runs / "full/metrics.jsonl").read_text().splitlines()
     speeds = [json.loads(line).get("images_per_second") for line in lines]
     full, head = compare.compare_runs([runs / "full", runs / "head"])
     # Embedding 784, cls 16, positions 17 · 16; block: two norms, four of 16 · 16 + 16, two of MLP; norm; head 170.
-    assert full["parameters"] == 784 + 16 + 272 + 64 + 4 * 272 + 2 * 272 + 32 + 170
-    assert head["parameters"] == 170
+    assert full.num_trainable == 784 + 16 + 272 + 64 + 4 * 272 + 2 * 272 + 32 + 170
+    assert head.num_trainable == 170
     last = json.loads((runs / "head/metrics.jsonl").read_text().splitlines()[-1])
-    assert head["test accuracy"] == last["test/accuracy"]
-    assert full["pictures"] == 20 * 64
-    assert full["time"] == round(sum(10 * 64 / speed for speed in speeds if speed))
+    assert head.results["test/accuracy"] == last["test/accuracy"]
+    assert full.cells()["images"] == "1,280"
+    assert full.seconds == pytest.approx(sum(10 * 64 / speed for speed in speeds if speed))
 
 
-def test_the_table_is_markdown_and_lines_up(run_command, runs):
+def test_main_prints_an_aligned_markdown_table(run_command, runs):
     result = run_command("-m", "vit_jax.compare", runs / "full", runs / "head")
     assert result.returncode == 0, result.stderr
     header, rule, *rows = result.stdout.splitlines()
@@ -70,7 +70,7 @@ def test_format_table_shows_test_settings_that_differ(runs, tmp_path, changes, c
         header, _, *lines = (
             [cell.strip() for cell in line.split("|")] for line in compare.format_table(rows).splitlines()
         )
-        assert set(header) & set(compare._TEST_SETTINGS) == ({column} - {None})
+        assert set(header) & compare._test_settings(digits.get_config()).keys() == ({column} - {None})
         if column:
             assert [line[header.index(column)] for line in lines] == cells
 
@@ -83,31 +83,31 @@ def test_compare_runs_accepts_runs_of_no_steps(tmp_path):
     assert trainer.train_and_evaluate(config, tmp_path) == results
     for join_seeds in (False, True):
         (row,) = compare.compare_runs([tmp_path], join_seeds=join_seeds)
-        assert (row["test accuracy"], row["pictures"], row["time"]) == (results["test/accuracy"], 0, 0)
+        assert (row.results["test/accuracy"], row.cells()["images"], row.seconds) == (results["test/accuracy"], "0", 0)
     assert report.write_report(tmp_path).exists()
 
 
-def test_runs_that_cannot_be_compared_are_refused(run_command, runs, tmp_path):
+def test_compare_runs_refuses_other_test_images_and_unfinished_runs(run_cli, runs, tmp_path):
     def refused(**changes):
         other = copy_run(runs / "full", tmp_path / f"other{len(list(tmp_path.iterdir()))}", changes)
-        result = run_command("-m", "vit_jax.compare", runs / "full", other)
-        assert result.returncode == 1
+        result = run_cli("vit_jax.compare", [runs / "full", other])
+        assert result.code == 1
         (line,) = result.stderr.splitlines()
         return line
 
-    assert "were tested on different pictures" in refused(**{"dataset.test_split": "test[:50%]"})
-    assert "is at step 20 of 40; compare finished runs" in refused(num_steps=40)
+    assert "were tested on different images" in refused(**{"dataset.test_split": "test[:50%]"})
+    assert "is at step 20 of 40; expected a finished run" in refused(num_steps=40)
 
 
 @pytest.mark.parametrize(("words", "code"), [([], 2), (["/nowhere"], 1)])
-def test_what_is_no_run_is_one_line(run_command, words, code):
-    result = run_command("-m", "vit_jax.compare", *words)
-    assert result.returncode == code
+def test_main_reports_what_is_not_a_run_in_one_line(run_cli, words, code):
+    result = run_cli("vit_jax.compare", words)
+    assert result.code == code
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
 
 
-def test_seeds_of_one_recipe_are_one_row(runs, run_command, tmp_path):
+def test_compare_runs_joins_seeds(runs, run_cli, tmp_path):
     """Accuracies of 0.5, 0.6 and 0.7: 0.6 ± 0.1, with n - 1 below the root."""
     for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
         workdir = tmp_path / f"full-{seed}"
@@ -120,10 +120,10 @@ def test_seeds_of_one_recipe_are_one_row(runs, run_command, tmp_path):
         (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     workdirs = [tmp_path / "full-0", runs / "head", tmp_path / "full-1", tmp_path / "full-2"]
     full, head = compare.compare_runs(workdirs, join_seeds=True)
-    assert (full["run"], full["seeds"], full["parameters"], full["trains"]) == ("full", 3, 2970, "full")
-    assert full["test accuracy"] == pytest.approx(0.6) and full["±"] == pytest.approx(0.1)
-    assert (head["run"], head["seeds"], head["±"]) == ("head", 1, 0.0)
-    result = run_command("-m", "vit_jax.compare", "--join_seeds", *workdirs)
-    assert result.returncode == 0, result.stderr
+    assert (full.run, full.num_seeds, full.num_trainable) == ("full", 3, 2970)
+    assert full.results["test/accuracy"] == pytest.approx(0.6) and full.accuracy_std == pytest.approx(0.1)
+    assert (head.run, head.num_seeds, head.accuracy_std) == ("head", 1, 0.0)
+    result = run_cli("vit_jax.compare", ["--join_seeds", *workdirs])
+    assert result.code == 0, result.stderr
     row = [cell.strip() for cell in result.stdout.splitlines()[2].split("|")]
     assert row[1:7] == ["full", "full", "2,970", "3", "60.00%", "10.00%"]

@@ -1,5 +1,3 @@
-"""`predict` on pictures of all kinds, in real processes."""
-
 import json
 import subprocess
 
@@ -10,24 +8,19 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 import vit_jax
-from configs import digits
-from vit_jax import data, evaluate, predict, pretrained, trainer
+from vit_jax import data, evaluate, predict, pretrained
 from vit_jax.run import load_run
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    config = digits.get_config()
-    config.update(num_steps=20, warmup_steps=5, eval_every_steps=20, checkpoint_every_steps=20)
-    folder = tmp_path_factory.mktemp("runs") / "digits"
-    trainer.train_and_evaluate(config, folder)
-    return folder
+def workdir(finished_run):
+    return finished_run
 
 
 @pytest.fixture(scope="module")
-def pictures(workdir, tmp_path_factory):
-    """Real digits as files of every kind; one is no picture."""
-    folder = tmp_path_factory.mktemp("pictures")
+def image_files(workdir, tmp_path_factory):
+    """Real digits as image files of every kind; one file is not an image."""
+    folder = tmp_path_factory.mktemp("images")
     images = load_run(workdir).load_test_split().images
     (folder / "more").mkdir()
     rgb = [Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR) for image in images[:6]]
@@ -39,22 +32,22 @@ def pictures(workdir, tmp_path_factory):
     exif[0x0112] = 6  # to be turned by 90 degrees
     rgb[4].rotate(90, expand=True).save(folder / "e_turned.png", exif=exif)
     rgb[5].resize((160, 160), Image.Resampling.NEAREST).save(folder / "more" / "f_large.webp", lossless=True)
-    (folder / "more" / "notes.txt").write_text("no picture")
+    (folder / "more" / "notes.txt").write_text("not an image")
     wanted = vit_jax.load(workdir).predict(np.stack([np.asarray(image) for image in rgb]))
     return folder, wanted
 
 
-def answers(result):
+def predictions(result):
     """path -> {class: probability} of the JSON lines."""
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    return {line["picture"]: {entry["name"]: entry["probability"] for entry in line["classes"]} for line in lines}
+    return {line["image"]: {entry["name"]: entry["probability"] for entry in line["classes"]} for line in lines}
 
 
-def test_a_folder_of_pictures_of_every_kind(workdir, pictures, run_command):
-    folder, wanted = pictures
+def test_main_classifies_a_directory_of_images_of_every_kind(workdir, image_files, run_command):
+    folder, wanted = image_files
     result = run_command("-m", "vit_jax.predict", "--workdir", workdir, folder, "--json", "--top", 10)
     assert result.returncode == 0, result.stderr
-    found = answers(result)
+    found = predictions(result)
     assert [path.rpartition("/")[2][0] for path in found] == list("abcdef")
     for (path, probabilities), row in zip(found.items(), wanted, strict=True):
         assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)
@@ -62,8 +55,8 @@ def test_a_folder_of_pictures_of_every_kind(workdir, pictures, run_command):
         assert [probabilities[str(i)] for i in range(10)] == pytest.approx(list(row), abs=close), path
 
 
-def test_the_best_classes_in_words(workdir, pictures, run_command):
-    folder, wanted = pictures
+def test_main_prints_the_top_classes(workdir, image_files, run_command):
+    folder, wanted = image_files
     result = run_command("-m", "vit_jax.predict", "--workdir", workdir, folder / "a_rgb.png", "--top", 2)
     assert result.returncode == 0, result.stderr
     first, second = np.argsort(-wanted[0])[:2]
@@ -71,36 +64,57 @@ def test_the_best_classes_in_words(workdir, pictures, run_command):
     assert result.stdout.splitlines() == [said]
 
 
-def test_patterns_and_a_list_on_stdin(workdir, pictures):
-    folder, _ = pictures
+def test_main_takes_patterns_and_paths_on_stdin(workdir, image_files):
+    folder, _ = image_files
     command = command_line("-m", "vit_jax.predict", "--workdir", workdir, f"{folder}/**/*.png", "-", "--json")
     given = f"{folder / 'more/f_large.webp'}\n\n"
     result = subprocess.run(
         command, input=given, cwd=ROOT, env=command_env(), capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
-    assert [path.rpartition("/")[2][0] for path in answers(result)] == list("abcdef")
+    assert [path.rpartition("/")[2][0] for path in predictions(result)] == list("abcdef")
 
 
-def test_a_bad_file_is_reported_and_the_rest_goes_on(workdir, pictures, run_command, tmp_path):
-    folder, _ = pictures
+def test_main_reports_bad_files_and_classifies_the_others(workdir, image_files, run_command, tmp_path):
+    folder, _ = image_files
     torn = tmp_path / "torn.png"
     torn.write_bytes((folder / "a_rgb.png").read_bytes()[:60])
     words = [folder / "a_rgb.png", folder / "more/notes.txt", torn, tmp_path / "nowhere.jpg", folder / "b_grey.png"]
     result = run_command("-m", "vit_jax.predict", "--workdir", workdir, *words, "--json")
     assert result.returncode == 1
-    assert [path.rpartition("/")[2][0] for path in answers(result)] == list("ab")
+    assert [path.rpartition("/")[2][0] for path in predictions(result)] == list("ab")
     *each, last = result.stderr.splitlines()
-    assert len(each) == 3 and all(line.startswith("error: image ") for line in each)
-    assert last == "error: 3 of 5 pictures could not be read, see above; the others were answered"
+    assert len(each) == 3 and all(line.startswith("error: picture ") for line in each)
+    assert last == "error: 3 of 5 images could not be read"
+
+
+def test_predict_files_keeps_the_batch_size(image_files, monkeypatch):
+    """Seven files in batches of three: the last batch is filled up, a file that cannot be read leaves a gap."""
+    folder, _ = image_files
+    classifier, sizes = vit_jax.load("micro"), []
+    paths = [*sorted(map(str, folder.glob("*.png"))), "nowhere.png", str(folder / "more/f_large.webp")]
+    whole = dict(predict.predict_files(classifier, paths))
+    monkeypatch.setattr(predict, "_BATCH_SIZE", 3)
+
+    def spy(self, images, *, batch_size):
+        sizes.append((len(images), batch_size))
+        return call(self, images, batch_size=batch_size)
+
+    call = type(classifier).predict
+    monkeypatch.setattr(type(classifier), "predict", spy)
+    batched = dict(predict.predict_files(classifier, paths))
+    assert list(batched) == paths and sizes == [(3, 3)] * 3
+    assert "no such file" in str(batched.pop("nowhere.png"))
+    for path, probabilities in batched.items():
+        np.testing.assert_allclose(probabilities, whole[path], atol=1e-5)
 
 
 @pytest.mark.parametrize("exported", [True, False])
-def test_the_first_answer_comes_soon_and_needs_no_large_package(workdir, pictures, run_command, exported):
+def test_main_starts_quickly_without_large_packages(workdir, image_files, run_command, exported):
     source, large = workdir, {"matplotlib", "sklearn", "tensorflow", "tensorflow_datasets", "tensorboardX"}
     if exported:  # only a run's folder is read by Orbax
         source, large = "micro", large | {"orbax"}
-    words = ["--workdir", str(source), str(pictures[0] / "a_rgb.png")]
+    words = ["--workdir", str(source), str(image_files[0] / "a_rgb.png")]
     code = (
         f"import sys, time; from vit_jax import predict; predict.main({words}); "
         "print(time.process_time(), *sys.modules, sep='\\n')"
@@ -116,35 +130,37 @@ def test_the_first_answer_comes_soon_and_needs_no_large_package(workdir, picture
     ("words", "code", "message"),
     [
         (["a.png", "--top", "0"], 2, "--top is 0; expected at least 1"),
-        ([], 2, "the following arguments are required: PICTURE"),
-        (["benchmarks"], 1, "benchmarks names no picture"),
-        (["nowhere/*.png"], 1, "nowhere/*.png names no picture"),
-        (["a.png"], 1, "image a.png: no such file"),
-        (["configs/base.py"], 1, "image configs/base.py cannot be decoded (not an image)"),
+        ([], 2, "the following arguments are required: IMAGE"),
+        (["benchmarks"], 1, "no images found in benchmarks"),
+        (["nowhere/*.png"], 1, "no images found in nowhere/*.png"),
+        (["a.png"], 1, "picture a.png: no such file"),
+        (["configs/base.py"], 1, "picture configs/base.py cannot be decoded (not a picture)"),
         (["a.png", "--workdir", "configs"], 1, "configs is a folder without parameters"),
-        (["a.png", "--workdir", "imagenet22k"], 2, "no pretrained file 'imagenet22k'"),
+        (["a.png", "--model", "micro", "--workdir", "runs/x"], 2, "not allowed with argument"),
+        (["a.png", "--model", "imagenet22k"], 2, "no pretrained file 'imagenet22k'"),
     ],
 )
-def test_what_cannot_be_answered_is_one_line(workdir, run_command, words, code, message):
-    result = run_command("-m", "vit_jax.predict", "--workdir", workdir, *words)
-    assert result.returncode == code
+def test_main_reports_errors_in_one_line(workdir, run_cli, words, code, message):
+    source = [] if "--model" in words else ["--workdir", workdir]
+    result = run_cli("vit_jax.predict", [*source, *words])
+    assert result.code == code
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and message in line
 
 
-def test_a_head_that_was_never_trained_is_refused(run_command, tmp_path):
+def test_main_refuses_an_untrained_head(run_cli, tmp_path):
     params = pretrained.load_npz(pretrained.resolve("micro"))
     params["head"]["kernel"] *= 0
     pretrained.save_npz(tmp_path / "zero.npz", params)
-    result = run_command("-m", "vit_jax.predict", "--workdir", tmp_path / "zero.npz", "a.png")
-    assert result.returncode == 1
+    result = run_cli("vit_jax.predict", ["--model", tmp_path / "zero.npz", "a.png"])
+    assert result.code == 1
     assert result.stderr.splitlines() == [
         f"error: {tmp_path / 'zero.npz'} has a head of zeros, which says nothing; fine-tune the model first"
     ]
 
 
 @pytest.mark.parametrize("size", [(60, 60), (180, 180), (48, 70), (24, 24)])
-def test_every_way_to_predict_sees_the_same_pixels(tmp_path, size):
+def test_predict_files_sees_the_pixels_of_arrays_and_datasets(tmp_path, size):
     """Arrays, files, datasets in memory and streamed; larger and smaller than the model's 32 pixels."""
     photo = Image.fromarray(load_sample_image("china.jpg"))
     rng = np.random.default_rng(0)

@@ -10,7 +10,7 @@ SIZES = {"patch_size": 4, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "m
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_attention_weights_are_those_of_every_head_and_sum_to_one(remat):
+def test_attention_weights_of_every_head_sum_to_one(remat):
     model = VisionTransformer(7, **SIZES, remat=remat)
     images = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
     params = model.init(jax.random.key(0), images)["params"]
@@ -34,8 +34,8 @@ def test_attention_weights_are_those_of_every_head_and_sum_to_one(remat):
     np.testing.assert_allclose(weights[0], scores / scores.sum(-1, keepdims=True), atol=1e-5)
 
 
-def test_training_computes_nothing_for_the_weights():
-    """They are asked for in every call and kept in none but `attention_weights`'."""
+def test_attention_weights_are_not_kept_by_other_calls():
+    """Every call sows them, only that of `attention_weights` keeps them."""
     model = VisionTransformer(7, **SIZES)
     images = np.zeros((2, 8, 8, 3), np.float32)
     params = model.init(jax.random.key(0), images)
@@ -43,7 +43,7 @@ def test_training_computes_nothing_for_the_weights():
     assert model.apply(params, images).shape == (2, 7)
 
 
-def test_rollout_of_one_layer_is_half_of_its_mean_over_heads():
+def test_attention_rollout_of_one_layer_is_half_of_its_mean_over_heads():
     weights = np.zeros((1, 1, 2, 5, 5))
     weights[0, 0, 0] = np.eye(5)[[1, 1, 1, 1, 1]]  # one head: all on the first patch
     weights[0, 0, 1] = np.eye(5)[[4, 4, 4, 4, 4]]  # the other: all on the last
@@ -51,7 +51,7 @@ def test_rollout_of_one_layer_is_half_of_its_mean_over_heads():
     np.testing.assert_allclose(rollout, [[[0.25, 0], [0, 0.25]]])
 
 
-def test_rollout_multiplies_the_later_layer_from_the_left():
+def test_attention_rollout_multiplies_the_later_layer_from_the_left():
     """The class token takes half of patch 1, which had taken half of patch 2 before."""
     first, second = np.eye(5), np.eye(5)
     first[1] = np.eye(5)[2]
@@ -61,7 +61,7 @@ def test_rollout_multiplies_the_later_layer_from_the_left():
     np.testing.assert_allclose(analysis.attention_rollout(weights), [[[0.25, 0.25], [0, 0]]])
 
 
-def test_rollout_without_a_class_token_is_of_what_the_head_reads():
+def test_attention_rollout_without_a_class_token_averages_by_pooling_weights():
     """Every patch attends to the first of four; half of each stays what it is."""
     weights = np.zeros((1, 1, 1, 4, 4))
     weights[..., 0] = 1
@@ -71,7 +71,7 @@ def test_rollout_without_a_class_token_is_of_what_the_head_reads():
     np.testing.assert_allclose(analysis.attention_rollout(weights, last), [[[0.5, 0], [0, 0.5]]])
 
 
-def test_maps_are_of_the_class_token_or_of_the_patches_on_average():
+def test_attention_maps_are_of_the_class_token_or_the_mean_over_patches():
     weights = np.arange(25.0).reshape(1, 1, 1, 5, 5)
     np.testing.assert_array_equal(analysis.attention_maps(weights)[0, 0, 0], [[1, 2], [3, 4]])
     weights = np.arange(16.0).reshape(1, 1, 1, 4, 4)
@@ -79,15 +79,15 @@ def test_maps_are_of_the_class_token_or_of_the_patches_on_average():
 
 
 @pytest.mark.parametrize("pool", ["mean", "map"])
-def test_pooling_weights_are_shares_of_patches(pool):
+def test_pooling_weights_sum_to_one(pool):
     """The mean's are equal; a probe's are what its attention gives, and equal where its queries are zero."""
     model = VisionTransformer(3, patch_size=4, hidden_size=8, num_layers=1, num_heads=2, mlp_dim=8, pool=pool)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
     params = model.init(jax.random.PRNGKey(0), images)["params"]
-    shares = analysis.pooling_weights(model, params, images)
-    assert shares.shape == (2, 4)
-    np.testing.assert_allclose(shares.sum(axis=-1), 1, rtol=1e-5)
-    assert (np.ptp(shares, axis=-1) > 0.01).all() == (pool == "map")
+    fractions = analysis.pooling_weights(model, params, images)
+    assert fractions.shape == (2, 4)
+    np.testing.assert_allclose(fractions.sum(axis=-1), 1, rtol=1e-5)
+    assert (np.ptp(fractions, axis=-1) > 0.01).all() == (pool == "map")
     if pool == "map":
         query = params["MAPHead_0"]["MultiHeadDotProductAttention_0"]["query"]
         query["kernel"] = jnp.zeros_like(query["kernel"])
@@ -95,8 +95,8 @@ def test_pooling_weights_are_shares_of_patches(pool):
     assert analysis.pooling_weights(model.clone(pool="cls"), params, images) is None
 
 
-def test_patches_that_are_no_square_are_refused():
-    with pytest.raises(ValueError, match="6 patches are no square grid"):
+def test_to_grid_refuses_patches_that_do_not_form_a_square():
+    with pytest.raises(ValueError, match="6 patches do not form a square grid"):
         analysis.to_grid(np.zeros((2, 6)))
 
 
@@ -113,7 +113,7 @@ def test_position_similarity_without_a_class_token_is_of_every_row():
     np.testing.assert_allclose(similarity[0], [1, 0, 0.5**0.5], atol=1e-6)
 
 
-def test_filter_components_are_the_directions_in_which_filters_differ():
+def test_filter_components_are_the_directions_of_most_variance():
     rng = np.random.default_rng(0)
     red, edge = np.zeros((2, 2, 3)), np.zeros((2, 2, 3))
     red[..., 0] = 0.5  # of length 1
@@ -121,22 +121,22 @@ def test_filter_components_are_the_directions_in_which_filters_differ():
     strong, weak = rng.permutation(np.repeat([-1.0, 1.0], 50)), rng.permutation(np.repeat([-1.0, 1.0], 50))
     weak -= strong * (weak @ strong) / (strong @ strong)
     kernel = 7 + np.einsum("hwc,d->hwcd", red, 3 * strong) + np.einsum("hwc,d->hwcd", edge, weak)
-    components, shares = analysis.filter_components(kernel, count=3)
+    components, explained = analysis.filter_components(kernel, count=3)
     np.testing.assert_allclose(components[0], red, atol=1e-5)
     np.testing.assert_allclose(np.abs(components[1]), np.abs(edge), atol=1e-5)
-    assert shares[0] == pytest.approx(9 * 100 / (9 * 100 + weak @ weak), abs=1e-5)
-    assert shares[2] == pytest.approx(0, abs=1e-6)
+    assert explained[0] == pytest.approx(9 * 100 / (9 * 100 + weak @ weak), abs=1e-5)
+    assert explained[2] == pytest.approx(0, abs=1e-6)
 
 
-def test_confusion_counts_what_is_said_of_what_is():
+def test_confusion_matrix_counts_true_and_predicted_classes():
     labels, predictions = np.array([0, 0, 0, 1, 2, 2]), np.array([0, 1, 1, 1, 0, 2])
-    counts = analysis.confusion(labels, predictions, num_classes=4)
+    counts = analysis.confusion_matrix(labels, predictions, num_classes=4)
     np.testing.assert_array_equal(counts, [[1, 2, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]])
-    assert analysis.most_confused(counts) == [(0, 1, 2), (2, 0, 1)]
-    assert analysis.most_confused(counts, count=1) == [(0, 1, 2)]
+    assert analysis.most_frequent_confusions(counts) == [(0, 1, 2), (2, 0, 1)]
+    assert analysis.most_frequent_confusions(counts, count=1) == [(0, 1, 2)]
 
 
-def test_surest_mistakes_are_wrong_and_in_order():
+def test_most_confident_errors_are_wrong_and_in_order():
     probabilities = np.array([[0.9, 0.1], [0.3, 0.7], [0.2, 0.8], [0.45, 0.55]])
     labels = np.array([0, 0, 0, 0])
     np.testing.assert_array_equal(analysis.most_confident_errors(probabilities, labels), [2, 1, 3])

@@ -9,7 +9,7 @@ RECORDS = [
 ]
 
 
-def test_plot_curves_draws_each_record_at_its_step():
+def test_plot_curves_plots_each_record_at_its_step():
     loss, accuracy, rate = plotting.plot_curves(RECORDS).axes
     np.testing.assert_array_equal(loss.lines[0].get_xydata(), [[1, 2.0], [2, 1.0]])
     np.testing.assert_array_equal(loss.lines[1].get_xydata(), [[2, 1.5]])
@@ -24,7 +24,7 @@ def test_plot_curves_labels_axes_and_lines():
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["train (single batches)", "test"]
 
 
-def test_plot_accuracies_draws_a_line_for_each_run_and_names_its_last_value():
+def test_plot_accuracies_plots_a_line_for_each_run_and_names_its_last_value():
     (axes,) = plotting.plot_accuracies({"ours": RECORDS, "not evaluated": []}, title="digits").axes
     tested = [(record["step"], record["test/accuracy"]) for record in RECORDS if "test/accuracy" in record]
     assert axes.lines[0].get_xydata().tolist() == [list(point) for point in tested]
@@ -33,11 +33,36 @@ def test_plot_accuracies_draws_a_line_for_each_run_and_names_its_last_value():
     assert axes.lines[0].get_color() != axes.lines[1].get_color()
 
 
-def test_titles_above_a_single_picture_are_whole():
+def test_plot_attention_of_a_single_image_shows_whole_titles():
     image, weights = np.zeros((1, 32, 32, 3), np.uint8), np.ones((1, 8, 8))
     title = "Attention of the patches, on average: layer 11, mean of its heads"
-    figure = plotting.plot_attention(image, weights, ["a_long_name_of_a_file.jpg\nsays something"], title=title)
+    figure = plotting.plot_attention(
+        image, weights, ["a_long_name_of_a_file.jpg\nclassified as something"], title=title
+    )
     figure.draw_without_rendering()
     texts = [figure._suptitle, *(axes.title for axes in figure.axes)]
     for box in (text.get_window_extent() for text in texts):
         assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+
+
+def test_plot_attention_scales_each_map_to_its_own_range():
+    images, maps = np.zeros((2, 8, 8, 3), np.uint8), np.array([[[0.1, 0.2], [0.3, 0.4]], [[0.0, 0.0], [0.0, 0.9]]])
+    figure = plotting.plot_attention(images, maps, ["a", "b"], title="rollout")
+    heat = [axes.images[1] for axes in figure.axes if len(axes.images) == 2]
+    assert [image.get_clim() for image in heat] == [(0.1, 0.4), (0.0, 0.9)]
+    assert [axes.get_title() for axes in figure.axes[2:4]] == ["10.00% to 40.00%", "0.00% to 90.00%"]
+
+
+def test_plot_confusion_leaves_rows_of_classes_without_images_empty():
+    counts = np.array([[3, 1], [0, 0]])
+    matrix, words, _ = plotting.plot_confusion(counts, [(0, 1, 1)], ["cat", "dog"], title="").axes
+    np.testing.assert_array_equal(matrix.images[0].get_array().filled(-1), [[0.75, 0.25], [-1, -1]])
+    assert words.texts[0].get_text() == "1 × cat classified as dog"
+
+
+def test_plot_position_similarity_puts_each_map_at_its_patch():
+    similarity = np.arange(16, dtype=np.float32).reshape(4, 4) / 16
+    (image,) = plotting.plot_position_similarity(similarity).axes[0].images
+    canvas = image.get_array().filled(-9)
+    np.testing.assert_array_equal(canvas[:2, 3:], similarity[1].reshape(2, 2))
+    np.testing.assert_array_equal(canvas[2], -9)
