@@ -1,15 +1,15 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import jax
 import pytest
 
 from configs import digits
 from vit_jax import trainer
-from vit_jax.run import load_run
+from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UsageError, UserError
-from vit_jax.training.checkpoint import Checkpoints
 
 
 def small_config(**changes):
@@ -20,19 +20,56 @@ def small_config(**changes):
     return config
 
 
-def test_a_run_waits_for_its_device_on_log_and_evaluation_steps_only(tmp_path, monkeypatch):
-    fetches = []
-    fetch = trainer.fetch
-    monkeypatch.setattr(trainer, "fetch", lambda tree: fetches.append(tree) or fetch(tree))
-    trainer.train_and_evaluate(small_config(), tmp_path)
-    assert len(fetches) == 3  # the lines of steps 20 and 40, and one evaluation
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Directory and results of a finished run, and how often it waited for its device."""
+    workdir, fetches, fetch = tmp_path_factory.mktemp("finished") / "run", [], trainer.fetch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "fetch", lambda tree: fetches.append(tree) or fetch(tree))
+        results = trainer.train_and_evaluate(small_config(), workdir)
+    return workdir, results, len(fetches)
 
 
-def test_train_and_evaluate_returns_the_last_evaluation(tmp_path):
-    results = trainer.train_and_evaluate(small_config(), tmp_path)
-    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A finished run that a test may change."""
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+HALF = {"log_every_steps": 10, "checkpoint_every_steps": 20}
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """Directory of a run with `HALF` that stopped after the checkpoint of step 20."""
+    workdir, save = tmp_path_factory.mktemp("interrupted") / "run", trainer.checkpoint.save
+
+    def save_and_stop(manager, step, *args, **kwargs):
+        save(manager, step, *args, **kwargs)
+        if step == 20:
+            raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(trainer.checkpoint, "save", save_and_stop)
+        trainer.train_and_evaluate(small_config(**HALF), workdir)
+    return workdir
+
+
+@pytest.fixture
+def half(interrupted, tmp_path):
+    """An interrupted run that a test may change."""
+    return shutil.copytree(interrupted, tmp_path / "half")
+
+
+def test_train_and_evaluate_waits_for_its_device_at_log_and_evaluation_steps_only(finished):
+    assert finished[2] == 3  # the lines of steps 20 and 40, and one evaluation
+
+
+def test_train_and_evaluate_returns_the_last_evaluation(finished):
+    workdir, results, _ = finished
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"step": 40, **results} == last
-    assert trainer.train_and_evaluate(small_config(), tmp_path) == results
+    assert trainer.train_and_evaluate(small_config(), workdir) == results
 
 
 @pytest.mark.parametrize(("optimizer", "trainable"), [("adamw", "full"), ("adamw", "head"), ("sgd", "head")])
@@ -40,82 +77,57 @@ def test_load_run_gives_model_and_parameters(tmp_path, optimizer, trainable):
     config = small_config(trainable=trainable, dtype="bfloat16")
     config.optimizer.name = optimizer
     results = trainer.train_and_evaluate(config, tmp_path)
-    run = load_run(tmp_path)
+    run = trainer.load_run(tmp_path)
     assert run.step == 40
     assert run.class_names == tuple("0123456789")
     assert run.model.dtype == jax.numpy.bfloat16
-    assert run.evaluate() == pytest.approx(results, rel=1e-5)
+    assert trainer.evaluate_run(run) == pytest.approx(results, rel=1e-5)
 
 
-def test_load_run_names_the_checkpoints_that_there_are(tmp_path):
-    trainer.train_and_evaluate(small_config(), tmp_path)
+def test_load_run_names_the_checkpoints_that_there_are(finished):
     with pytest.raises(UserError, match="no checkpoint of step 7; it has 40"):
-        load_run(tmp_path, step=7)
+        trainer.load_run(finished[0], step=7)
 
 
-def interrupt(config, workdir, monkeypatch, *, step):
-    """Trains until the checkpoint of a step is saved."""
-    save = Checkpoints.save
-
-    def save_and_stop(checkpoints, saved_step, *args, **kwargs):
-        save(checkpoints, saved_step, *args, **kwargs)
-        if saved_step == step:
-            raise InterruptedError
-
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(Checkpoints, "save", save_and_stop)
-        trainer.train_and_evaluate(config, workdir)
-
-
-def test_train_and_evaluate_takes_a_missing_config_json_from_the_checkpoint(tmp_path, monkeypatch):
-    interrupt(small_config(checkpoint_every_steps=20), tmp_path, monkeypatch, step=20)
-    before = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").unlink()
+def test_train_and_evaluate_takes_a_missing_config_json_from_the_checkpoint(half):
+    before = (half / "config.json").read_text()
+    (half / "config.json").unlink()
     with pytest.raises(UsageError, match=r"another config \(learning_rate: 0.001 → 0.5\)"):
-        trainer.train_and_evaluate(small_config(learning_rate=0.5), tmp_path)
-    run = load_run(tmp_path)
+        trainer.train_and_evaluate(small_config(learning_rate=0.5, **HALF), half)
+    run = trainer.load_run(half)
     assert json.dumps(run.config.to_dict(), indent=2) + "\n" == before
     assert "config" not in run.about
-    trainer.train_and_evaluate(small_config(checkpoint_every_steps=20), tmp_path)
-    assert (tmp_path / "config.json").read_text() == before
+    trainer.train_and_evaluate(small_config(**HALF), half)
+    assert (half / "config.json").read_text() == before
 
 
-def test_train_and_evaluate_refuses_a_checkpoint_without_any_config(tmp_path, monkeypatch):
+def test_train_and_evaluate_refuses_a_checkpoint_without_any_config(copy, monkeypatch):
     """Checkpoints of version 0.1 hold no config: config.json is the only copy."""
-    read_metadata = Checkpoints.read_metadata
-    old = lambda *args: {key: value for key, value in read_metadata(*args).items() if key != "config"}  # noqa: E731
-    monkeypatch.setattr(Checkpoints, "read_metadata", old)
-    trainer.train_and_evaluate(small_config(), tmp_path)
-    trainer.train_and_evaluate(small_config(), tmp_path)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(UserError, match="config.json cannot be read: "):
-        trainer.train_and_evaluate(small_config(), tmp_path)
+    read_about = trainer.checkpoint.read_about
+    old = lambda workdir: {key: value for key, value in read_about(workdir).items() if key != "config"}  # noqa: E731
+    monkeypatch.setattr(trainer.checkpoint, "read_about", old)
+    trainer.train_and_evaluate(small_config(), copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(UserError, match="config.json is missing, and the checkpoint"):
+        trainer.train_and_evaluate(small_config(), copy)
 
 
-def test_evaluate_run_refuses_other_classes(tmp_path):
-    trainer.train_and_evaluate(small_config(), tmp_path)
-    run = load_run(tmp_path)
+def test_evaluate_run_refuses_other_classes(finished):
+    run = trainer.load_run(finished[0])
     other = dataclasses.replace(run, class_names=("cat", "dog"))
     with pytest.raises(UserError, match="the run knows 2 classes, cat, dog, …; the dataset has 10, 0, 1, 2, 3, 4, …"):
-        other.evaluate()
+        trainer.evaluate_run(other)
 
 
-def test_steps_compiled_once_serve_a_resumed_run(tmp_path, monkeypatch):
-    """A run interrupted in one process and resumed in another number of devices goes on from its step."""
-    from vit_jax.runtime import sharding
-
-    trainer.train_and_evaluate(small_config(), tmp_path / "whole")
+def test_train_and_evaluate_resumes_on_another_number_of_devices(finished, half, monkeypatch):
     everything = sharding.create_mesh
-    config = small_config(checkpoint_every_steps=20)
-    interrupt(config, tmp_path / "halves", monkeypatch, step=20)
     monkeypatch.setattr(sharding, "create_mesh", lambda **mesh: everything(jax.devices()[:1], **mesh))
-    results = trainer.train_and_evaluate(config, tmp_path / "halves")
-    whole = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert results["test/loss"] == pytest.approx(whole["test/loss"], abs=1e-5)
+    results = trainer.train_and_evaluate(small_config(**HALF), half)
+    assert results["test/loss"] == pytest.approx(finished[1]["test/loss"], abs=1e-5)
 
 
 def test_train_and_evaluate_refuses_a_workdir_that_another_run_uses(tmp_path, monkeypatch):
-    save, files = Checkpoints.save, []
+    save, files = trainer.checkpoint.save, []
 
     def start_second(*args, **kwargs):
         before = sorted(tmp_path.rglob("*"))
@@ -125,7 +137,7 @@ def test_train_and_evaluate_refuses_a_workdir_that_another_run_uses(tmp_path, mo
         files.extend(path.name for path in before)
         save(*args, **kwargs)
 
-    monkeypatch.setattr(Checkpoints, "save", start_second)
+    monkeypatch.setattr(trainer.checkpoint, "save", start_second)
     trainer.train_and_evaluate(small_config(), tmp_path / "run")
     assert ".lock" in files
     assert not (tmp_path / "run/.lock").exists()
@@ -152,31 +164,28 @@ def test_lock_workdir_reports_a_file_system_without_locks(tmp_path, monkeypatch,
         pass
 
 
-def test_train_and_evaluate_refuses_damaged_metrics_and_keeps_them(tmp_path, monkeypatch):
-    config = small_config(log_every_steps=10, checkpoint_every_steps=20)
-    interrupt(config, tmp_path, monkeypatch, step=20)
-    path = tmp_path / "metrics.jsonl"
+def test_train_and_evaluate_refuses_damaged_metrics_and_keeps_them(half):
+    path = half / "metrics.jsonl"
     first, second = path.read_text().splitlines(keepends=True)
     path.write_text(first[:20] + "\n" + second)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in half.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="line 1 of .*metrics.jsonl is"):
-        trainer.train_and_evaluate(config, tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+        trainer.train_and_evaluate(small_config(**HALF), half)
+    assert {path: path.stat().st_mtime_ns for path in half.rglob("*") if path.is_file()} == before
     path.write_text(second)  # as the message says
-    trainer.train_and_evaluate(config, tmp_path)
+    trainer.train_and_evaluate(small_config(**HALF), half)
 
 
-def test_train_and_evaluate_says_that_a_finished_run_has_no_metrics(tmp_path):
-    trainer.train_and_evaluate(small_config(), tmp_path)
-    (tmp_path / "metrics.jsonl").unlink()
+def test_train_and_evaluate_reports_missing_metrics_of_a_finished_run(copy):
+    (copy / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="is finished at step 40, but metrics.jsonl is missing"):
-        trainer.train_and_evaluate(small_config(), tmp_path)
-    assert load_run(tmp_path).evaluate()["test/accuracy"] >= 0
+        trainer.train_and_evaluate(small_config(), copy)
+    assert trainer.evaluate_run(trainer.load_run(copy))["test/accuracy"] >= 0
 
 
 @pytest.mark.parametrize("num_steps", [0, 20])
 def test_train_and_evaluate_writes_metrics_to_disk_before_each_checkpoint(tmp_path, monkeypatch, num_steps):
-    events, fsync, save = [], os.fsync, Checkpoints.save
+    events, fsync, save = [], os.fsync, trainer.checkpoint.save
     metrics = tmp_path / "metrics.jsonl"
 
     def note_fsync(descriptor):
@@ -184,13 +193,13 @@ def test_train_and_evaluate_writes_metrics_to_disk_before_each_checkpoint(tmp_pa
         if metrics.exists() and os.path.samestat(os.fstat(descriptor), metrics.stat()):
             events.append(metrics.read_text())
 
-    def note_save(checkpoints, step, *args, **kwargs):
+    def note_save(manager, step, *args, **kwargs):
         assert events[-1:] == [metrics.read_text()] != [""]
         events.append(step)
-        save(checkpoints, step, *args, **kwargs)
+        save(manager, step, *args, **kwargs)
 
     monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(Checkpoints, "save", note_save)
+    monkeypatch.setattr(trainer.checkpoint, "save", note_save)
     config = small_config(num_steps=num_steps, warmup_steps=0, log_every_steps=5, checkpoint_every_steps=10)
     trainer.train_and_evaluate(config, tmp_path)
     assert [event for event in events if isinstance(event, int)] == ([10, 20] if num_steps else [0])
