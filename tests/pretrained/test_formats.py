@@ -17,7 +17,7 @@ from configs import digits
 from vit_jax import classifier, export, models, pretrained, trainer, visualize
 from vit_jax.pretrained.formats import LAYOUTS
 from vit_jax.run import load_run
-from vit_jax.runtime.errors import UserError
+from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.training import build
 
 SIZES = {"patch_size": 4, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "mlp_dim": 40}
@@ -216,7 +216,9 @@ def test_an_array_of_another_shape_is_one_line(name):
     for key in file.keys() - {"opt/0"}:
         for other in (np.float32(1), np.zeros((0, 2), np.float32)):
             with pytest.raises(UserError) as caught:
-                build.describe_file(pretrained.to_original(unflatten_dict(file | {key: np.asarray(other)}, sep="/")))
+                pretrained.ModelMetadata.from_params(
+                    pretrained.to_original(unflatten_dict(file | {key: np.asarray(other)}, sep="/"))
+                )
             assert "\n" not in str(caught.value)
 
 
@@ -272,8 +274,10 @@ def test_bfloat16_reaches_the_stem_and_the_pooling():
 def test_pictures_that_do_not_divide_into_a_hybrids_patches_are_refused():
     model = models.VisionTransformer(CLASSES, **HYBRID)
     assert model.pixels_per_patch == 8
-    assert model.complaint(36) == "config.image_size 36 is not a multiple of the patch, 8 pixels"
-    assert "stem_width 48 is not a multiple of 32" in model.clone(stem_width=48).complaint(32)
+    with pytest.raises(UsageError, match="image_size 36 is not a multiple of the patch, 8 pixels"):
+        model.validate(36)
+    with pytest.raises(UsageError, match="stem_width 48 is not a multiple of 32"):
+        model.clone(stem_width=48).validate(32)
 
 
 def config_from(file, **changes):
@@ -294,7 +298,9 @@ def test_a_run_starts_from_one_and_is_looked_into_and_handed_on(name, image_size
     run = load_run(tmp_path / "run")
     params = flatten_dict(jax.device_get(run.params), sep="/")
     assert params.keys() == flat.keys() and not np.array_equal(params["embedding/kernel"], flat["embedding/kernel"])
-    names = [name for name, _ in visualize.draw_all(run, num_images=2)]
+    names = [
+        name for name, _ in visualize.draw_all(run, tmp_path / "run", pictures=[], num_images=2, layer=None, head=None)
+    ]
     assert {"patch_filters", "position_similarity", "attention_rollout", "attention_heads"} <= set(names)
 
     export.export_npz(run, tmp_path / "out.npz")
@@ -313,7 +319,7 @@ def test_without_a_step_a_run_is_its_file(tmp_path):
     flat, layout = FILES["hybrid, root alone"]
     file = write(tmp_path / "file.npz", layout(flat))
     trainer.train_and_evaluate(config_from(file, num_steps=0, warmup_steps=0, image_size=32), tmp_path / "run")
-    params = flatten_dict(jax.device_get(trainer.load_run(tmp_path / "run").params), sep="/")
+    params = flatten_dict(jax.device_get(load_run(tmp_path / "run").params), sep="/")
     assert params.keys() == flat.keys()
     for key, leaf in params.items():
         if not key.startswith("head/"):
