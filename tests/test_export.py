@@ -3,19 +3,20 @@ import json
 import stat
 import subprocess
 import sys
+import zipfile
 
 import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
 import vit_jax
 from configs import digits
 from vit_jax import export, pretrained, trainer
 from vit_jax.run import load_run
 from vit_jax.runtime.errors import UserError
-from vit_jax.training import build, checkpoint
+from vit_jax.training.experiment import create_model
+from vit_jax.training.initialize import load_pretrained
 
 FORMATS = ("npz", "orbax", "safetensors", "stablehlo")
 
@@ -47,25 +48,32 @@ def logits_of(source, images):
     ("key", "value", "message"),
     [
         ("image_size", 20, r"image_size 20 \(parameters: 16\)"),
-        ("image_size", "16", "image_size is '16'; expected a whole number"),
+        ("image_size", "16", "image_size is '16'; expected a positive integer"),
         ("image_mean", [127, 127, 127], r"image_mean is \[127, 127, 127\]; expected three numbers from 0 to 1"),
         ("class_names", ["0"] * 9, r"number of class_names 9 \(parameters: 10\)"),
-        ("class_names", None, "class_names is None; expected a list of texts"),
+        ("class_names", None, "class_names is None; expected a list of strings"),
         ("architecture", "vgg", "architecture is 'vgg'; expected one of vit"),
-        ("model", None, "it names no model"),
+        ("model", None, "model is None; expected an object"),
         ("dtype", "float16", "dtype is 'float16'; expected one of float32, bfloat16"),
         ("num_heads", 3, r"num_heads 3 \(parameters: 4\)"),
     ],
 )
-def test_a_description_of_another_model_is_refused(exported, tmp_path, key, value, message):
-    about = pretrained.read_about(exported / "npz")
-    (about["model"] if key in about["model"] else about)[key] = value
+def test_metadata_of_another_model_is_refused(exported, tmp_path, key, value, message):
+    metadata = pretrained.read_metadata(exported / "npz").to_json()
+    (metadata["model"] if key in metadata["model"] else metadata)[key] = value
     path = tmp_path / "x.npz"
-    pretrained.save_npz(path, pretrained.load_npz(exported / "npz"), about)
-    with pytest.raises(UserError, match=f"x.npz: what the file says of its model is damaged .*{message}"):
+    write_with_comment(path, exported / "npz", metadata)
+    with pytest.raises(UserError, match=f"x.npz.* metadata.*{message}"):
         vit_jax.load(path)
-    with pytest.raises(UserError, match=f"x.npz: what the file says of its model is damaged .*{message}"):
-        build.load_source(ConfigDict({"pretrained": str(path)}))
+    with pytest.raises(UserError, match=f"x.npz.* metadata.*{message}"):
+        load_pretrained(str(path))
+
+
+def write_with_comment(path, exported, metadata):
+    """Writes metadata of any content, as version 0.1 did."""
+    pretrained.save_npz(path, pretrained.load_npz(exported))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = json.dumps(metadata).encode()
 
 
 @pytest.mark.parametrize("name", ["npz", "orbax", "safetensors"])
@@ -112,41 +120,28 @@ def test_export_keeps_the_dtype_of_the_computation(bfloat16_workdir, images, tmp
 
 
 def test_load_takes_exports_without_a_dtype_for_float32(exported, tmp_path):
-    about = pretrained.read_about(exported / "npz")
-    assert about.pop("dtype") == "float32"
-    pretrained.save_npz(tmp_path / "old.npz", pretrained.load_npz(exported / "npz"), about)
+    metadata = pretrained.read_metadata(exported / "npz").to_json()
+    assert metadata.pop("dtype") == "float32"
+    write_with_comment(tmp_path / "old.npz", exported / "npz", metadata)
     assert vit_jax.load(tmp_path / "old.npz").model.dtype == "float32"
-
-
-def test_load_takes_the_dtype_of_older_runs_from_their_config(bfloat16_workdir, monkeypatch):
-    restore_params = checkpoint.restore_params
-
-    def restore_older(*args, **options):
-        params, about = restore_params(*args, **options)
-        del about["dtype"]
-        return params, about
-
-    monkeypatch.setattr(checkpoint, "restore_params", restore_older)
-    run = vit_jax.load(bfloat16_workdir)
-    assert run.model.dtype == run.about["dtype"] == "bfloat16"
 
 
 def test_create_model_takes_its_dtype_from_the_config(bfloat16_workdir, tmp_path):
     export.export_npz(load_run(bfloat16_workdir), tmp_path / "bfloat16.npz")
     config = digits.get_config()
     config.pretrained = str(tmp_path / "bfloat16.npz")
-    source = build.load_source(config)
-    assert source.about["dtype"] == "bfloat16"
-    assert build.create_model(config, source, num_classes=10).dtype == "float32"
+    source = load_pretrained(config.pretrained)
+    assert source.metadata.dtype == "bfloat16"
+    assert create_model(config, source, num_classes=10).dtype == "float32"
 
 
 def test_predict_of_a_run_gives_its_test_accuracy(workdir, images):
     run = vit_jax.load(workdir)
-    test = trainer.load_test_dataset(run).test
+    test = run.load_test_split()
     probabilities = run.predict(test.images)
     np.testing.assert_allclose(probabilities.sum(axis=-1), 1, atol=1e-6)
     accuracy = np.mean(probabilities.argmax(axis=-1) == test.labels)
-    assert accuracy == trainer.evaluate_run(run)["test/accuracy"]
+    assert accuracy == run.evaluate()["test/accuracy"]
     np.testing.assert_allclose(run.predict(test.images[:3]), probabilities[:3], atol=1e-6)
     assert run.predict(test.images[:0]).shape == (0, 10)
     with pytest.raises(ValueError, match=r"expected pictures as uint8 \[n h w 3\], got float32 \[2, 16, 16, 3\]"):
@@ -159,7 +154,7 @@ def test_export_npz_has_the_original_keys_and_starts_another_run(workdir, export
     config = digits.get_config()
     config.update(pretrained=str(exported / "npz"), num_steps=0, warmup_steps=0)
     trainer.train_and_evaluate(config, tmp_path / "again")
-    again = flatten_dict(jax.device_get(trainer.load_run(tmp_path / "again").params), sep="/")
+    again = flatten_dict(jax.device_get(load_run(tmp_path / "again").params), sep="/")
     for key in flat.keys() - {"head/kernel", "head/bias"}:
         np.testing.assert_array_equal(again[key], flat[key])
 
@@ -167,7 +162,7 @@ def test_export_npz_has_the_original_keys_and_starts_another_run(workdir, export
 def test_main_exports_ema_parameters_unless_no_ema(workdir, exported, images, tmp_path):
     words = ["--workdir", str(workdir), "--format", "npz", "--no_ema", "--out", str(tmp_path / "raw.npz")]
     assert export.main(words) == 0
-    raw = trainer.load_run(workdir, use_ema=False)
+    raw = load_run(workdir, use_ema=False)
     np.testing.assert_array_equal(logits_of(tmp_path / "raw.npz", images), raw.logits(images))
     assert np.abs(raw.logits(images) - logits_of(exported / "npz", images)).max() > 1e-3
 
@@ -196,7 +191,7 @@ np.save({str(tmp_path / "logits.npy")!r}, logits[1])
 def test_exports_hold_the_metadata_of_the_model_alone(workdir, exported):
     about = load_run(workdir).metadata.to_json()
     assert about["vit_jax"] == vit_jax.__version__ and about["class_names"] == [str(i) for i in range(10)]
-    assert pretrained.read_about(exported / "npz") == about
+    assert pretrained.read_metadata(exported / "npz").to_json() == about
     for name in ("orbax", "stablehlo", "safetensors"):
         assert json.loads((exported / name / "about.json").read_text()) == about
     assert not about.keys() & {"command", "config", "dataset"}

@@ -16,7 +16,10 @@ from flax.traverse_util import flatten_dict
 from configs import digits
 from vit_jax import trainer
 from vit_jax.models import VisionTransformer
+from vit_jax.run import load_run
 from vit_jax.training import optim
+from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training.experiment import Experiment, create_experiment
 from vit_jax.visualization import plotting
 
 MODEL = {"patch_size": 4, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 256}
@@ -70,27 +73,19 @@ def config_of(name, **changes):
 @pytest.fixture(scope="module", autouse=True)
 def patches():
     """No curves are plotted, and runs that differ in their directory alone share what is traced and compiled."""
-    jobs, create_job = {}, trainer.create_job
+    steps, compile_train_step = {}, Experiment.compile_train_step
 
-    def create_once(config, **options):
-        key = json.dumps({**config.to_dict(), "checkpoint_every_steps": None})
-        if key not in jobs:
-            job, create_state = create_job(config, **options)
-            compiled = job.compile_train_steps()
-            shared = types.SimpleNamespace(
-                program=job.program,
-                about=job.about,
-                open_arrays=job.open_arrays,
-                compile_train_steps=lambda: compiled,
-            )
-            jobs[key] = shared, create_state
-        return jobs[key]
+    def compile_once(experiment):
+        key = json.dumps({**experiment.config.to_dict(), "checkpoint_every_steps": None})
+        if key not in steps:
+            steps[key] = compile_train_step(experiment)
+        return steps[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "create_job", create_once)
+        patch.setattr(Experiment, "compile_train_step", compile_once)
         curves = types.SimpleNamespace(savefig=lambda path, dpi: None)
         patch.setattr(plotting, "plot_curves", lambda records, title: curves)
-        yield jobs
+        yield steps
 
 
 def train(config, workdir, *, stop_at=None):
@@ -99,16 +94,16 @@ def train(config, workdir, *, stop_at=None):
     Returns:
         Host copies of the states that were saved, by step.
     """
-    saved, save = {}, trainer.checkpoint.save
+    saved, save = {}, Checkpoints.save
 
-    def save_and_stop(manager, step, state, *args, **kwargs):
+    def save_and_stop(checkpoints, step, state, *args, **kwargs):
         saved[step] = jax.device_get(state)
-        save(manager, step, state, *args, **kwargs)
+        save(checkpoints, step, state, *args, **kwargs)
         if step == stop_at:
             raise InterruptedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.checkpoint, "save", save_and_stop)
+        patch.setattr(Checkpoints, "save", save_and_stop)
         if stop_at is None:
             trainer.train_and_evaluate(config, workdir)
         else:
@@ -132,7 +127,7 @@ def whole(patches, tmp_path_factory):
     def run(name):
         workdir = tmp_path_factory.mktemp("whole") / name
         last = train(config_of(name), workdir)[13]
-        first = jax.device_get(trainer.create_job(config_of(name))[1]())
+        first = jax.device_get(create_experiment(config_of(name))[1])
         return workdir, first, last
 
     return run
@@ -184,7 +179,7 @@ def interrupted(patches, tmp_path_factory):
 
 @pytest.mark.parametrize(("data", "fsdp"), [(2, 4), (1, 1), (4, 2), (8, 1)])
 def test_train_and_evaluate_resumes_on_another_mesh(whole, interrupted, tmp_path, monkeypatch, data, fsdp):
-    workdir, restored, restore = tmp_path / "run", [], trainer.checkpoint.restore
+    workdir, restored, restore = tmp_path / "run", [], Checkpoints.restore
 
     def restore_and_look(*args):
         state = restore(*args)
@@ -196,7 +191,7 @@ def test_train_and_evaluate_resumes_on_another_mesh(whole, interrupted, tmp_path
         kernels = [tree["Transformer"]["encoderblock_0"]["MlpBlock_3"]["Dense_0"]["kernel"] for tree in kernels]
         return [[shard.data.shape for shard in kernel.addressable_shards] for kernel in kernels]
 
-    monkeypatch.setattr(trainer.checkpoint, "restore", restore_and_look)
+    monkeypatch.setattr(Checkpoints, "restore", restore_and_look)
     shutil.copytree(interrupted, workdir)
     train(config_of("mlp", **{"mesh.data": data, "mesh.fsdp": fsdp}), workdir)
     assert restored == [[[(16, 256 // fsdp)] * (data * fsdp)] * 3]  # kernel, moment and EMA on every device
@@ -228,7 +223,7 @@ def checkpoint_keys():
 
 
 def flat_run(workdir):
-    return {path: np.asarray(leaf) for path, leaf in flatten_dict(trainer.load_run(workdir).params, sep="/").items()}
+    return {path: np.asarray(leaf) for path, leaf in flatten_dict(load_run(workdir).params, sep="/").items()}
 
 
 def test_load_run_gives_the_ema_of_all_states(whole, tmp_path):
@@ -267,8 +262,8 @@ def test_load_run_merges_lora_weights_and_gives_the_keys_of_the_checkpoint(whole
 @pytest.mark.parametrize("name", ["mlp", "head_views", "lora"])
 def test_evaluate_run_gives_the_logged_results(whole, name):
     workdir = whole(name)[0]
-    expected = {"step": 13, **trainer.evaluate_run(trainer.load_run(workdir))}
+    expected = {"step": 13, **load_run(workdir).evaluate()}
     if "ema_decay" in RUNS[name]:
-        expected |= trainer.evaluate_run(trainer.load_run(workdir, use_ema=False), prefix="test_raw")
+        expected |= load_run(workdir, use_ema=False).evaluate(prefix="test_raw")
         assert expected["test/loss"] != pytest.approx(expected["test_raw/loss"], abs=1e-4)
     assert records(workdir)[-1] == pytest.approx(expected, rel=1e-5)

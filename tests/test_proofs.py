@@ -3,13 +3,15 @@
 import json
 import time
 
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from vit_jax.training.job import create_job
 
 from configs import cifar10_micro
 from vit_jax import trainer
+from vit_jax.runtime import sharding
+from vit_jax.training.experiment import create_experiment
 
 pytestmark = pytest.mark.slow
 
@@ -79,29 +81,37 @@ def test_bfloat16_reaches_the_test_accuracy_of_float32_to_a_point(curves):
 EPOCHS, EPOCHS_COMPARED = 100, 3
 
 
+def place(experiment, state):
+    """A copy of a state on the devices, to be donated."""
+    return sharding.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, experiment.abstract_state))
+
+
 def create_head(archive, *, features):
-    """A job that trains the head of the shipped file on 2,000 pictures, compiled, and what makes its first state."""
+    """An experiment that trains the head of the micro ViT on 2,000 images, its first state on the host, and its step."""
     config = micro_config(archive, trainable="head", features=features, num_steps=31 * EPOCHS, warmup_steps=31)
     config.dataset.train_split = "train[:2000]"
     config.dataset.test_split = "test[:100]"
-    job, create_state = create_job(config)
-    job.program.permute(create_state()).block_until_ready()
-    return job, create_state, job.compile_train_steps()
+    experiment, state = create_experiment(config)
+    return experiment, jax.device_get(state), experiment.compile_train_step()
 
 
-def train_epochs(job, train_steps, state, arrays, num_epochs):
-    """As the trainer goes through epochs, waiting for the end of each: their last losses, heads and seconds."""
+def train_epochs(experiment, train_step, state, examples, num_epochs):
+    """Trains as the trainer does, but waits at the end of each epoch; returns their last losses, heads and seconds."""
     losses, heads, seconds = [], [], []
-    count = job.program.steps_per_epoch if job.program.cached else 1
-    for epoch in range(num_epochs):
-        start = time.perf_counter()
-        permutation = job.program.permute(state)
-        for _ in range(job.program.steps_per_epoch // count):
-            state, scalars = train_steps(state, *arrays, permutation, count=count)
+    steps_per_epoch = experiment.dataset_info.num_train // experiment.config.batch_size
+    start = time.perf_counter()
+    for step, batch in experiment.train_batches(examples, 0):
+        state, scalars = train_step(state, batch)
+        epoch, rest = divmod(step, steps_per_epoch)
+        if rest:
+            continue
         losses.append(float(scalars["train/loss"]))
         seconds.append(time.perf_counter() - start)
-        if epoch < EPOCHS_COMPARED:
+        if epoch <= EPOCHS_COMPARED:
             heads.append({path: np.asarray(leaf) for path, leaf in flatten_dict(state.trainable, sep="/").items()})
+        if epoch == num_epochs:
+            break
+        start = time.perf_counter()
     return losses, heads, seconds
 
 
@@ -111,21 +121,21 @@ def test_a_hundred_epochs_on_stored_features_are_30_times_faster_and_the_same(ci
     What is compiled before the first step is in neither; what computes the features is compiled within the first of
     the three, and read from the cache in the others.
     """
-    fresh, create_fresh, fresh_steps = create_head(cifar10_archive, features="fresh")
-    cached, create_cached, cached_steps = create_head(cifar10_archive, features="cached")
-    assert cached.program.cached and not fresh.program.cached
+    fresh, fresh_state, fresh_step = create_head(cifar10_archive, features="fresh")
+    cached, cached_state, cached_step = create_head(cifar10_archive, features="cached")
+    assert (cached.storage, fresh.storage) == ("features", "memory")
 
-    state = create_fresh()
-    arrays = next(fresh.open_arrays(state, step=0)[0])
-    fresh_losses, fresh_heads, seconds = train_epochs(fresh, fresh_steps, state, arrays, EPOCHS_COMPARED)
+    state = place(fresh, fresh_state)
+    examples = fresh.load_examples(state)
+    fresh_losses, fresh_heads, seconds = train_epochs(fresh, fresh_step, state, examples, EPOCHS_COMPARED)
     fresh_seconds = EPOCHS * min(seconds)
 
     cached_seconds = []
     for _ in range(3):
-        state = create_cached()
+        state = place(cached, cached_state)
         start = time.perf_counter()
-        arrays = next(cached.open_arrays(state, step=0)[0])
-        losses, heads, _ = train_epochs(cached, cached_steps, state, arrays, EPOCHS)
+        examples = cached.load_examples(state)
+        losses, heads, _ = train_epochs(cached, cached_step, state, examples, EPOCHS)
         cached_seconds.append(time.perf_counter() - start)
 
     print(f"{EPOCHS} epochs: {[round(value, 2) for value in cached_seconds]} s, without {fresh_seconds:.1f} s")

@@ -15,6 +15,7 @@ from conftest import ROOT, command_env, command_line
 
 from configs import digits
 from vit_jax import trainer
+from vit_jax.run import load_run
 from vit_jax.runtime.errors import UserError
 from vit_jax.training import optim
 
@@ -52,7 +53,7 @@ def records(workdir: Path) -> list[dict]:
 
 
 def assert_same_parameters(first: Path, second: Path) -> None:
-    one, other = trainer.load_run(first), trainer.load_run(second)
+    one, other = load_run(first), load_run(second)
     assert one.step == other.step
     for ours, theirs in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -177,7 +178,7 @@ def test_train_saves_when_it_gets_a_signal(tmp_path, number, code, message):
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == code, stderr
     assert "Traceback" not in stderr
-    run = trainer.load_run(workdir)
+    run = load_run(workdir)
     assert run.step >= 25
     assert message.format(run.step) in stdout
 
@@ -198,7 +199,7 @@ def test_train_and_evaluate_keeps_the_last_checkpoint_before_a_loss_that_is_not_
     monkeypatch.setattr(optim, "make_schedule", lambda *_, **__: lambda i: jnp.where(i == 24, jnp.nan, 0.01))
     with pytest.raises(UserError, match="not finite at step 25; the last good checkpoint is step 20"):
         trainer.train_and_evaluate(config, tmp_path)
-    run = trainer.load_run(tmp_path)
+    run = load_run(tmp_path)
     assert run.step == 20
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.params))
 
@@ -208,7 +209,7 @@ def test_train_without_steps_evaluates_and_saves_the_start(tmp_path, run_cli):
     result = run_cli("train", arguments(workdir, "--config.num_steps=0", "--config.warmup_steps=0"))
     assert result.code == 0, result.stderr
     assert [line["step"] for line in records(workdir)] == [0]
-    assert trainer.load_run(workdir).step == 0
+    assert load_run(workdir).step == 0
 
 
 @pytest.mark.slow

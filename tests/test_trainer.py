@@ -8,8 +8,10 @@ import pytest
 
 from configs import digits
 from vit_jax import trainer
+from vit_jax.run import load_run
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UsageError, UserError
+from vit_jax.training.checkpoint import Checkpoints
 
 
 def small_config(**changes):
@@ -42,7 +44,7 @@ HALF = {"log_every_steps": 10, "checkpoint_every_steps": 20}
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
     """Directory of a run with `HALF` that stopped after the checkpoint of step 20."""
-    workdir, save = tmp_path_factory.mktemp("interrupted") / "run", trainer.checkpoint.save
+    workdir, save = tmp_path_factory.mktemp("interrupted") / "run", Checkpoints.save
 
     def save_and_stop(manager, step, *args, **kwargs):
         save(manager, step, *args, **kwargs)
@@ -50,7 +52,7 @@ def interrupted(tmp_path_factory):
             raise InterruptedError
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(trainer.checkpoint, "save", save_and_stop)
+        patch.setattr(Checkpoints, "save", save_and_stop)
         trainer.train_and_evaluate(small_config(**HALF), workdir)
     return workdir
 
@@ -62,7 +64,7 @@ def half(interrupted, tmp_path):
 
 
 def test_train_and_evaluate_waits_for_its_device_at_log_and_evaluation_steps_only(finished):
-    assert finished[2] == 3  # the lines of steps 20 and 40, and one evaluation
+    assert finished[2] == 2  # the lines of steps 20 and 40; evaluation waits for its own results
 
 
 def test_train_and_evaluate_returns_the_last_evaluation(finished):
@@ -77,16 +79,16 @@ def test_load_run_gives_model_and_parameters(tmp_path, optimizer, trainable):
     config = small_config(trainable=trainable, dtype="bfloat16")
     config.optimizer.name = optimizer
     results = trainer.train_and_evaluate(config, tmp_path)
-    run = trainer.load_run(tmp_path)
+    run = load_run(tmp_path)
     assert run.step == 40
     assert run.class_names == tuple("0123456789")
     assert run.model.dtype == jax.numpy.bfloat16
-    assert trainer.evaluate_run(run) == pytest.approx(results, rel=1e-5)
+    assert run.evaluate() == pytest.approx(results, rel=1e-5)
 
 
 def test_load_run_names_the_checkpoints_that_there_are(finished):
     with pytest.raises(UserError, match="no checkpoint of step 7; it has 40"):
-        trainer.load_run(finished[0], step=7)
+        load_run(finished[0], step=7)
 
 
 def test_train_and_evaluate_takes_a_missing_config_json_from_the_checkpoint(half):
@@ -94,29 +96,17 @@ def test_train_and_evaluate_takes_a_missing_config_json_from_the_checkpoint(half
     (half / "config.json").unlink()
     with pytest.raises(UsageError, match=r"another config \(learning_rate: 0.001 → 0.5\)"):
         trainer.train_and_evaluate(small_config(learning_rate=0.5, **HALF), half)
-    run = trainer.load_run(half)
+    run = load_run(half)
     assert json.dumps(run.config.to_dict(), indent=2) + "\n" == before
-    assert "config" not in run.about
     trainer.train_and_evaluate(small_config(**HALF), half)
     assert (half / "config.json").read_text() == before
 
 
-def test_train_and_evaluate_refuses_a_checkpoint_without_any_config(copy, monkeypatch):
-    """Checkpoints of version 0.1 hold no config: config.json is the only copy."""
-    read_about = trainer.checkpoint.read_about
-    old = lambda workdir: {key: value for key, value in read_about(workdir).items() if key != "config"}  # noqa: E731
-    monkeypatch.setattr(trainer.checkpoint, "read_about", old)
-    trainer.train_and_evaluate(small_config(), copy)
-    (copy / "config.json").unlink()
-    with pytest.raises(UserError, match="config.json is missing, and the checkpoint"):
-        trainer.train_and_evaluate(small_config(), copy)
-
-
-def test_evaluate_run_refuses_other_classes(finished):
-    run = trainer.load_run(finished[0])
-    other = dataclasses.replace(run, class_names=("cat", "dog"))
-    with pytest.raises(UserError, match="the run knows 2 classes, cat, dog, …; the dataset has 10, 0, 1, 2, 3, 4, …"):
-        trainer.evaluate_run(other)
+def test_evaluate_rejects_a_dataset_of_other_classes(finished):
+    run = load_run(finished[0])
+    other = dataclasses.replace(run, metadata=dataclasses.replace(run.metadata, class_names=("cat", "dog")))
+    with pytest.raises(UserError, match="the run has 2 classes, cat, dog, …; the dataset has 10, 0, 1, 2, 3, 4, …"):
+        other.evaluate()
 
 
 def test_train_and_evaluate_resumes_on_another_number_of_devices(finished, half, monkeypatch):
@@ -127,7 +117,7 @@ def test_train_and_evaluate_resumes_on_another_number_of_devices(finished, half,
 
 
 def test_train_and_evaluate_refuses_a_workdir_that_another_run_uses(tmp_path, monkeypatch):
-    save, files = trainer.checkpoint.save, []
+    save, files = Checkpoints.save, []
 
     def start_second(*args, **kwargs):
         before = sorted(tmp_path.rglob("*"))
@@ -137,7 +127,7 @@ def test_train_and_evaluate_refuses_a_workdir_that_another_run_uses(tmp_path, mo
         files.extend(path.name for path in before)
         save(*args, **kwargs)
 
-    monkeypatch.setattr(trainer.checkpoint, "save", start_second)
+    monkeypatch.setattr(Checkpoints, "save", start_second)
     trainer.train_and_evaluate(small_config(), tmp_path / "run")
     assert ".lock" in files
     assert not (tmp_path / "run/.lock").exists()
@@ -158,7 +148,7 @@ def test_lock_workdir_reports_a_file_system_without_locks(tmp_path, monkeypatch,
 
     monkeypatch.setattr("filelock.FileLock.acquire", fail)
     with (
-        pytest.raises(UserError, match=r"cannot lock --workdir .*run: .*(locks|flock)"),
+        pytest.raises(UserError, match=r"cannot write to --workdir .*run: .*(locks|flock)"),
         trainer.lock_workdir(tmp_path / "run"),
     ):
         pass
@@ -180,12 +170,12 @@ def test_train_and_evaluate_reports_missing_metrics_of_a_finished_run(copy):
     (copy / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="is finished at step 40, but metrics.jsonl is missing"):
         trainer.train_and_evaluate(small_config(), copy)
-    assert trainer.evaluate_run(trainer.load_run(copy))["test/accuracy"] >= 0
+    assert load_run(copy).evaluate()["test/accuracy"] >= 0
 
 
 @pytest.mark.parametrize("num_steps", [0, 20])
 def test_train_and_evaluate_writes_metrics_to_disk_before_each_checkpoint(tmp_path, monkeypatch, num_steps):
-    events, fsync, save = [], os.fsync, trainer.checkpoint.save
+    events, fsync, save = [], os.fsync, Checkpoints.save
     metrics = tmp_path / "metrics.jsonl"
 
     def note_fsync(descriptor):
@@ -199,7 +189,7 @@ def test_train_and_evaluate_writes_metrics_to_disk_before_each_checkpoint(tmp_pa
         save(manager, step, *args, **kwargs)
 
     monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(trainer.checkpoint, "save", note_save)
+    monkeypatch.setattr(Checkpoints, "save", note_save)
     config = small_config(num_steps=num_steps, warmup_steps=0, log_every_steps=5, checkpoint_every_steps=10)
     trainer.train_and_evaluate(config, tmp_path)
     assert [event for event in events if isinstance(event, int)] == ([10, 20] if num_steps else [0])
