@@ -92,7 +92,7 @@ def test_load_gives_the_exported_run_to_the_bit(workdir, exported, images, name)
 def bfloat16_workdir(tmp_path_factory):
     """A run that computes in bfloat16, with a head that is not zero."""
     config = digits.get_config()
-    config.model.head_init = "xavier"
+    config.ablation.head_init = "xavier"
     config.update(dtype="bfloat16", num_steps=0, warmup_steps=0)
     folder = tmp_path_factory.mktemp("bfloat16") / "digits"
     trainer.train_and_evaluate(config, folder)

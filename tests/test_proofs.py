@@ -87,7 +87,7 @@ def place(experiment, state):
 
 
 def create_head(archive, *, features):
-    """An experiment that trains the head of the micro ViT on 2,000 images, its first state on the host, and its step."""
+    """An experiment that trains the head alone on 2,000 images, its first state on the host, and its step."""
     config = micro_config(archive, trainable="head", features=features, num_steps=31 * EPOCHS, warmup_steps=31)
     config.dataset.train_split = "train[:2000]"
     config.dataset.test_split = "test[:100]"

@@ -81,7 +81,7 @@ class Classifier:
 
     def preprocess(self, images: np.ndarray | jax.Array) -> jax.Array:
         """Returns the inputs of the model, float32 [n s s 3]: uint8 images [n h w 3] resized and normalized."""
-        keys = jnp.zeros((len(images), 2), jnp.uint32)  # nothing is sampled
+        keys = jnp.zeros((images.shape[0], 2), jnp.uint32)  # nothing is sampled
         return self._forward(self.model).preprocess(keys, jnp.asarray(images))
 
     def forward(self, params: Params, images: jax.Array) -> jax.Array:

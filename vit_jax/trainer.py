@@ -104,6 +104,7 @@ def train_and_evaluate(
                     return report_interruption(signal.Signals(stopping), step, workdir)
             if config.num_steps == 0:
                 writer.log_evaluation(0, results := experiment.evaluate(state, examples))
+                writer.flush()
                 checkpoints.save(0, state, experiment.info.to_json(), accuracy=results["test/accuracy"])
         checkpoints.finish()
     return summarize(config, workdir)
