@@ -21,7 +21,7 @@ def test_encoded_images_read_like_an_array(folder):
     whole, later = load_folder(folder).train.images, load_folder(folder, storage="stream").train.images
     for rows in (1, -1, slice(1, 3), np.array([2, 0, 2]), np.array([True, False, True, False])):
         np.testing.assert_array_equal(later[rows], whole[rows])
-    np.testing.assert_array_equal(later.take([3, 1])[np.array([1])], whole[[1]])
+    np.testing.assert_array_equal(later.take(np.array([3, 1]))[np.array([1])], whole[[1]])
 
 
 def test_decode_image_crops_a_box_and_resizes_it(tmp_path):

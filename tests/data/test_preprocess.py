@@ -87,7 +87,7 @@ def test_prepare_crops_the_pixels_of_pillow(tmp_path, augment, height, width):
     theirs = encoded.crop(
         np.arange(64), augment=augment, uniforms=uniforms, margin_color=preprocess.margin_color((0.5, 0.4, 0.3))
     )
-    options = {"image_size": 20, "mean": (0.5, 0.4, 0.3), "std": (1, 1, 1)}
+    options = {"image_size": 20, "mean": (0.5, 0.4, 0.3), "std": (1.0, 1.0, 1.0)}
     ours = np.asarray(prepare(keys, images, augment=augment, **options))
     expected = np.asarray(prepare(keys, theirs[:], augment="flip", **options))
     gaps = np.round(np.abs(ours - expected) * 255)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Number = Any
 """A scalar or an array of NumPy or JAX, which share no type."""
@@ -17,6 +17,7 @@ EDGE_SLACK = 1e-3
 """Pixels by which rounding may move the edge of a box."""
 
 
+@runtime_checkable
 class BoxSampler(Protocol):
     """Samples the part of an image that a training step sees."""
 

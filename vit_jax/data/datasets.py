@@ -7,7 +7,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
-from typing import Protocol, Required, TypedDict, Unpack
+from typing import Protocol, Required, TypedDict, Unpack, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.types import Dataset, Split
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Opens splits of a dataset, of arrays or of `EncodedImages`."""
 

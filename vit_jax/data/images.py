@@ -3,39 +3,41 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int, UInt8
+from PIL import Image, ImageOps
 
 from vit_jax.data.crops import AUGMENTATIONS, EDGE_SLACK, Box
 from vit_jax.runtime import resources
 from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.runtime.progress import progress_bar
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _IMAGES_PER_TASK = 64  # one future an image would cost as much as decoding a small one
 _EXIF_ORIENTATION = 0x0112
+
+ImageFile = str | Path | io.BytesIO | io.BufferedReader
+"""A path, or an open binary file."""
 
 Color = tuple[int, ...]
 """Red, green, blue from 0 to 255."""
 
 
 def decode_image(
-    source: str | Path | BinaryIO,
+    source: ImageFile,
     *,
     size: tuple[int, int] | None = None,
     sample_box: Callable[[int, int], Box] | None = None,
     margin_color: Color = (127, 127, 127),
-) -> "Image":
+) -> Image.Image:
     """Decodes an image file of any mode to RGB.
 
     Orientation in EXIF or XMP is applied, transparent parts become white, 16-bit grey keeps its upper 8 bits. Images
@@ -51,8 +53,6 @@ def decode_image(
     Raises:
         UserError: the file is missing, or cannot be decoded.
     """
-    from PIL import Image, ImageOps
-
     with _image_errors(source), Image.open(source) as image:
         image.load()  # before the orientation, which a PNG may have after its pixels
         rgb = _convert_to_rgb(ImageOps.exif_transpose(image))
@@ -64,14 +64,12 @@ def decode_image(
     return _crop_and_resize(rgb, (left, top, left + columns, top + rows), size, margin_color)
 
 
-def read_size(source: str | Path | BinaryIO) -> tuple[int, int]:
+def read_size(source: ImageFile) -> tuple[int, int]:
     """Reads (width, height) in pixels from an image's header; decodes a PNG that may be turned by 90 degrees.
 
     Raises:
         UserError: the file is missing, or is not an image.
     """
-    from PIL import Image
-
     with _image_errors(source), Image.open(source) as image:
         if image.width == image.height or image.getexif().get(_EXIF_ORIENTATION, 1) not in (5, 6, 7, 8):
             return image.size
@@ -91,7 +89,7 @@ class EncodedImages:
         margin_color: of the pixels of a box outside of an image.
     """
 
-    open_image: Callable[[int], str | BinaryIO]
+    open_image: Callable[[int], ImageFile]
     numbers: Int[np.ndarray, " n"]
     size: tuple[int, int] = (0, 0)
     augment: str = "none"
@@ -172,7 +170,7 @@ def _for_each_image(num_images: int, work: Callable[[int], None], title: str) ->
 
 
 @contextlib.contextmanager
-def _image_errors(source: str | Path | BinaryIO) -> Iterator[None]:
+def _image_errors(source: ImageFile) -> Iterator[None]:
     """Turns what decoders raise, which is nearly anything for a damaged file, into a UserError."""
     name = source if isinstance(source, str | Path) else getattr(source, "name", "(no name)")
     try:
@@ -186,9 +184,7 @@ def _image_errors(source: str | Path | BinaryIO) -> Iterator[None]:
         raise UserError(f"image {name}{problem}") from error
 
 
-def _convert_to_rgb(image: "Image") -> "Image":
-    from PIL import Image
-
+def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: Pillow itself would clip at 255
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -197,10 +193,10 @@ def _convert_to_rgb(image: "Image") -> "Image":
     return image.convert("RGB")
 
 
-def _crop_and_resize(rgb: "Image", box: tuple[float, ...], size: tuple[int, int], margin_color: Color) -> "Image":
+def _crop_and_resize(
+    rgb: Image.Image, box: tuple[float | int, ...], size: tuple[int, int], margin_color: Color
+) -> Image.Image:
     """Resizes a box (left, top, right, bottom) of an image; the pixels around the box do not contribute."""
-    from PIL import ImageOps
-
     left, top = (math.floor(edge + EDGE_SLACK) for edge in box[:2])
     right, bottom = (math.ceil(edge - EDGE_SLACK) for edge in box[2:])
     margin = max(0, -left, -top, right - rgb.width, bottom - rgb.height)
@@ -211,13 +207,11 @@ def _crop_and_resize(rgb: "Image", box: tuple[float, ...], size: tuple[int, int]
     return _resize(part, (*start, min(part.width, box[2] - left), min(part.height, box[3] - top)), size)
 
 
-def _resize(rgb: "Image", box: tuple[float, ...], size: tuple[int, int]) -> "Image":
+def _resize(rgb: Image.Image, box: tuple[float | int, ...], size: tuple[int, int]) -> Image.Image:
     """Resizes a box (left, top, right, bottom): columns, then rows, each rounded to 8 bits as on the device.
 
     In one call the order would depend on Pillow's version.
     """
-    from PIL import Image
-
     left, top, right, bottom = box
     rgb = rgb.resize((size[0], rgb.height), Image.Resampling.BILINEAR, (left, 0, right, rgb.height))
     return rgb.resize(size, Image.Resampling.BILINEAR, (0, top, size[0], bottom))

@@ -3,7 +3,7 @@
 import difflib
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.types import Split
 
 if TYPE_CHECKING:
-    from tensorflow_datasets.core import DatasetBuilder
+    import tensorflow_datasets.core
 
 
 def open_tfds(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
@@ -34,7 +34,7 @@ def open_tfds(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool)
     ], tuple(class_names)
 
 
-def _create_builder(name: str, data_dir: str) -> "DatasetBuilder":
+def _create_builder(name: str, data_dir: str) -> "tensorflow_datasets.core.DatasetBuilder":
     """Returns the builder of a prepared dataset; without these checks TFDS would start to prepare it."""
     try:
         import tensorflow_datasets as tfds
@@ -58,14 +58,16 @@ def _create_builder(name: str, data_dir: str) -> "DatasetBuilder":
     )
 
 
-def _open_split(builder: "DatasetBuilder", name: str, rows: np.ndarray, *, read_labels: bool) -> Split:
+def _open_split(
+    builder: "tensorflow_datasets.core.DatasetBuilder", name: str, rows: np.ndarray, *, read_labels: bool
+) -> Split:
     """Opens rows of a split; labels that are not read are replaced by as many of each class."""
     import tensorflow_datasets as tfds
 
     source = builder.as_data_source(split=name, decoders={"image": tfds.decode.SkipDecoding()})
     height, width = builder.info.features["image"].shape[:2]  # None where images differ
 
-    def open_image(number: int) -> BinaryIO:
+    def open_image(number: int) -> io.BytesIO:
         image = io.BytesIO(source[int(number)]["image"])
         image.name = f"{number} of tfds:{builder.name} {name}"
         return image
