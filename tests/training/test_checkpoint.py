@@ -5,16 +5,16 @@ import pytest
 
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
-from vit_jax.training import optim, steps
+from vit_jax.training import checkpoint, optim, steps
 from vit_jax.training.checkpoint import Checkpoints
 
 PARAMS = {"head": {"kernel": np.arange(6.0, dtype=np.float32).reshape(2, 3)}, "cls": np.ones((1, 1, 2), np.float32)}
 TX = optim.create_optimizer("sgd", schedule=lambda count: 0.1)
 
 
-def create_state(params=PARAMS, *, num_devices=8, patterns=("head/.*",), seed=0) -> steps.TrainState:
+def create_state(params=PARAMS, *, num_devices=8, seed=0, ema=False) -> steps.TrainState:
     mesh = sharding.create_mesh(jax.devices()[:num_devices])
-    create = lambda params: steps.create_train_state(params, patterns=patterns, tx=TX, seed=seed)  # noqa: E731
+    create = lambda params: steps.create_train_state(params, patterns=("head/.*",), tx=TX, seed=seed, ema=ema)  # noqa: E731
     everywhere = sharding.replicated(mesh)
     return jax.jit(create, out_shardings=everywhere)(sharding.device_put(params, everywhere))
 
@@ -24,13 +24,17 @@ def abstract_state(*args, **kwargs) -> steps.TrainState:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
 
 
+def replicated(num_devices: int = 1) -> jax.sharding.NamedSharding:
+    return sharding.replicated(sharding.create_mesh(jax.devices()[:num_devices]))
+
+
 def assert_equal(ours, theirs):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), ours, theirs)
 
 
-@pytest.mark.parametrize(("written_on", "read_on"), [(8, 1), (1, 8), (8, 4)])
-def test_a_checkpoint_goes_from_any_number_of_devices_to_any_other(tmp_path, written_on, read_on):
-    state = create_state(num_devices=written_on, seed=3)
+@pytest.mark.parametrize(("saved_on", "read_on"), [(8, 1), (1, 8), (8, 4)])
+def test_restore_reads_onto_any_number_of_devices(tmp_path, saved_on, read_on):
+    state = create_state(num_devices=saved_on, seed=3)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(7, state, {"class_names": ["a"]}, accuracy=0.5)
         checkpoints.finish()
@@ -39,30 +43,19 @@ def test_a_checkpoint_goes_from_any_number_of_devices_to_any_other(tmp_path, wri
     assert all(len(leaf.devices()) == read_on for leaf in jax.tree.leaves(restored))
 
 
-def test_parameters_are_read_alone_with_what_they_are(tmp_path):
+def test_restore_reads_sharded_arrays_onto_one_device(tmp_path):
+    params = {"head": {"kernel": np.arange(8192, dtype=np.float32).reshape(2, 4096)}}
+    mesh = sharding.create_mesh(fsdp=8)
+    state = create_state(params)
+    state = sharding.device_put(jax.device_get(state), sharding.param_shardings(state, mesh))
+    assert not state.trainable["head"]["kernel"].is_fully_replicated
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, create_state(), {"class_names": ["cat", "dog"]}, accuracy=None)
-    mesh = sharding.create_mesh(jax.devices()[:1])
-    with Checkpoints(tmp_path, read_only=True) as checkpoints:
-        params, metadata = checkpoints.restore_params(1, sharding.replicated(mesh))
-    assert_equal(params, PARAMS)
-    assert metadata == {"class_names": ["cat", "dog"]}
-
-
-def test_the_latest_and_the_best_are_kept(tmp_path):
-    state = create_state()
-    with Checkpoints(tmp_path) as checkpoints:
-        for step, accuracy in [(1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, None)]:
-            checkpoints.save(step, state, {}, accuracy=accuracy)
+        checkpoints.save(1, state, {}, accuracy=None)
         checkpoints.finish()
-        assert checkpoints.steps() == [2, 5]
-    with Checkpoints(tmp_path) as checkpoints:  # a restarted run knows it, too
-        checkpoints.save(6, state, {}, accuracy=0.6)
-        checkpoints.finish()
-        assert checkpoints.steps() == [2, 6]
+        assert_equal(checkpoints.restore(1, abstract_state(params, num_devices=1)), state)
 
 
-def test_another_models_checkpoint_is_refused_by_name(tmp_path):
+def test_restore_refuses_the_checkpoint_of_another_model(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, create_state(), {}, accuracy=None)
         checkpoints.finish()
@@ -73,22 +66,140 @@ def test_another_models_checkpoint_is_refused_by_name(tmp_path):
             checkpoints.restore(1, abstract_state({**PARAMS, "pre_logits": {"kernel": jnp.ones(2)}}))
 
 
-def test_a_damaged_checkpoint_is_one_line(tmp_path):
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_restore_params_reads_parameters_and_metadata(tmp_path, use_ema):
+    state = create_state(ema=True)
+    state = state.replace(ema=jax.tree.map(lambda leaf: leaf + 1, state.ema))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {"class_names": ["cat", "dog"]}, accuracy=None)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        params, metadata = checkpoints.restore_params(1, replicated(), use_ema=use_ema)
+    assert_equal(params, {**PARAMS, "head": {"kernel": PARAMS["head"]["kernel"] + use_ema}})
+    assert metadata == {"class_names": ["cat", "dog"]}
+
+
+def test_save_keeps_the_latest_and_the_best(tmp_path):
+    state = create_state()
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, accuracy in [(1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, None)]:
+            checkpoints.save(step, state, {}, accuracy=accuracy)
+        checkpoints.finish()
+        assert checkpoints.steps() == [2, 5]
+    with Checkpoints(tmp_path) as checkpoints:  # a resumed run
+        checkpoints.save(6, state, {}, accuracy=0.6)
+        checkpoints.finish()
+        assert checkpoints.steps() == [2, 6]
+        checkpoints.save(7, state, {}, accuracy=0.9)  # of equals the later one
+        checkpoints.finish()
+        assert checkpoints.steps() == [7]
+
+
+def test_save_reports_a_full_disk_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, create_state(), {}, accuracy=None)
-    for path in (tmp_path / "checkpoints" / "1" / "params").rglob("*"):
+        checkpoints.finish()
+        monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+        with pytest.raises(UserError, match="the disk has 10 left.*; the last good one is step 1; free some space"):
+            checkpoints.save(2, create_state(), {}, accuracy=None)
+        assert checkpoints.steps() == [1]
+
+
+def test_steps_counts_a_checkpoint_that_is_being_saved(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, create_state(), {}, accuracy=None)
+        assert checkpoints.latest_step() == 1
+        checkpoints.finish()
+        assert checkpoints.steps() == [1]
+
+
+def test_require_step_names_the_steps(tmp_path):
+    (tmp_path / "run").mkdir()
+    with Checkpoints(tmp_path / "run", read_only=True) as checkpoints:
+        assert checkpoints.steps() == []
+        assert checkpoints.latest_step() is None
+        for step in (None, 3):
+            with pytest.raises(UserError, match="run holds no run with a checkpoint; give the --workdir of a run"):
+                checkpoints.require_step(step)
+    assert list((tmp_path / "run").iterdir()) == []
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(1, create_state(), {}, accuracy=1.0)
+        checkpoints.save(2, create_state(), {}, accuracy=0.0)
+        checkpoints.finish()
+        assert (checkpoints.require_step(), checkpoints.require_step(1)) == (2, 1)
+        with pytest.raises(UserError, match="run has no checkpoint of step 3; it has 1, 2"):
+            checkpoints.require_step(3)
+
+
+@pytest.fixture
+def two_steps(tmp_path):
+    """A run directory with the best checkpoint 1 and the latest 2."""
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, create_state(seed=step), {}, accuracy=1 / step)
+    return tmp_path
+
+
+def empty(directory):
+    for path in directory.rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    mesh = sharding.create_mesh(jax.devices()[:1])
-    with Checkpoints(tmp_path, read_only=True) as checkpoints:
-        with pytest.raises(UserError, match="checkpoints/1/params is damaged") as error:
-            checkpoints.restore_params(1, sharding.replicated(mesh))
-    assert "\n" not in str(error.value)
 
 
-def test_remains_of_a_killed_save_are_removed(tmp_path):
+def test_restore_names_a_damaged_item_and_what_is_intact(two_steps, capfd):
+    latest = two_steps / "checkpoints/2"
+    empty(latest / "params/d")
+    with Checkpoints(two_steps) as checkpoints:
+        for read in (
+            lambda: checkpoints.restore(2, abstract_state(num_devices=1)),
+            lambda: checkpoints.restore_params(2, replicated()),
+        ):
+            with pytest.raises(UserError, match=r"checkpoints/2/params is damaged \(.*\); intact steps: 1; ") as error:
+                read()
+            assert str(error.value).endswith(f"; delete {latest} and rerun to resume from step 1")
+            assert "\n" not in str(error.value)
+        empty(two_steps / "checkpoints/1/training")
+        with pytest.raises(UserError, match="no other checkpoint is intact; start again in another --workdir"):
+            checkpoints.restore_params(2, replicated())
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_restore_names_arrays_that_are_not_what_was_saved(tmp_path, monkeypatch):
+    checksums = checkpoint.checksums
+    monkeypatch.setattr(checkpoint, "checksums", lambda items: {**checksums(items), "params/cls": "00000000"})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, create_state(), {}, accuracy=None)
+        checkpoints.finish()
+        with pytest.raises(UserError, match=r"checkpoints/1/params is damaged \(wrong checksum of params/cls\)"):
+            checkpoints.restore_params(1, replicated())
+
+
+def test_restore_does_not_take_lack_of_memory_for_damage(two_steps, monkeypatch):
+    def fail(*_):
+        raise MemoryError("cannot allocate")
+
+    monkeypatch.setattr(checkpoint, "_load_arrays", fail)
+    with Checkpoints(two_steps, read_only=True) as checkpoints:
+        with pytest.raises(UserError, match="out of memory while reading .*/2/params: cannot allocate$"):
+            checkpoints.restore_params(2, replicated())
+
+
+def test_read_metadata_refuses_any_change(two_steps):
+    path = two_steps / "checkpoints/1/metadata/metadata"
+    path.write_text(path.read_text().replace('"accuracy": 1.0', '"accuracy": 0.0'))
+    with Checkpoints(two_steps, read_only=True) as checkpoints:
+        assert checkpoints.read_metadata(2) == {}
+        with pytest.raises(UserError, match="checkpoints/1/metadata is damaged .*intact steps: 2; delete .*/1 and"):
+            checkpoints.read_metadata(1)
+    with pytest.raises(UserError, match="checkpoints/1/metadata is damaged"):  # it decides which one is the best
+        Checkpoints(two_steps)
+
+
+def test_checkpoints_removes_the_remains_of_a_killed_save(tmp_path):
     remains = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
     remains.mkdir(parents=True)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == []
+    assert remains.exists()
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step() is None
     assert not remains.exists()
