@@ -12,9 +12,9 @@ PARAMS = {"head": {"kernel": np.arange(6.0, dtype=np.float32).reshape(2, 3)}, "c
 TX = optim.create_optimizer("sgd", schedule=lambda count: 0.1)
 
 
-def create_state(params=PARAMS, *, num_devices=8, seed=0, ema=False) -> steps.TrainState:
+def create_state(params=PARAMS, *, num_devices=8, seed=0) -> steps.TrainState:
     mesh = sharding.create_mesh(jax.devices()[:num_devices])
-    create = lambda params: steps.create_train_state(params, patterns=("head/.*",), tx=TX, seed=seed, ema=ema)  # noqa: E731
+    create = lambda params: steps.create_train_state(params, patterns=("head/.*",), tx=TX, seed=seed)  # noqa: E731
     everywhere = sharding.replicated(mesh)
     return jax.jit(create, out_shardings=everywhere)(sharding.device_put(params, everywhere))
 
@@ -68,8 +68,8 @@ def test_restore_refuses_the_checkpoint_of_another_model(tmp_path):
 
 @pytest.mark.parametrize("use_ema", [True, False])
 def test_restore_params_reads_parameters_and_metadata(tmp_path, use_ema):
-    state = create_state(ema=True)
-    state = state.replace(ema=jax.tree.map(lambda leaf: leaf + 1, state.ema))
+    state = create_state()
+    state = state.replace(ema=jax.tree.map(lambda leaf: leaf + 1, state.trainable))
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {"class_names": ["cat", "dog"]}, accuracy=None)
     with Checkpoints(tmp_path, read_only=True) as checkpoints:

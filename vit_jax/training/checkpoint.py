@@ -5,13 +5,12 @@ pretrained checkpoints, and LoRA weights), `ema` (EMA parameters, if any), `trai
 `metadata`: JSON of what the caller gives, the test accuracy, and dtype, shape and checksum of every array.
 """
 
-import asyncio
 import contextlib
 import functools
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -25,6 +24,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 from vit_jax.runtime import distributed
 from vit_jax.runtime.checksums import checksums, mismatches
 from vit_jax.runtime.errors import UserError, one_line
+from vit_jax.runtime.event_loops import patient_event_loops
 from vit_jax.training import optim
 from vit_jax.training.steps import TrainState
 from vit_jax.types import Json, Params
@@ -299,14 +299,14 @@ def _crc32(content: Mapping[str, object]) -> int:
 def _load_content(path: Path) -> _Content:
     """Reads the item `metadata` of the checkpoint in `path`; raises any exception if it is damaged."""
     content = json.loads((path / "metadata" / "metadata").read_text())
-    crc32 = content.pop("crc32")
-    _raise_if_wrong([] if (crc32, path.name) == (_crc32(content), str(content["step"])) else ["the metadata"])
+    intact = content.pop("crc32") == _crc32(content) and str(content["step"]) == path.name
+    _raise_if_wrong([] if intact else ["the metadata"])
     return cast(_Content, content)
 
 
 def _load_arrays(path: Path, item: str, tree: Params, content: _Content) -> Params:
     """Reads one item of the checkpoint in `path` into abstract arrays; raises any exception if it is damaged."""
-    with _patient_event_loops(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    with patient_event_loops(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         arrays: Params = checkpointer.restore(path / item, args=ocp.args.StandardRestore(tree))
     _raise_if_wrong(mismatches({item: arrays}, _of_item(content, item)))
     return arrays
@@ -326,7 +326,7 @@ def _is_intact(path: Path) -> bool:
     try:
         content = _load_content(path)
         items = {name.split("/")[0] for name in content["types"]} if jax.process_count() == 1 else ()
-        with _patient_event_loops(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with patient_event_loops(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             for item in items:
                 types = checkpointer.metadata(path / item).item_metadata.tree
                 on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), types)
@@ -335,36 +335,6 @@ def _is_intact(path: Path) -> bool:
     except Exception:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _patient_event_loops() -> Iterator[None]:
-    """Inside, event loops end their tasks before they close.
-
-    Orbax closes its loop when the first array cannot be read. Reads of others would then print tracebacks.
-    """
-    policy = asyncio.get_event_loop_policy()
-    asyncio.set_event_loop_policy(_PatientPolicy())
-    try:
-        yield
-    finally:
-        asyncio.set_event_loop_policy(policy)
-
-
-class _PatientPolicy(asyncio.DefaultEventLoopPolicy):
-    def new_event_loop(self) -> asyncio.AbstractEventLoop:
-        return _PatientLoop()
-
-
-class _PatientLoop(asyncio.SelectorEventLoop):
-    def close(self) -> None:
-        while tasks := asyncio.all_tasks(self):
-            self.run_until_complete(_finish(tasks))
-        super().close()
-
-
-async def _finish(tasks: Iterable[asyncio.Task[object]]) -> None:
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _remove_half_written(directory: Path) -> None:

@@ -1,0 +1,32 @@
+"""Event loops for Orbax, which closes its own as soon as one of many arrays cannot be read."""
+
+import asyncio
+import contextlib
+from collections.abc import Iterable, Iterator
+
+
+@contextlib.contextmanager
+def patient_event_loops() -> Iterator[None]:
+    """Inside, new event loops end their tasks before they close; otherwise reads in progress print tracebacks."""
+    policy = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_PatientPolicy())
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(policy)
+
+
+class _PatientPolicy(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _PatientLoop()
+
+
+class _PatientLoop(asyncio.SelectorEventLoop):
+    def close(self) -> None:
+        while tasks := asyncio.all_tasks(self):
+            self.run_until_complete(_finish(tasks))
+        super().close()
+
+
+async def _finish(tasks: Iterable[asyncio.Task[object]]) -> None:
+    await asyncio.gather(*tasks, return_exceptions=True)
