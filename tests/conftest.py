@@ -71,7 +71,9 @@ def run_cli() -> Callable[..., Result]:
     return _run_cli
 
 
-def _run_cli(module: str, argv: list, *, env: dict[str, str] | None = None, stdin: str = "") -> Result:
+def _run_cli(
+    module: str, argv: list, *, env: dict[str, str] | None = None, stdin: str = "", cwd: Path = ROOT
+) -> Result:
     """Runs a command in this process, which has eight devices; a bug in the command raises.
 
     Args:
@@ -79,6 +81,7 @@ def _run_cli(module: str, argv: list, *, env: dict[str, str] | None = None, stdi
         argv: the words behind the command; each is made a string.
         env: further environment variables.
         stdin: what the command reads from standard input.
+        cwd: working directory.
     """
     from vit_jax.runtime.errors import run_command
 
@@ -87,7 +90,7 @@ def _run_cli(module: str, argv: list, *, env: dict[str, str] | None = None, stdi
     level = logger.level
     with (
         pytest.MonkeyPatch.context() as patch,
-        contextlib.chdir(ROOT),
+        contextlib.chdir(cwd),
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
     ):
