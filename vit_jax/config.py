@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from vit_jax import models
 from vit_jax.data import preprocess
 from vit_jax.runtime.errors import UsageError, UserError, one_line
+from vit_jax.runtime.files import write_atomically
 from vit_jax.training import optim
-from vit_jax.training.writer import write_atomically
 
 _LARGEST_WHOLE = 2**31 - 1
 """Steps and the like are 32 bits wide on the device."""

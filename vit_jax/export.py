@@ -1,16 +1,13 @@
 """`python -m vit_jax.export --workdir DIR --format FORMAT --out PATH`: a run's model for use elsewhere."""
 
 import argparse
-import contextlib
-import json
-import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vit_jax.runtime.errors import UserError, one_line, parse_arguments, run_command
+from vit_jax.runtime.errors import UserError, parse_arguments, run_command
+from vit_jax.runtime.files import atomic_path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,25 +46,18 @@ def export_orbax(run: Any, out: Path) -> None:
     """The parameters as a checkpoint of their own: `StandardCheckpointer().restore(out / "params")`."""
     from vit_jax import pretrained
 
-    with _new_folder(out) as folder:
-        pretrained.save_folder(folder, run.params, run.metadata)
+    with atomic_path(out) as folder:
+        folder.mkdir()
+        pretrained.save_orbax(folder, run.params, run.metadata)
 
 
 def export_safetensors(run: Any, out: Path) -> None:
     """A folder that Hugging Face's `ViTForImageClassification.from_pretrained` reads."""
-    from safetensors.numpy import save
-
     from vit_jax.pretrained import huggingface
 
-    if run.metadata.architecture != "vit":
-        raise UserError(f"--format safetensors is for Vision Transformers; this is a {run.metadata.architecture}")
-    config, preprocessor = huggingface.huggingface_config(run.metadata)
-    with _new_folder(out) as folder:
-        tensors = save(huggingface.to_huggingface(run.params), metadata={"format": "pt"})
-        (folder / "model.safetensors").write_bytes(tensors)
-        _write_json(folder / "config.json", config)
-        _write_json(folder / "preprocessor_config.json", preprocessor)
-        _write_json(folder / "about.json", run.metadata.to_json())
+    with atomic_path(out) as folder:
+        folder.mkdir()
+        huggingface.save_huggingface(folder, run.params, run.metadata)
 
 
 def export_stablehlo(run: Any, out: Path) -> None:
@@ -76,6 +66,8 @@ def export_stablehlo(run: Any, out: Path) -> None:
     import jax.numpy as jnp
     from jax import export
 
+    from vit_jax import pretrained
+
     size = run.image_size
     (batch,) = export.symbolic_shape("batch")
     pictures = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)
@@ -83,9 +75,10 @@ def export_stablehlo(run: Any, out: Path) -> None:
     exported = export.export(jax.jit(lambda images: run.forward(params, images)), platforms=("cpu", "cuda", "tpu"))(
         pictures
     )
-    with _new_folder(out) as folder:
+    with atomic_path(out) as folder:
+        folder.mkdir()
         (folder / "model.stablehlo").write_bytes(exported.serialize())
-        _write_json(folder / "about.json", run.metadata.to_json())
+        pretrained.save_metadata(folder, run.metadata, params)
 
 
 FORMATS: dict[str, Callable[[Any, Path], None]] = {
@@ -94,24 +87,6 @@ FORMATS: dict[str, Callable[[Any, Path], None]] = {
     "safetensors": export_safetensors,
     "stablehlo": export_stablehlo,
 }
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that is renamed when the body is done, and removed when it fails."""
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.part")
-    try:
-        temporary.mkdir()
-        yield temporary
-        temporary.rename(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or one_line(error)}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.runtime.errors import UserError, parse_arguments, run_command
+from vit_jax.runtime.files import write_atomically
 
 # (dataset, architecture, mode) -> what others reached. The study is the one that this project carries on; its settings
 # are configs/cifar100_seed.py's.
@@ -89,7 +90,7 @@ def write_report(workdir: Path, *, data_dir: str | None = None) -> Path:
     _, results = writer.read_results(workdir, run.step)
     figures = visualize.draw_all(run, workdir, pictures=[], num_images=8, layer=None, head=None)
     pictures = [(name, _png(figure)) for name, figure in figures]
-    writer.write_atomically(workdir / "report.html", format_page(workdir.name, run, results, pictures))
+    write_atomically(workdir / "report.html", format_page(workdir.name, run, results, pictures))
     return workdir / "report.html"
 
 

@@ -1,7 +1,6 @@
 """`python -m vit_jax.visualize --workdir DIR --out DIR`: pictures of what a run learned and where it errs."""
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vit_jax.runtime.errors import UsageError, UserError, parse_arguments, run_command
+from vit_jax.runtime.errors import UsageError, parse_arguments, run_command
+from vit_jax.runtime.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -165,15 +165,9 @@ def draw_all(
 
 
 def save(figure: "Figure", path: Path) -> Path:
-    """Writes a PNG beside its place, then renames it."""
-    temporary = path.with_name(path.name + ".part")
-    try:
+    """Writes a PNG."""
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror}; give another --out") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.runtime.checksums import checksum, checksums, mismatches
+from vit_jax.runtime.checksums import checksum, checksum_json, checksums, mismatches
 
 
 def test_checksum_is_the_crc32_of_the_bytes():
@@ -30,3 +30,8 @@ def test_mismatches_names_changed_missing_and_unexpected_arrays():
     flipped = np.ones(2)
     flipped.view(np.uint8)[0] ^= 1
     assert mismatches({"a": np.ones(2), "b": {"c": flipped}, "e": np.ones(1)}, expected) == ["b/c", "e", "d"]
+
+
+def test_checksum_json_ignores_the_order_of_keys():
+    assert checksum_json({"a": 1, "b": [None, "é"]}) == checksum_json({"b": (None, "é"), "a": 1})
+    assert checksum_json({"a": 1}) != checksum_json({"a": 2})

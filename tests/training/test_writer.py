@@ -3,7 +3,7 @@ import json
 import pytest
 
 from vit_jax.runtime.errors import UserError
-from vit_jax.training.writer import Writer, read_records, read_results, write_atomically
+from vit_jax.training.writer import Writer, read_records, read_results
 
 
 def test_read_records_ignores_a_truncated_last_line(tmp_path):
@@ -38,11 +38,6 @@ def test_read_records_stops_at_a_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "test/loss": 1.0}\n{"step": 3}\n')
     assert [record["step"] for record in read_records(path, last_step=2)] == [1, 2, 2]
-
-
-def test_write_beside_leaves_no_other_file(tmp_path):
-    write_atomically(tmp_path / "a.json", "{}")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_writer_cuts_back_to_the_restored_step_and_goes_on(tmp_path):

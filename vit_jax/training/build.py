@@ -12,9 +12,6 @@ from vit_jax.models import ARCHITECTURES
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.types import Params
 
-INFER = {"vit": pretrained.infer_architecture, "resnet50": pretrained.infer_resnet}
-"""`config.architecture` -> what reads a model's sizes off a file."""
-
 _NOT_IN_SHAPES = ("gelu_approximate", "layer_norm_epsilon")
 """Arguments that are part of what parameters mean, and that their shapes do not tell."""
 
@@ -31,11 +28,6 @@ def load_source(config: ConfigDict) -> Source | None:
     if not config.pretrained:
         return None
     params, metadata = pretrained.read_model(config.pretrained)
-    try:
-        if metadata is not None:
-            metadata.validate(params)
-    except UserError as error:
-        raise UserError(f"{config.pretrained}: {error}") from error
     return Source(params, metadata)
 
 
@@ -44,7 +36,9 @@ def create_model(config: ConfigDict, source: Source | None, *, num_classes: int)
     arguments = _with_tuples(config.model.to_dict())
     if source is not None:
         try:
-            sizes = INFER[config.architecture](source.params)
+            architecture, sizes = pretrained.infer_sizes(source.params)
+            if architecture != config.architecture:
+                raise UserError(f"it is a {architecture}; set architecture to {architecture!r}")
         except UserError as error:
             raise UserError(f"{config.pretrained}: {error}") from error
         said = source.metadata.model if source.metadata else {}

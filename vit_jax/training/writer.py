@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from vit_jax.runtime.errors import UserError
+from vit_jax.runtime.files import write_atomically
 from vit_jax.runtime.progress import progress_bar
 
 
@@ -69,18 +70,6 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
 def format_number(number: float) -> str:
     """A whole number, or two digits of a small one."""
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that it is whole or as before at any moment, even after a power failure."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            _sync(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sync(file: TextIO) -> None:

@@ -1,0 +1,51 @@
+"""Atomic writes: what is at a path is the whole new content, or what was there before, even after a power failure."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from vit_jax.runtime.errors import UserError, one_line
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes a file, a string as UTF-8.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a path beside `path` for a new file or directory.
+
+    It is renamed to `path` when the body succeeds, and removed when it fails.
+
+    Raises:
+        UserError: the body or the rename raises an `OSError`, such as a full disk.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        rename_synced(temporary, path)
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UserError(f"cannot write {path}: {reason}; check the disk, or write to another directory") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # a directory; a file is left as it is
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def rename_synced(temporary: Path, path: Path) -> None:
+    """Renames a file or a directory once its content is on disk; replaces a file."""
+    for file in (temporary, *temporary.rglob("*")):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+    os.replace(temporary, path)
