@@ -4,7 +4,9 @@ No JAX here, and nothing of the package.
 """
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
+MICRO = {"patch_size": 4, "hidden_size": 6, "num_layers": 3, "num_heads": 2, "mlp_dim": 8}
 B_16 = {"patch_size": 16, "hidden_size": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3072}
 
 
@@ -60,6 +62,20 @@ def released_shapes(
     if representation_size:
         shapes |= {"pre_logits/kernel": (d, representation_size), "pre_logits/bias": (representation_size,)}
     return shapes | {"head/kernel": (representation_size or d, num_classes), "head/bias": (num_classes,)}
+
+
+def flat_params(*, representation_size=None, num_classes=5, num_tokens=5, seed=0, **sizes):
+    """Joined key -> random numbers, of a micro ViT."""
+    shapes = released_shapes(
+        **MICRO | sizes, representation_size=representation_size, num_classes=num_classes, num_tokens=num_tokens
+    )
+    rng = np.random.default_rng(seed)
+    return {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+
+
+def nest(flat):
+    """The nested dictionary of joined keys."""
+    return unflatten_dict(flat, sep="/")
 
 
 def stem_shapes(units, width):

@@ -49,6 +49,9 @@ class ImageModel(Protocol):
     def head_init(self) -> str:
         """A key of `models.HEAD_INITS`."""
 
+    def __hash__(self) -> int:
+        """Of all arguments."""
+
     def init(self, rngs: Any, images: Any) -> Mapping[str, Params]:
         """Initializes {"params": …}."""
 
@@ -57,6 +60,13 @@ class ImageModel(Protocol):
 
     def clone(self, *, num_classes: int | None) -> "ImageModel":
         """The same module with another head, or none."""
+
+    @property
+    def pixels_per_patch(self) -> int:
+        """Side in pixels of one output position, such as a token."""
+
+    def layer_index(self, path: str) -> int:
+        """Layer of a parameter, for layer-wise learning rate decay; UsageError where there is none."""
 
     def validate(self, image_size: int | None = None) -> None:
         """Raises UsageError where the sizes do not fit each other or the image size, in pixels."""

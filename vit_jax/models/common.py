@@ -1,11 +1,15 @@
-"""What the models share."""
+"""Constants and functions that the models share."""
 
-from typing import Any
+import re
+from collections.abc import Sequence
+from typing import TypeVar, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 HEAD_INITS = {"zeros": nn.initializers.zeros, "xavier": nn.initializers.xavier_uniform()}
 
@@ -13,22 +17,62 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What a block keeps for its backward pass beside its input: the products with its kernels, or nothing."""
+"""Intermediates of a block that are kept for the backward pass: its matrix products, or none; others are recomputed."""
+
+NUM_GROUPS = 32
+"""Groups of every GroupNorm."""
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 
-def shard_batch(x: jax.Array) -> jax.Array:
+def remat_module(module: type[ModuleType], remat: str, *, static_argnums: tuple[int, ...] = ()) -> type[ModuleType]:
+    """Returns the module with rematerialization: "none", or a key of `REMAT_POLICIES`."""
+    if remat == "none":
+        return module
+    return nn.remat(module, policy=REMAT_POLICIES[remat], static_argnums=static_argnums)
+
+
+def shard_batch(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
     """Shards the batch axis of an activation over every axis of the mesh; does nothing without a mesh.
 
-    Otherwise the compiler may move activations to the shards of a parameter instead of the reverse. An axis of one is
-    left alone: under `jax.vmap` with `spmd_axis_name`, the mapped axis is sharded instead.
+    Otherwise the compiler may move activations to the shards of a parameter instead of the reverse. An axis of size one
+    is not sharded: under `jax.vmap` with `spmd_axis_name`, the mapped axis is sharded instead.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names if x.shape[0] > 1 else None))
+    partition = PartitionSpec(mesh.axis_names if x.shape[0] > 1 else None)
+    return cast(Array, jax.lax.with_sharding_constraint(x, partition))
 
 
-def create_head(num_classes: int, *, dtype: Any, head_init: str, name: str | None) -> nn.Dense:
-    """The layer [b d] -> [b num_classes]; logits are at least float32."""
-    logits_dtype = jnp.promote_types(dtype, jnp.float32)
-    return nn.Dense(num_classes, dtype=logits_dtype, kernel_init=HEAD_INITS[head_init], name=name)
+def float32_or_wider(dtype: DTypeLike) -> jnp.dtype:
+    """Returns the dtype of sums and logits: float32, or float64 if `dtype` is float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class HeadMixin:
+    """A model with a linear head: `num_classes` logits from [b d] features."""
+
+    dtype: DTypeLike
+    head_init: str
+
+    @nn.nowrap
+    def create_head(self, num_classes: int, name: str | None = None) -> nn.Dense:
+        """Creates the head, also for use apart from the model on cached features; logits are at least float32."""
+        dtype, kernel_init = float32_or_wider(self.dtype), HEAD_INITS[self.head_init]
+        return nn.Dense(num_classes, dtype=dtype, kernel_init=kernel_init, name=name)
+
+
+def max_pool(x: Float[Array, "b h w c"], *, padding: str) -> Float[Array, "b h2 w2 c"]:
+    """Takes the maximum over 3 × 3 positions with stride 2."""
+    return cast(Array, nn.max_pool(x, (3, 3), (2, 2), padding=padding))
+
+
+def reduction(units: Sequence[int] | None) -> int:
+    """Returns the side in pixels of one output position of a ResNet's root and blocks; 1 for None, no ResNet."""
+    return 1 if units is None else 4 << max(0, len(units) - 1)
+
+
+def num_input_axes(path: str, num_axes: int) -> int:
+    """Returns the number of leading axes of a kernel that are inputs; heads of query, key and value are outputs."""
+    return 1 if re.search(r"/(query|key|value)/kernel$", path) else num_axes - 1

@@ -1,110 +1,101 @@
-"""ResNet (BiT): pre-activation bottlenecks, GroupNorm, weight-standardised convolutions (Kolesnikov et al. 2020).
+"""ResNet (BiT): pre-activation bottlenecks, GroupNorm, weight-standardized convolutions (Kolesnikov et al. 2020).
 
-Axes in comments: b batch, h w height and width, c channels, d features. The submodules carry the names of the released
-files; the head alone, a 1 × 1 convolution there, is a matrix called `head`, as in every model here.
+Submodules have the names of the pretrained checkpoints, except the head: a 1 × 1 convolution there, a matrix called
+`head` here, as in every model.
+
+Axes: b batch, h w height and width, c channels, d features.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
-from vit_jax.models.common import REMAT_POLICIES, create_head, shard_batch
+from vit_jax.models.common import (
+    NUM_GROUPS,
+    HeadMixin,
+    float32_or_wider,
+    max_pool,
+    reduction,
+    remat_module,
+    shard_batch,
+)
 from vit_jax.runtime.errors import UsageError
-
-NUM_GROUPS = 32
 
 
 class StdConv(nn.Module):
-    """A convolution without bias whose kernel is standardised for each output channel.
+    """A convolution without bias whose kernel is standardized for each output channel, in its own dtype.
 
-    Attributes:
-        features: output channels.
-        kernel_size: of both sides.
-        stride: of both axes.
-        dtype: of the convolution; the kernel's mean and variance are in the kernel's.
-        padding: "CENTRED", as many zeros on both sides, or "SAME", where the odd one stands behind.
-        variance_epsilon: added to the kernel's variance.
-        deviation_epsilon: added to the root of that.
+    `padding` is "CENTERED" (as many zeros on both sides) or XLA's "SAME" (the odd one is at the end).
     """
 
     features: int
     kernel_size: int
     stride: int
-    dtype: Any
-    padding: str = "CENTRED"
+    dtype: DTypeLike
+    padding: str = "CENTERED"
     variance_epsilon: float = 1e-10
-    deviation_epsilon: float = 0.0
+    std_epsilon: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b h w c] -> [b h/stride w/stride features]."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """Applies the convolution."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+        kernel: Array = self.param("kernel", nn.initializers.he_normal(), shape)
         mean = jnp.mean(kernel, axis=(0, 1, 2))
         variance = jnp.mean(jnp.square(kernel - mean), axis=(0, 1, 2))
-        kernel = (kernel - mean) / (jnp.sqrt(variance + self.variance_epsilon) + self.deviation_epsilon)
-        centred = [((self.kernel_size - 1) // 2,) * 2] * 2
-        return jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            (self.stride,) * 2,
-            centred if self.padding == "CENTRED" else self.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        kernel = (kernel - mean) / (jnp.sqrt(variance + self.variance_epsilon) + self.std_epsilon)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        padding = [((self.kernel_size - 1) // 2,) * 2] * 2 if self.padding == "CENTERED" else self.padding
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (self.stride,) * 2, padding, dimension_numbers=numbers)
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm of 32 groups, with the released files' names of its parameters; sums are at least float32."""
+    """GroupNorm whose parameters have the names of BiT's checkpoints; sums are at least float32."""
 
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b h w c] -> [b h w c]."""
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        normalize = nn.GroupNorm(
-            NUM_GROUPS, epsilon=1e-5, use_bias=False, use_scale=False, use_fast_variance=False, dtype=wide
-        )
-        gamma = self.param("gamma", nn.initializers.ones, x.shape[-1:])
-        beta = self.param("beta", nn.initializers.zeros, x.shape[-1:])
-        return (normalize(x) * gamma + beta).astype(self.dtype)
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Applies the norm."""
+        normalize = functools.partial(nn.GroupNorm, use_bias=False, use_scale=False, use_fast_variance=False)
+        gamma: Array = self.param("gamma", nn.initializers.ones, x.shape[-1:])
+        beta: Array = self.param("beta", nn.initializers.zeros, x.shape[-1:])
+        x = normalize(NUM_GROUPS, epsilon=1e-5, dtype=float32_or_wider(self.dtype))(x)
+        return (x * gamma + beta).astype(self.dtype)
 
 
 class Projection(nn.Module):
-    """The shortcut of a unit that changes its input's shape."""
+    """The shortcut of a unit whose output has another shape than its input."""
 
     features: int
     stride: int
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b h w c] -> [b h/stride w/stride features]."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """Applies the projection."""
         return StdConv(self.features, 1, self.stride, self.dtype, name="standardized_conv2d")(x)
 
 
 class Branch(nn.Module):
-    """GroupNorm, ReLU, convolution; and the projection of what the convolution reads, on request.
-
-    Attributes:
-        features: output channels of the convolution.
-        kernel_size: of the convolution.
-        stride: of the convolution.
-        projection: (features, stride) of the shortcut, or None.
-        dtype: of the computation.
-    """
+    """GroupNorm, ReLU, convolution; with `projection` (features, stride) also a shortcut from the activated input."""
 
     features: int
     kernel_size: int
     stride: int
     projection: tuple[int, int] | None
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """[b h w c] -> (what the convolution gives, the shortcut or None)."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h2 w2 c2"], Float[Array, "..."] | None]:
+        """Returns the convolution's output, and the shortcut or None."""
         x = nn.relu(GroupNorm(self.dtype, name="group_norm")(x))
         shortcut = Projection(*self.projection, self.dtype, name="proj")(x) if self.projection else None
         conv = StdConv(self.features, self.kernel_size, self.stride, self.dtype, name="standardized_conv2d")
@@ -115,20 +106,20 @@ class Unit(nn.Module):
     """A pre-activation bottleneck: 1 × 1, 3 × 3, 1 × 1.
 
     Attributes:
-        width: channels of the middle; the output has four times as many.
-        stride: of the 3 × 3.
-        projects: whether the shortcut is a projection.
+        width: output channels of the 3 × 3 convolution; the unit has four times as many.
+        stride: of the 3 × 3 convolution.
+        projects: the shortcut is a projection.
         dtype: of the computation.
     """
 
     width: int
     stride: int
     projects: bool
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b h w c] -> [b h/stride w/stride 4·width]."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """Applies the unit."""
         projection = (4 * self.width, self.stride) if self.projects else None
         y, shortcut = Branch(self.width, 1, 1, projection, self.dtype, name="a")(x)
         y, _ = Branch(self.width, 3, self.stride, None, self.dtype, name="b")(y)
@@ -137,79 +128,75 @@ class Unit(nn.Module):
 
 
 class Block(nn.Module):
-    """Units of one width, the first of which may halve the picture.
+    """Units of one width; the first projects its shortcut, and may halve height and width.
 
-    Attributes:
-        num_units: how many.
-        width: of each, see the unit.
-        stride: of the first.
-        remat: "none", or a key of `REMAT_POLICIES`.
-        dtype: of the computation.
-        unit: their module.
-        unit_name: of a unit, in which its number is put.
+    `unit` is their module, `unit_name` the format of their names, of numbers from 1.
     """
 
     num_units: int
     width: int
     stride: int
     remat: str
-    dtype: Any
-    unit: type[nn.Module] = Unit
+    dtype: DTypeLike
+    unit: type[Any] = Unit
     unit_name: str = "unit{:02}"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b h w c] -> [b h/stride w/stride 4·width]."""
-        unit: Any = self.unit if self.remat == "none" else nn.remat(self.unit, policy=REMAT_POLICIES[self.remat])
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """Applies the block."""
+        unit: Callable[..., nn.Module] = remat_module(self.unit, self.remat)
         for i in range(self.num_units):
-            first = i == 0
-            x = unit(self.width, self.stride if first else 1, first, self.dtype, name=self.unit_name.format(i + 1))(x)
+            name, stride = self.unit_name.format(i + 1), self.stride if i == 0 else 1
+            x = unit(self.width, stride, i == 0, self.dtype, name=name)(x)
         return x
 
 
 class Root(nn.Module):
-    """The first convolution and its max-pool, zeros around both: "subtly not the same" as a pool with padding."""
+    """The first convolution and its max-pool.
+
+    The zeros around the pool's input count as its values: "subtly not the same" as the padding of a pool.
+    """
 
     width: int
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """[b h w 3] -> [b h/4 w/4 width]."""
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
+        """Applies the root."""
         x = StdConv(self.width, 7, 2, self.dtype, name="standardized_conv2d")(images)
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        return shard_batch(nn.max_pool(x, (3, 3), (2, 2)))
+        return shard_batch(max_pool(x, padding="VALID"))
 
 
 class Backbone(nn.Module):
-    """Everything before the head."""
+    """The layers before the head."""
 
     units: tuple[int, ...]
     width: int
     remat: str
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """[b h w 3] -> [b d]."""
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
+        """Computes the features."""
         x = Root(self.width, self.dtype, name="root_block")(images)
         for i, num_units in enumerate(self.units):
             x = Block(num_units, self.width * 2**i, 1 if i == 0 else 2, self.remat, self.dtype, name=f"block{i + 1}")(x)
         x = nn.relu(GroupNorm(self.dtype, name="group_norm")(x))
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        return shard_batch(jnp.mean(x, axis=(1, 2), dtype=wide).astype(self.dtype))
+        return shard_batch(jnp.mean(x, axis=(1, 2), dtype=float32_or_wider(self.dtype)).astype(self.dtype))
 
 
-class ResNet(nn.Module):
-    """Pictures to class logits; ResNet-50 (BiT) unless told otherwise.
+class ResNet(HeadMixin, nn.Module):
+    """Images to class logits; ResNet-50 (BiT) by default.
 
     Attributes:
-        num_classes: width of the head; None has no head and gives the features before it.
-        units: bottlenecks of each block; from the second block on, the first of them halves the picture.
-        width: channels of the root and of the first block's middle, a multiple of 32; doubles from block to block.
-        dtype: of the computation; parameters are float32 always, logits at least float32.
-        remat: "none", or a key of `REMAT_POLICIES`: what a unit does not keep for its backward pass is computed again.
-        head_init: a key of `HEAD_INITS`: how the head's kernel starts; its bias is zero.
+        num_classes: width of the head; None has no head and returns the features before it.
+        units: bottlenecks of each block; from the second block on, the first of them halves height and width.
+        width: channels of the root and of the 3 × 3 convolutions of the first block, a multiple of 32; doubled from
+            block to block.
+        dtype: of the computation; parameters are always float32, logits at least float32.
+        remat: "none", or a key of `REMAT_POLICIES`: which intermediates of a unit are kept for the backward pass.
+        head_init: a key of `HEAD_INITS`: initializer of the head's kernel; its bias is zero.
 
     Source:
         Kolesnikov et al. 2020, "Big Transfer (BiT): General Visual Representation Learning"; He et al. 2016, "Identity
@@ -217,32 +204,38 @@ class ResNet(nn.Module):
     """
 
     SIZES: ClassVar[tuple[str, ...]] = ("units", "width")
+    HAS_ATTENTION: ClassVar[bool] = False
 
     num_classes: int | None
     units: tuple[int, ...] = (3, 4, 6, 3)
     width: int = 64
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = "none"
     head_init: str = "zeros"
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(self, images: Float[jax.typing.ArrayLike, "b h w 3"], *, train: bool = False) -> Float[Array, "b d"]:
         """Computes logits.
 
         Args:
             images: [b h w 3], in [-1, 1].
-            train: changes nothing; there is no dropout.
+            train: has no effect; there is no dropout.
 
         Returns:
-            [b num_classes], float32 (float64 where `dtype` is); features [b d] in `dtype` where there is no head.
+            [b num_classes], float32 (float64 if `dtype` is); without a head features [b d] in `dtype`.
         """
-        x = Backbone(self.units, self.width, self.remat, self.dtype, name="resnet")(images)
+        x = Backbone(self.units, self.width, self.remat, self.dtype, name="resnet")(jnp.asarray(images))
         return x if self.num_classes is None else self.create_head(self.num_classes, name="head")(x)
 
+    @property
+    def pixels_per_patch(self) -> int:
+        """Side in pixels of one position of the last block."""
+        return reduction(self.units)
+
     @nn.nowrap
-    def create_head(self, num_classes: int, name: str | None = None) -> nn.Dense:
-        """The layer [b d] -> [b num_classes], to be used apart from the model where its features are at hand."""
-        return create_head(num_classes, dtype=self.dtype, head_init=self.head_init, name=name)
+    def layer_index(self, path: str) -> int:
+        """Raises UsageError: layer-wise learning rate decay is defined for Vision Transformers."""
+        raise UsageError("layer_decay is for the layers of a VisionTransformer; set it to 1 for a ResNet")
 
     @nn.nowrap
     def validate(self, image_size: int | None = None) -> None:

@@ -1,214 +1,184 @@
 """The Vision Transformer (Dosovitskiy et al. 2021, section 3.1).
 
-Axes in comments: b batch, h w height and width, c channels, n tokens, d width. The submodules carry the names of the
-released files, so that the flattened parameter tree is a file's key list.
+Submodules have the names of the original ViT checkpoint format, so that the flattened parameter tree is its key list.
+
+Axes: b batch, h w height and width, c channels, n tokens, d width.
 """
 
+import dataclasses
 import functools
-from typing import Any, ClassVar
+import re
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float
 
-from vit_jax.models.common import REMAT_POLICIES, create_head, shard_batch
-from vit_jax.models.hybrid import apply_stem, stem_reduction
-from vit_jax.models.resnet import NUM_GROUPS
+from vit_jax.models.common import NUM_GROUPS, HeadMixin, float32_or_wider, reduction, remat_module, shard_batch
+from vit_jax.models.hybrid import apply_stem
 from vit_jax.runtime.errors import UsageError
 
 POOLS = ("cls", "mean", "map")
-"""How tokens become features: the class token's alone, the mean over all, or what a learned probe attends to."""
+"""Features of an image: the class token, the mean over all tokens, or attention pooling by a learned probe."""
 
 
-def _weigh(subscripts: str, weights: jax.Array, value: jax.Array) -> jax.Array:
-    """The attention's second product, in the dtype of the values: float32 weights would double its time and memory."""
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """Arguments of `VisionTransformer` that its submodules share; attributes as there."""
+
+    num_heads: int
+    mlp_dim: int
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    gelu_approximate: bool = True
+    layer_norm_epsilon: float = 1e-6
+    dtype: DTypeLike = jnp.float32
+
+    def create_norm(self, name: str) -> nn.LayerNorm:
+        """Creates a LayerNorm; its sums are at least float32."""
+        return nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name=name)
+
+    def create_attention(self, name: str, *, dropout_rate: float = 0.0) -> nn.MultiHeadDotProductAttention:
+        """Creates attention whose softmax is at least float32."""
+        return nn.MultiHeadDotProductAttention(
+            num_heads=self.num_heads,
+            dtype=self.dtype,
+            dropout_rate=dropout_rate,
+            broadcast_dropout=False,
+            kernel_init=nn.initializers.xavier_uniform(),
+            force_fp32_for_softmax=jnp.dtype(self.dtype).itemsize < 4,
+            qk_attn_weights_einsum_cls=lambda: jnp.einsum,
+            attn_weights_value_einsum_cls=lambda: _weigh,
+            name=name,
+        )
+
+
+def _weigh(subscripts: str, weights: Array, value: Array) -> Array:
+    """Sums values in their own dtype: float32 weights would double the time and memory of this product."""
     return jnp.einsum(subscripts, weights.astype(value.dtype), value)
 
 
-def create_attention(num_heads: int, dtype: Any, **options: Any) -> nn.MultiHeadDotProductAttention:
-    """Attention whose softmax is at least float32."""
-    return nn.MultiHeadDotProductAttention(
-        num_heads=num_heads,
-        dtype=dtype,
-        broadcast_dropout=False,
-        kernel_init=nn.initializers.xavier_uniform(),
-        force_fp32_for_softmax=jnp.finfo(dtype).bits < 32,
-        qk_attn_weights_einsum_cls=lambda: jnp.einsum,
-        attn_weights_value_einsum_cls=lambda: _weigh,
-        **options,
-    )
-
-
 class MlpBlock(nn.Module):
-    """Two dense layers with a GELU between them (Eq. 3).
+    """Two dense layers with a GELU between them, each followed by dropout (Eq. 3)."""
 
-    Attributes:
-        mlp_dim: width of the hidden layer.
-        dropout_rate: after each of the two layers.
-        gelu_approximate: whether the GELU is its tanh form.
-        dtype: of the computation.
-    """
-
-    mlp_dim: int
-    dropout_rate: float
-    gelu_approximate: bool
-    dtype: Any
+    config: BlockConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
-        """[b n d] -> [b n d]."""
-        hidden_size = x.shape[-1]
+    def __call__(self, x: Float[Array, "b n d"], *, deterministic: bool) -> Float[Array, "b n d"]:
+        """Applies the block; dropout is off if `deterministic`."""
         dense = functools.partial(
             nn.Dense,
-            dtype=self.dtype,
+            dtype=self.config.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
             bias_init=nn.initializers.normal(1e-6),
         )
-        x = dense(self.mlp_dim, name="Dense_0")(x)
-        gelu = functools.partial(nn.gelu, approximate=self.gelu_approximate)
-        x = jax.checkpoint(gelu)(x)  # keeps its input, not its formula's terms
-        x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
-        x = dense(hidden_size, name="Dense_1")(x)
-        return nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
+        dropout = functools.partial(nn.Dropout, self.config.dropout_rate, deterministic=deterministic)
+        gelu = functools.partial(nn.gelu, approximate=self.config.gelu_approximate)
+        y: Array = dense(self.config.mlp_dim, name="Dense_0")(x)
+        y = dropout()(jax.checkpoint(gelu)(y))  # keeps only the input of the GELU for the backward pass
+        y = dropout()(dense(x.shape[-1], name="Dense_1")(y))
+        return y
 
 
 class EncoderBlock(nn.Module):
     """Pre-norm self-attention and MLP, each with a residual connection (Eq. 2 and 3).
 
-    Attributes:
-        num_heads: of the attention; divides the width.
-        mlp_dim: width of the MLP's hidden layer.
-        dropout_rate: after the attention's output and in the MLP.
-        attention_dropout_rate: on the attention weights.
-        stochastic_depth_rate: how often either branch is left out, picture by picture (Huang et al. 2016).
-        gelu_approximate: whether the GELU is its tanh form.
-        layer_norm_epsilon: below the root of the norms.
-        dtype: of the computation; the softmax and the norms' sums are at least float32.
+    `stochastic_depth_rate` is the probability of skipping either branch for an image (Huang et al. 2016).
     """
 
-    num_heads: int
-    mlp_dim: int
-    dropout_rate: float
-    attention_dropout_rate: float
-    stochastic_depth_rate: float
-    gelu_approximate: bool
-    layer_norm_epsilon: float
-    dtype: Any
+    config: BlockConfig
+    stochastic_depth_rate: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
-        """[b n d] -> [b n d]."""
+    def __call__(self, x: Float[Array, "b n d"], deterministic: bool) -> Float[Array, "b n d"]:
+        """Applies the block; dropout is off if `deterministic`."""
+        config = self.config
         skip = functools.partial(nn.Dropout, self.stochastic_depth_rate, broadcast_dims=(1, 2))
-        y = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="LayerNorm_0")(x)
-        attention = create_attention(
-            self.num_heads,
-            self.dtype,
-            dropout_rate=self.attention_dropout_rate,
-            name="MultiHeadDotProductAttention_1",
+        y = config.create_norm("LayerNorm_0")(x)
+        attention = config.create_attention(
+            "MultiHeadDotProductAttention_1", dropout_rate=config.attention_dropout_rate
         )
-        # Nothing is sown unless "intermediates" is mutable.
+        # Weights are stored only if "intermediates" is mutable.
         y = attention(y, y, deterministic=deterministic, sow_weights=True)
-        y = nn.Dropout(self.dropout_rate)(y, deterministic=deterministic)
+        y = nn.Dropout(config.dropout_rate)(y, deterministic=deterministic)
         x = shard_batch(x + skip()(y, deterministic=deterministic))
-
-        y = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="LayerNorm_2")(x)
-        mlp = MlpBlock(self.mlp_dim, self.dropout_rate, self.gelu_approximate, self.dtype, name="MlpBlock_3")
-        y = mlp(y, deterministic=deterministic)
+        y = config.create_norm("LayerNorm_2")(x)
+        y = MlpBlock(config, name="MlpBlock_3")(y, deterministic=deterministic)
         return shard_batch(x + skip()(y, deterministic=deterministic))
 
 
 class PositionEmbedding(nn.Module):
-    """Adds one learned vector to every token (Eq. 1)."""
+    """Adds a learned vector to every token (Eq. 1)."""
 
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b n d] -> [b n d]."""
-        embedding = self.param("pos_embedding", nn.initializers.normal(0.02), (1, *x.shape[1:]))
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Adds the embeddings."""
+        embedding: Array = self.param("pos_embedding", nn.initializers.normal(0.02), (1, *x.shape[1:]))
         return x + embedding.astype(self.dtype)
 
 
 class Encoder(nn.Module):
     """Position embeddings, the blocks, and a last norm (Eq. 1 to 4)."""
 
+    config: BlockConfig
     num_layers: int
-    num_heads: int
-    mlp_dim: int
-    dropout_rate: float
-    attention_dropout_rate: float
     stochastic_depth_rate: float
-    gelu_approximate: bool
-    layer_norm_epsilon: float
     remat: str
-    dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
-        """[b n d] -> [b n d]."""
-        x = PositionEmbedding(self.dtype, name="posembed_input")(x)
-        x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
-        block = EncoderBlock
-        if self.remat != "none":
-            block = nn.remat(EncoderBlock, policy=REMAT_POLICIES[self.remat], static_argnums=(2,))
+    def __call__(self, x: Float[Array, "b n d"], *, deterministic: bool) -> Float[Array, "b n d"]:
+        """Applies the encoder; dropout is off if `deterministic`."""
+        x = PositionEmbedding(self.config.dtype, name="posembed_input")(x)
+        x = nn.Dropout(self.config.dropout_rate)(x, deterministic=deterministic)
+        block = remat_module(EncoderBlock, self.remat, static_argnums=(2,))
         for i in range(self.num_layers):
-            x = block(
-                self.num_heads,
-                self.mlp_dim,
-                self.dropout_rate,
-                self.attention_dropout_rate,
-                self.stochastic_depth_rate * (i / (self.num_layers - 1) if self.num_layers > 1 else 1.0),
-                self.gelu_approximate,
-                self.layer_norm_epsilon,
-                self.dtype,
-                name=f"encoderblock_{i}",
-            )(x, deterministic)
-        return nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="encoder_norm")(x)
+            depth = i / (self.num_layers - 1) if self.num_layers > 1 else 1.0
+            x = block(self.config, self.stochastic_depth_rate * depth, name=f"encoderblock_{i}")(x, deterministic)
+        x = self.config.create_norm("encoder_norm")(x)
+        return x
 
 
 class MAPHead(nn.Module):
     """Pools tokens by the attention of a learned probe, and an MLP (Zhai et al. 2022, section 3.2)."""
 
-    num_heads: int
-    mlp_dim: int
-    gelu_approximate: bool
-    layer_norm_epsilon: float
-    dtype: Any
+    config: BlockConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b n d] -> [b d]."""
-        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1])).astype(self.dtype)
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+        """Pools the tokens."""
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1])).astype(self.config.dtype)
         probe = jnp.tile(probe, (x.shape[0], 1, 1))  # [b 1 d]
-        attention = create_attention(self.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")
+        attention = self.config.create_attention("MultiHeadDotProductAttention_0")
         x = attention(probe, x, deterministic=True, sow_weights=True)
-        y = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="LayerNorm_0")(x)
-        y = MlpBlock(self.mlp_dim, 0.0, self.gelu_approximate, self.dtype, name="MlpBlock_0")(y, deterministic=True)
-        return (x + y)[:, 0]
+        y = self.config.create_norm("LayerNorm_0")(x)
+        return (x + MlpBlock(self.config, name="MlpBlock_0")(y, deterministic=True))[:, 0]
 
 
-class VisionTransformer(nn.Module):
-    """Pictures to class logits.
+class VisionTransformer(HeadMixin, nn.Module):
+    """Images to class logits.
 
     Attributes:
-        num_classes: width of the head; None has no head and gives the features before it.
-        patch_size: pixels, or places of what the stem gives; times its reduction, it divides the pictures' height and
-            width.
+        num_classes: width of the head; None has no head and returns the features before it.
+        patch_size: side of a patch: pixels, or positions of the stem's output.
         hidden_size: width of the tokens.
         num_layers: encoder blocks.
         num_heads: of each attention; divides `hidden_size`.
         mlp_dim: hidden width of each MLP.
         representation_size: width of the tanh layer `pre_logits` before the head; None, as in fine-tuning, has none.
         dropout_rate: after the position embeddings, the attention output and in the MLP.
-        attention_dropout_rate: on the attention weights.
-        dtype: of the computation; parameters are float32 always, logits at least float32.
-        stochastic_depth_rate: of the last block; it grows linearly from 0 at the first. A single block is the last one.
-        remat: "none", or a key of `REMAT_POLICIES`: what a block does not keep for its backward pass is computed again.
-        gelu_approximate: whether the GELU is its tanh form, as in the released files, or the exact one.
-        head_init: a key of `HEAD_INITS`: how the head's kernel starts; its bias is zero.
-        layer_norm_epsilon: below the root of the norms; 1e-6 in the released files.
+        attention_dropout_rate: of the attention weights.
+        dtype: of the computation; parameters are always float32, logits at least float32.
+        stochastic_depth_rate: of the last block; grows linearly from 0 at the first. A single block is the last one.
+        remat: "none", or a key of `REMAT_POLICIES`: which intermediates of a block are kept for the backward pass.
+        gelu_approximate: the GELU is its tanh form, as in Google's checkpoints, or the exact one.
+        head_init: a key of `HEAD_INITS`: initializer of the head's kernel; its bias is zero.
+        layer_norm_epsilon: added to the variance; 1e-6 in Google's checkpoints.
         stem_units: of a hybrid's ResNet, see `hybrid.apply_stem`; None has none, patches are of pixels.
-        stem_width: channels of that ResNet's root, a multiple of 32.
+        stem_width: channels of the root of that ResNet, a multiple of 32.
         pool: one of `POOLS`; only with "cls" is there a class token.
 
     Source:
@@ -216,6 +186,7 @@ class VisionTransformer(nn.Module):
     """
 
     SIZES: ClassVar[tuple[str, ...]] = ("patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim")
+    HAS_ATTENTION: ClassVar[bool] = True
 
     num_classes: int | None
     patch_size: int = 16
@@ -226,7 +197,7 @@ class VisionTransformer(nn.Module):
     representation_size: int | None = None
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     stochastic_depth_rate: float = 0.0
     remat: str = "none"
     gelu_approximate: bool = True
@@ -237,25 +208,25 @@ class VisionTransformer(nn.Module):
     pool: str = "cls"
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(self, images: Float[ArrayLike, "b h w 3"], *, train: bool = False) -> Float[Array, "b d"]:
         """Computes logits.
 
         Args:
             images: [b h w 3], in [-1, 1].
-            train: whether dropout is on; it then needs `rngs={"dropout": key}`.
+            train: dropout is on; it then needs `rngs={"dropout": key}`.
 
         Returns:
-            [b num_classes], float32 (float64 where `dtype` is); features [b d] in `dtype` where there is no head.
+            [b num_classes], float32 (float64 if `dtype` is); without a head features [b d] in `dtype`.
 
         Raises:
             ValueError: height or width is not a multiple of a patch's side.
         """
-        batch, height, width, _ = images.shape
+        x = jnp.asarray(images)
+        batch, height, width, _ = x.shape
         pixels = self.pixels_per_patch
         if height % pixels or width % pixels:
-            raise ValueError(f"pictures of {height} × {width} pixels do not divide into patches of {pixels} × {pixels}")
+            raise ValueError(f"images of {height} × {width} pixels do not divide into patches of {pixels} × {pixels}")
 
-        x = images
         if self.stem_units is not None:
             x = apply_stem(x, units=self.stem_units, width=self.stem_width, remat=self.remat, dtype=self.dtype)
         patch = (self.patch_size, self.patch_size)
@@ -264,52 +235,34 @@ class VisionTransformer(nn.Module):
         if self.pool == "cls":
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size)).astype(self.dtype)
             x = jnp.concatenate([jnp.tile(cls, (batch, 1, 1)), x], axis=1)  # [b 1+n d]
+
+        names = [field.name for field in dataclasses.fields(BlockConfig)]
+        config = BlockConfig(**{name: getattr(self, name) for name in names})
+        encoder = Encoder(config, self.num_layers, self.stochastic_depth_rate, self.remat, name="Transformer")
+        x = encoder(shard_batch(x), deterministic=not train)
+        if self.pool == "cls":
+            x = x[:, 0]
+        elif self.pool == "mean":
+            x = jnp.mean(x, axis=1, dtype=float32_or_wider(self.dtype)).astype(self.dtype)
+        else:
+            x = MAPHead(config, name="MAPHead_0")(x)
         x = shard_batch(x)
-
-        x = Encoder(
-            self.num_layers,
-            self.num_heads,
-            self.mlp_dim,
-            self.dropout_rate,
-            self.attention_dropout_rate,
-            self.stochastic_depth_rate,
-            self.gelu_approximate,
-            self.layer_norm_epsilon,
-            self.remat,
-            self.dtype,
-            name="Transformer",
-        )(x, deterministic=not train)
-        x = shard_batch(self._pool(x))
-
         if self.representation_size is not None:
             x = jnp.tanh(nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x))
         return x if self.num_classes is None else self.create_head(self.num_classes, name="head")(x)
 
-    def _pool(self, x: jax.Array) -> jax.Array:
-        """[b n d] -> [b d]."""
-        if self.pool == "cls":
-            return x[:, 0]
-        if self.pool == "mean":
-            return jnp.mean(x, axis=1, dtype=jnp.promote_types(self.dtype, jnp.float32)).astype(self.dtype)
-        head = MAPHead(
-            self.num_heads,
-            self.mlp_dim,
-            self.gelu_approximate,
-            self.layer_norm_epsilon,
-            self.dtype,
-            name="MAPHead_0",
-        )
-        return head(x)
-
     @property
     def pixels_per_patch(self) -> int:
-        """Side of the square of pixels that becomes one token."""
-        return self.patch_size * stem_reduction(self.stem_units)
+        """Side in pixels of the square that becomes one token."""
+        return self.patch_size * reduction(self.stem_units)
 
     @nn.nowrap
-    def create_head(self, num_classes: int, name: str | None = None) -> nn.Dense:
-        """The layer [b d] -> [b num_classes], to be used apart from the model where its features are at hand."""
-        return create_head(num_classes, dtype=self.dtype, head_init=self.head_init, name=name)
+    def layer_index(self, path: str) -> int:
+        """Returns the layer of a parameter: 0 the embeddings, i + 1 encoder block i, num_layers + 1 all after them."""
+        if block := re.search(r"encoderblock_(\d+)/", path):
+            return int(block[1]) + 1
+        is_embedding = re.search(r"(^|/)(cls|embedding|pos_embedding|conv_root|gn_root|block\d+)(/|$)", path)
+        return 0 if is_embedding else self.num_layers + 1
 
     @nn.nowrap
     def validate(self, image_size: int | None = None) -> None:

@@ -1,12 +1,11 @@
-"""Released parameter files: found by name, read, checked, fitted to a model, and written again. Host NumPy only."""
+"""Pretrained checkpoints: found by name, loaded, verified, adapted to a model, and saved."""
 
-from vit_jax.pretrained.adapt import Grid, Report, adapt_params, resample_position_embeddings
-from vit_jax.pretrained.bit import infer_resnet
+from vit_jax.pretrained.adapt import Report, adapt_params, resample_position_embeddings
 from vit_jax.pretrained.formats import to_original
 from vit_jax.pretrained.imagenet import canonical_name, imagenet_classes
-from vit_jax.pretrained.infer import POSITION_KEY, infer_architecture
-from vit_jax.pretrained.load import read_model, save_folder
-from vit_jax.pretrained.metadata import ModelMetadata, infer_sizes
+from vit_jax.pretrained.infer import POSITION_KEY, Grid, infer_sizes
+from vit_jax.pretrained.load import read_model, save_orbax
+from vit_jax.pretrained.metadata import ModelMetadata, save_metadata
 from vit_jax.pretrained.npz import load_npz, read_metadata, save_npz
 from vit_jax.pretrained.released import RELEASED, is_name, resolve
 
@@ -19,8 +18,6 @@ __all__ = [
     "adapt_params",
     "canonical_name",
     "imagenet_classes",
-    "infer_architecture",
-    "infer_resnet",
     "infer_sizes",
     "is_name",
     "load_npz",
@@ -28,7 +25,8 @@ __all__ = [
     "read_model",
     "resample_position_embeddings",
     "resolve",
-    "save_folder",
+    "save_metadata",
     "save_npz",
+    "save_orbax",
     "to_original",
 ]

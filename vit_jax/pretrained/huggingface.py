@@ -1,5 +1,6 @@
-"""A Vision Transformer in the layout of Hugging Face's `ViTForImageClassification`, and back: names, axes, config."""
+"""Converts a Vision Transformer from and to Hugging Face's `ViTForImageClassification`: names, axes, config."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -9,12 +10,13 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.pretrained.infer import POSITION_KEY, differences, expected_shapes
-from vit_jax.pretrained.metadata import ModelMetadata
+from vit_jax.models.common import num_input_axes
+from vit_jax.pretrained.infer import POSITION_KEY, Shape, differences, parameter_shapes
+from vit_jax.pretrained.metadata import ModelMetadata, load_metadata, save_metadata
 from vit_jax.runtime.errors import UserError, one_line
-from vit_jax.types import Params
+from vit_jax.types import FlatParams, Params
 
-_LAYERS = {  # in a block, ours -> theirs
+_LAYERS = {  # ours -> theirs, in a block
     "LayerNorm_0": "layernorm_before",
     "MultiHeadDotProductAttention_1/query": "attention.attention.query",
     "MultiHeadDotProductAttention_1/key": "attention.attention.key",
@@ -24,68 +26,82 @@ _LAYERS = {  # in a block, ours -> theirs
     "MlpBlock_3/Dense_0": "intermediate.dense",
     "MlpBlock_3/Dense_1": "output.dense",
 }
-_OTHERS = {
+_OTHERS = {  # ours -> theirs, outside the blocks
     "cls": "vit.embeddings.cls_token",
     POSITION_KEY: "vit.embeddings.position_embeddings",
     "embedding": "vit.embeddings.patch_embeddings.projection",
     "Transformer/encoder_norm": "vit.layernorm",
     "head": "classifier",
 }
+_ARGUMENTS: dict[str, tuple[str, int | float]] = {  # ours -> (theirs, their default)
+    "patch_size": ("patch_size", 16),
+    "hidden_size": ("hidden_size", 768),
+    "num_layers": ("num_hidden_layers", 12),
+    "num_heads": ("num_attention_heads", 12),
+    "mlp_dim": ("intermediate_size", 3072),
+    "layer_norm_epsilon": ("layer_norm_eps", 1e-12),
+}
+_ACTIVATIONS = {"gelu": False, "gelu_pytorch_tanh": True, "gelu_new": True}
+"""Theirs -> `gelu_approximate`."""
 
 
-def to_huggingface(params: Params) -> dict[str, np.ndarray]:
-    """Parameters of a `VisionTransformer` without `pre_logits` as the tensors of a `ViTForImageClassification`.
+def save_huggingface(directory: Path, params: Params, metadata: ModelMetadata) -> None:
+    """Writes the files that `ViTForImageClassification.from_pretrained` and `load_huggingface` read.
 
     Raises:
-        UserError: there is a layer `pre_logits`, a ResNet before the patches, or no class token: that model has no
-            place for them.
+        UserError: the model has parts that a `ViTForImageClassification` does not have.
     """
-    if "pre_logits" in params:
-        raise UserError("a ViTForImageClassification has no place for the layer pre_logits; fine-tune without it first")
-    odd = "a ResNet before the patches" if "conv_root" in params else "" if "cls" in params else "no class token"
-    if odd:
-        raise UserError(f"this model has {odd}, which a ViTForImageClassification cannot have; take another --format")
+    from safetensors.numpy import save
+
+    config, preprocessor = huggingface_config(metadata)
+    tensors = save(to_huggingface(params), metadata={"format": "pt"})
+    (directory / "model.safetensors").write_bytes(tensors)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+    save_metadata(directory, metadata, params)
+
+
+def to_huggingface(params: Params) -> FlatParams:
+    """Returns the tensors of a `ViTForImageClassification`.
+
+    Raises:
+        UserError: the model has parts that it does not have: `pre_logits`, a ResNet, or pooling without a class token.
+    """
+    odd = [name for name in ("pre_logits", "conv_root", "MAPHead_0", "resnet") if name in params]
+    if odd or "cls" not in params:
+        part = f"parameters {odd[0]}" if odd else "no class token"
+        raise UserError(f"the model has {part}, which a ViTForImageClassification cannot have; take another --format")
     tensors = {}
     for key, leaf in flatten_dict(params, sep="/").items():
         array = np.asarray(leaf)
-        if key == "embedding/kernel":  # [p p c d] -> [d c p p]
-            array = array.transpose(3, 2, 0, 1)
-        elif key.endswith("/kernel"):  # [inputs… outputs…] -> [outputs inputs]
-            inputs = math.prod(array.shape[: _num_input_axes(key)])
-            array = array.reshape(inputs, -1).T
-        elif key.endswith("/bias"):
-            array = array.reshape(-1)
-        tensors[_their_name(key)] = np.ascontiguousarray(array)
+        array = array.transpose(3, 2, 0, 1) if key == "embedding/kernel" else array  # [p p c d] -> [d c p p]
+        if key.endswith("/kernel") and key != "embedding/kernel":  # [inputs… outputs…] -> [outputs inputs]
+            array = array.reshape(math.prod(array.shape[: num_input_axes(key, array.ndim)]), -1).T
+        tensors[_their_name(key)] = np.ascontiguousarray(array.reshape(_their_shape(key, np.shape(leaf))))
     return tensors
 
 
 def huggingface_config(metadata: ModelMetadata) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`config.json` and `preprocessor_config.json` of a model, from its metadata."""
-    model, names = metadata.model, metadata.class_names
+    """Returns `config.json` and `preprocessor_config.json` of a model."""
+    model, size = metadata.model, metadata.image_size
     config = {
         "architectures": ["ViTForImageClassification"],
         "model_type": "vit",
-        "hidden_size": model["hidden_size"],
-        "num_hidden_layers": model["num_layers"],
-        "num_attention_heads": model["num_heads"],
-        "intermediate_size": model["mlp_dim"],
+        **{theirs: model[ours] for ours, (theirs, _) in _ARGUMENTS.items()},
         "hidden_act": "gelu_pytorch_tanh" if model["gelu_approximate"] else "gelu",
         "hidden_dropout_prob": model["dropout_rate"],
         "attention_probs_dropout_prob": model["attention_dropout_rate"],
-        "layer_norm_eps": model["layer_norm_epsilon"],
-        "image_size": metadata.image_size,
-        "patch_size": model["patch_size"],
+        "image_size": size,
         "num_channels": 3,
         "qkv_bias": True,
-        "id2label": {str(i): name for i, name in enumerate(names)},
-        "label2id": {name: i for i, name in enumerate(names)},
+        "id2label": {str(i): name for i, name in enumerate(metadata.class_names)},
+        "label2id": {name: i for i, name in enumerate(metadata.class_names)},
         "torch_dtype": "float32",
     }
-    size = {"height": metadata.image_size, "width": metadata.image_size}
     preprocessor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        "size": size,
+        "size": {"height": size, "width": size},
         "resample": 2,  # PIL's bilinear
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -96,128 +112,89 @@ def huggingface_config(metadata: ModelMetadata) -> tuple[dict[str, Any], dict[st
     return config, preprocessor
 
 
-def load_huggingface(folder: Path) -> tuple[Params, ModelMetadata]:
-    """Reads the folder of a `ViTForImageClassification` or `ViTModel`; neither torch nor transformers is needed.
+def load_huggingface(directory: Path) -> tuple[Params, ModelMetadata]:
+    """Loads a `ViTForImageClassification` or `ViTModel`; needs neither torch nor transformers.
 
     Args:
-        folder: holds config.json and model.safetensors; preprocessor_config.json where pictures are not from -1 to 1.
+        directory: has config.json, model.safetensors and, unless images are in [-1, 1], preprocessor_config.json.
 
     Returns:
-        (params, metadata): of a `VisionTransformer`, with a head of zeros where the folder has none.
+        (params, metadata): of a `VisionTransformer`; the head is zero if the directory has none.
 
     Raises:
-        UserError: files are missing or damaged, or this is another model.
+        UserError: files are missing or damaged, or are those of another model.
     """
-    config = _read_json(folder / "config.json")
-    if config.get("model_type") != "vit":
-        raise UserError(f"{folder} holds a model of type {config.get('model_type')!r}; expected 'vit'")
-    tensors = _read_tensors(folder / "model.safetensors")
-    try:
-        value = _describe(config, _read_json(folder / "preprocessor_config.json", default={}))
-        # Parameters are float32 always; `export` writes the dtype of the computation beside their two files.
-        value["dtype"] = _read_json(folder / "about.json", default={}).get("dtype", "float32")
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{folder}/config.json does not describe a ViT ({one_line(error)}); download it again"
-        ) from error
-    metadata = ModelMetadata.from_json(value)
-    model = metadata.model
-    shapes = expected_shapes(
-        **{name: model[name] for name in ("patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim")},
-        representation_size=None,
-        num_classes=model["num_classes"],
-        num_tokens=1 + (metadata.image_size // model["patch_size"]) ** 2,
-    )
-    tensors = {name if name.startswith(("vit.", "classifier.")) else f"vit.{name}": t for name, t in tensors.items()}
-    if "classifier.weight" not in tensors:
-        tensors["classifier.weight"] = np.zeros((model["num_classes"], model["hidden_size"]), np.float32)
-        tensors["classifier.bias"] = np.zeros(model["num_classes"], np.float32)
-    unused = ("vit.pooler.", "vit.embeddings.mask_token")
-    found = {name: tensor.shape for name, tensor in tensors.items() if not name.startswith(unused)}
-    expected = {_their_name(key): _their_shape(key, shape) for key, shape in shapes.items()}
-    if found != expected:
-        raise UserError(
-            f"{folder}/model.safetensors is not of the model in config.json: {differences(found, expected)}"
-        )
-    flat = {key: _from_theirs(key, tensors[_their_name(key)], shape) for key, shape in shapes.items()}
-    return unflatten_dict(flat, sep="/"), metadata
-
-
-def _describe(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns their two files as the JSON of `ModelMetadata`."""
-    acts = {"gelu": False, "gelu_pytorch_tanh": True, "gelu_new": True}
-    if config.get("hidden_act", "gelu") not in acts:
-        raise ValueError(f"hidden_act {config['hidden_act']!r} is none of {', '.join(acts)}")
-    if not config.get("qkv_bias", True) or config.get("num_channels", 3) != 3:
-        raise ValueError("expected qkv_bias and 3 channels")
-    names = config.get("id2label") or {"0": "0", "1": "1"}
-    return {
-        "architecture": "vit",
-        "model": {
-            "patch_size": config.get("patch_size", 16),
-            "hidden_size": config.get("hidden_size", 768),
-            "num_layers": config.get("num_hidden_layers", 12),
-            "num_heads": config.get("num_attention_heads", 12),
-            "mlp_dim": config.get("intermediate_size", 3072),
-            "gelu_approximate": acts[config.get("hidden_act", "gelu")],
-            "layer_norm_epsilon": config.get("layer_norm_eps", 1e-12),
-            "num_classes": len(names),
-        },
-        "image_size": config.get("image_size", 224),
-        "image_mean": preprocessor.get("image_mean", [0.5] * 3),
-        "image_std": preprocessor.get("image_std", [0.5] * 3),
-        "class_names": [names[key] for key in sorted(names, key=int)],
-    }
-
-
-def _read_json(path: Path, *, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    if default is not None and not path.exists():
-        return default
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}); download it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is no JSON object; download it again")
-    return value
-
-
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
-        return load_file(path)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}); download it again") from error
+        preprocessor = directory / "preprocessor_config.json"
+        metadata = _metadata(
+            json.loads((directory / "config.json").read_text()),
+            json.loads(preprocessor.read_text()) if preprocessor.exists() else {},
+        )
+        params = _from_huggingface(load_file(directory / "model.safetensors"), metadata)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{directory} is not a complete ViTForImageClassification: {one_line(error)}") from error
+    own = load_metadata(directory, params)  # of an export: the other files do not tell the dtype of the computation
+    return params, dataclasses.replace(metadata, dtype=own.dtype) if own else metadata
 
 
-def _their_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of our leaf -> that of their tensor."""
+def _metadata(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelMetadata:
+    """Returns the metadata in the two JSON files of Hugging Face."""
+    activation = config.get("hidden_act", "gelu")
+    supported = {
+        "model_type": config.get("model_type") == "vit",
+        "hidden_act": activation in _ACTIVATIONS,
+        "qkv_bias": config.get("qkv_bias", True),
+        "num_channels": config.get("num_channels", 3) == 3,
+    }
+    for key, holds in supported.items():
+        if not holds:
+            raise ValueError(f"{key} of config.json is {config.get(key)!r}")
+    names = config.get("id2label") or {"0": "0", "1": "1"}
+    model = {ours: config.get(theirs, default) for ours, (theirs, default) in _ARGUMENTS.items()}
+    value = {
+        "architecture": "vit",
+        "model": {**model, "gelu_approximate": _ACTIVATIONS[activation], "num_classes": len(names)},
+        "image_size": config.get("image_size", 224),
+        "class_names": [names[key] for key in sorted(names, key=int)],
+    }
+    normalization = {key: preprocessor[key] for key in ("image_mean", "image_std") if key in preprocessor}
+    return ModelMetadata.from_json({**value, **normalization})
+
+
+def _from_huggingface(tensors: FlatParams, metadata: ModelMetadata) -> Params:
+    """Returns our parameters for their tensors."""
+    shapes = parameter_shapes(metadata.create_model(), (metadata.image_size // metadata.model["patch_size"]) ** 2)
+    tensors = {name if name.startswith(("vit.", "classifier.")) else f"vit.{name}": t for name, t in tensors.items()}
+    if "classifier.weight" not in tensors:
+        tensors |= {_their_name(key): np.zeros(_their_shape(key, shapes[key])) for key in ("head/kernel", "head/bias")}
+    unused = ("vit.pooler.", "vit.embeddings.mask_token")
+    found = {name: tensor.shape for name, tensor in tensors.items() if not name.startswith(unused)}
+    if wrong := differences(found, {_their_name(key): _their_shape(key, shape) for key, shape in shapes.items()}):
+        raise ValueError(f"model.safetensors is not of the model in config.json: {wrong}")
+    flat = {}
+    for key, shape in shapes.items():
+        tensor = tensors[_their_name(key)]
+        tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T if tensor.ndim == 2 else tensor
+        flat[key] = np.ascontiguousarray(tensor, np.float32).reshape(shape)
+    params: Params = unflatten_dict(flat, sep="/")
+    return params
+
+
+def _their_shape(key: str, shape: Shape) -> Shape:
+    """Returns the shape of their tensor for one of our leaves."""
     if key == "embedding/kernel":
         return shape[3], shape[2], shape[0], shape[1]
     if key.endswith("/kernel"):
-        inputs = _num_input_axes(key)
+        inputs = num_input_axes(key, len(shape))
         return math.prod(shape[inputs:]), math.prod(shape[:inputs])
     return (math.prod(shape),) if key.endswith("/bias") else shape
 
 
-def _from_theirs(key: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Their tensor as our leaf."""
-    if key == "embedding/kernel":
-        tensor = tensor.transpose(2, 3, 1, 0)
-    elif key.endswith("/kernel"):
-        tensor = tensor.T
-    return np.ascontiguousarray(tensor, np.float32).reshape(shape)
-
-
-def _num_input_axes(key: str) -> int:
-    """How many leading axes of a kernel are inputs: the attention's last layer takes heads and their width."""
-    return 2 if key.endswith("/out/kernel") else 1
-
-
 def _their_name(key: str) -> str:
-    """Our key -> the name of their tensor."""
+    """Returns the name of their tensor for one of our keys."""
     if key in _OTHERS:
         return _OTHERS[key]
     layer, _, leaf = key.rpartition("/")

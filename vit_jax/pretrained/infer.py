@@ -1,217 +1,203 @@
-"""The released layout: which keys and shapes make a whole Vision Transformer, and what other files look like."""
+"""Architecture and sizes of a model, read off the shapes of its parameters."""
 
+import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
+from vit_jax.models import ARCHITECTURES, create_model
 from vit_jax.runtime.errors import UserError
-from vit_jax.types import Params
+from vit_jax.types import ImageModel, Params
 
 POSITION_KEY = "Transformer/posembed_input/pos_embedding"
-BLOCK = re.compile(r"Transformer/encoderblock_(\d+)/")
-BIG_VISION_ATTENTION = re.compile(BLOCK.pattern + "MultiHeadDotProductAttention_0/")
-_AROUND = ("opt/", "optimizer/", "params/", "img/")  # what `layouts.to_original` would have taken away
-_STEM_UNIT = re.compile(r"block(\d+)/unit(\d+)/")
+
+Grid = tuple[int, int]
+"""Rows and columns of patches."""
+
+Shape = tuple[int, ...]
+Sizes = dict[str, Any]
+"""Constructor arguments of a module that the shapes of its parameters depend on."""
 
 
-def infer_architecture(params: Params) -> dict[str, Any]:
-    """Reads a Vision Transformer's sizes off the shapes of its parameters.
+def infer_sizes(params: Params) -> tuple[str, Sizes]:
+    """Returns the architecture that parameters are of, and the arguments of its constructor.
 
     Args:
-        params: nested dictionary of arrays, or of anything with a shape.
+        params: nested dictionary of arrays, or of anything with a shape, in the format that `to_original` returns.
 
     Returns:
-        Arguments of `VisionTransformer`: patch_size, hidden_size, num_layers, num_heads, mlp_dim, representation_size
-        (None without `pre_logits`) and num_classes (None without a head); of a hybrid also stem_units and stem_width;
-        pool where there is no class token.
+        (key of `models.ARCHITECTURES`, arguments): the module's `SIZES` and `num_classes`, None without a head; of a
+        Vision Transformer also representation_size, stem_units, pool and, of a hybrid, stem_width.
 
     Raises:
-        UserError: this is not a whole Vision Transformer of the original layout; names keys and the likely cause.
+        UserError: the parameters are not exactly those of a known model; names keys.
     """
-    shapes = _shapes(params)
-    cause = foreign_layout(shapes)
-    if cause:
-        raise UserError(f"these are not the parameters of a ViT in the original layout: {cause}")
-
-    def size(key: str, *, axis: int, num_axes: int) -> int:
-        if len(shapes.get(key, ())) != num_axes:
-            got = f"is of shape {shapes[key]}" if key in shapes else "is missing"
-            raise UserError(f"this is not a whole ViT: {key} {got}; expected an array of {num_axes} axes")
-        return shapes[key][axis]
-
-    def some_start_with(prefix: str) -> bool:
-        return any(key.startswith(prefix) for key in shapes)
-
-    block = "Transformer/encoderblock_0"
-    num_tokens = size(POSITION_KEY, axis=1, num_axes=3)
-    architecture: dict[str, Any] = {
-        "patch_size": size("embedding/kernel", axis=0, num_axes=4),
-        "hidden_size": size("embedding/kernel", axis=3, num_axes=4),
-        "num_layers": len(block_numbers(shapes)),
-        "num_heads": size(f"{block}/MultiHeadDotProductAttention_1/query/kernel", axis=1, num_axes=3),
-        "mlp_dim": size(f"{block}/MlpBlock_3/Dense_0/kernel", axis=1, num_axes=2),
-        "representation_size": None,
-        "num_classes": None,
-    }
-    if some_start_with("pre_logits/"):
-        architecture["representation_size"] = size("pre_logits/kernel", axis=1, num_axes=2)
-    if some_start_with("head/"):
-        architecture["num_classes"] = size("head/kernel", axis=1, num_axes=2)
-    if some_start_with("conv_root/"):
-        stem_width = size("conv_root/kernel", axis=3, num_axes=4)
-        architecture |= {"stem_units": _count_units(shapes), "stem_width": stem_width}
-    if some_start_with("MAPHead_0/"):
-        architecture["pool"] = "map"
-    elif "cls" not in shapes and not is_square(num_tokens - 1):  # else a square and one more: the class token is lost
-        architecture["pool"] = "mean"
-    hidden_size, num_heads = architecture["hidden_size"], architecture["num_heads"]
-    if not num_heads or hidden_size % num_heads:
-        raise UserError(f"this is not a whole ViT: its width, {hidden_size}, does not divide into {num_heads} heads")
-    expected = expected_shapes(**architecture, num_tokens=num_tokens)
-    if shapes != expected:
-        raise UserError(f"this is not a whole ViT: {differences(shapes, expected)}")
-    return architecture
+    shapes = shapes_of(params)
+    architecture = find_architecture(shapes)
+    sizes: Sizes = {}
+    try:
+        sizes, num_patches = _READERS[architecture][1](shapes)
+        arguments = {key: value for key, value in sizes.items() if key != "num_classes"}
+        model = create_model(architecture, arguments, num_classes=sizes["num_classes"])
+        wrong = differences(shapes, parameter_shapes(model, num_patches))
+    except UserError as error:
+        wrong = str(error)
+    if wrong:
+        name = ARCHITECTURES[architecture].__name__
+        raise UserError(f"these are not the parameters of a complete {name}: {wrong}")
+    return architecture, sizes
 
 
-def expected_shapes(
-    *,
-    patch_size: int,
-    hidden_size: int,
-    num_layers: int,
-    num_heads: int,
-    mlp_dim: int,
-    representation_size: int | None,
-    num_classes: int | None,
-    num_tokens: int,
-    stem_units: Sequence[int] | None = None,
-    stem_width: int = 64,
-    pool: str = "cls",
-) -> dict[str, tuple[int, ...]]:
-    """Every key of a released file, with its shape."""
-    width = (hidden_size,)
-    shapes: dict[str, tuple[int, ...]] = {"cls": (1, 1, hidden_size)} if pool == "cls" else {}
-    shapes[POSITION_KEY] = (1, num_tokens, hidden_size)
-    channels = 3
-    if stem_units is not None:
-        stem, channels = _stem_shapes(stem_units, stem_width)
-        shapes |= stem
-    shapes |= _dense("embedding", (patch_size, patch_size, channels), width)
-    for i in range(num_layers):
-        block = f"Transformer/encoderblock_{i}"
-        shapes |= _norm(f"{block}/LayerNorm_0", width) | _norm(f"{block}/LayerNorm_2", width)
-        shapes |= _attention(f"{block}/MultiHeadDotProductAttention_1", hidden_size, num_heads)
-        shapes |= _mlp(f"{block}/MlpBlock_3", hidden_size, mlp_dim)
-    shapes |= _norm("Transformer/encoder_norm", width)
-    if pool == "map":
-        shapes["MAPHead_0/probe"] = (1, 1, hidden_size)
-        shapes |= _attention("MAPHead_0/MultiHeadDotProductAttention_0", hidden_size, num_heads)
-        shapes |= _norm("MAPHead_0/LayerNorm_0", width) | _mlp("MAPHead_0/MlpBlock_0", hidden_size, mlp_dim)
-    if representation_size is not None:
-        shapes |= _dense("pre_logits", width, (representation_size,))
-    if num_classes is not None:
-        shapes |= _dense("head", (representation_size or hidden_size,), (num_classes,))
-    return shapes
+def find_architecture(keys: Iterable[str]) -> str:
+    """Returns the architecture whose keys these are.
+
+    Raises:
+        UserError: they are those of no known architecture.
+    """
+    keys = sorted(keys)
+    for architecture, (prefix, _) in _READERS.items():
+        if any(key.startswith(prefix) for key in keys):
+            return architecture
+    prefixes = " or ".join(f"{prefix}…" for prefix, _ in _READERS.values())
+    raise UserError(f"these are not the parameters of a known model: found {few(keys)}; expected keys {prefixes}")
 
 
-def _stem_shapes(units: Sequence[int], width: int) -> tuple[dict[str, tuple[int, ...]], int]:
-    """(Every key of a hybrid's ResNet with its shape, channels of what it gives)."""
-    shapes = {"conv_root/kernel": (7, 7, 3, width)} | _norm("gn_root", (width,))
-    channels = width
-    for i, num_units in enumerate(units):
-        middle = width * 2**i
-        for j in range(num_units):
-            unit = f"block{i + 1}/unit{j + 1}"
-            sides = {"1": (1, channels, middle), "2": (3, middle, middle), "3": (1, middle, 4 * middle)}
-            if j == 0:
-                sides["_proj"] = (1, channels, 4 * middle)
-            for name, (side, inputs, outputs) in sides.items():
-                shapes[f"{unit}/conv{name}/kernel"] = (side, side, inputs, outputs)
-                shapes |= _norm(f"{unit}/gn{name}", (outputs,))
-            channels = 4 * middle
-    return shapes, channels
+@functools.lru_cache(maxsize=8)
+def parameter_shapes(model: ImageModel, num_patches: int = 1) -> Mapping[str, Shape]:
+    """Returns {key: shape} of a module's parameters for images of so many patches, by tracing its initialization."""
+    side = model.pixels_per_patch
+    images = jax.ShapeDtypeStruct((1, side, side * num_patches, 3), jnp.float32)
+    return shapes_of(jax.eval_shape(model.init, jax.ShapeDtypeStruct((2,), jnp.uint32), images)["params"])
 
 
-def _dense(name: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    return {f"{name}/kernel": inputs + outputs, f"{name}/bias": outputs}
-
-
-def _norm(name: str, width: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    return {f"{name}/scale": width, f"{name}/bias": width}
-
-
-def _attention(name: str, hidden_size: int, num_heads: int) -> dict[str, tuple[int, ...]]:
-    width, heads = (hidden_size,), (num_heads, hidden_size // num_heads)
-    shapes = _dense(f"{name}/query", width, heads) | _dense(f"{name}/key", width, heads)
-    return shapes | _dense(f"{name}/value", width, heads) | _dense(f"{name}/out", heads, width)
-
-
-def _mlp(name: str, hidden_size: int, mlp_dim: int) -> dict[str, tuple[int, ...]]:
-    return _dense(f"{name}/Dense_0", (hidden_size,), (mlp_dim,)) | _dense(f"{name}/Dense_1", (mlp_dim,), (hidden_size,))
-
-
-def _count_units(keys: Iterable[str]) -> tuple[int, ...]:
-    """Units of each block of a hybrid's ResNet."""
-    blocks: dict[int, set[str]] = {}
-    for match in filter(None, map(_STEM_UNIT.match, keys)):
-        blocks.setdefault(int(match[1]), set()).add(match[2])
-    return tuple(len(blocks[block]) for block in sorted(blocks))
-
-
-def is_square(number: int) -> bool:
-    """Whether so many patches can be a square."""
-    return number > 0 and math.isqrt(number) ** 2 == number
-
-
-def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+def shapes_of(params: Params) -> dict[str, Shape]:
+    """Returns {joined key: shape}."""
     return {key: tuple(leaf.shape) for key, leaf in flatten_dict(params, sep="/").items()}
 
 
-def block_numbers(keys: Iterable[str]) -> list[int]:
-    """The numbers of the encoder blocks, in order."""
-    return sorted({int(match[1]) for key in keys if (match := BLOCK.match(key))})
+def infer_image_size(params: Params, model: ImageModel) -> int | None:
+    """Returns the height and width in pixels of the images that position embeddings are for; None if there are none.
 
-
-def foreign_layout(keys: Iterable[str], *, wanted: str = "ViT") -> str:
-    """Says which other known file this is; empty for the original layout of what is wanted.
-
-    Args:
-        keys: of the file.
-        wanted: "ViT" or "ResNet (BiT)".
+    Raises:
+        UserError: they are not those of a square image.
     """
-    keys = list(keys)
-    is_wanted = {"ViT": bool(block_numbers(keys)), "ResNet (BiT)": any(key.startswith("resnet/block") for key in keys)}
-
-    def some_start_with(*prefixes: str) -> bool:
-        return any(key.startswith(prefixes) for key in keys)
-
-    if below := next((name for name in _AROUND if some_start_with(name)), ""):
-        return f"its parameters lie below {below}; pretrained.read_model, or to_original, takes them out"
-    if wanted == "ViT" and some_start_with("resnet/"):
-        return "it looks like a ResNet (BiT) file (resnet/…); give a ViT, or set architecture to 'resnet50'"
-    if wanted != "ViT" and is_wanted["ViT"]:
-        return f"it looks like a ViT file (Transformer/encoderblock_…); give a {wanted}, or set architecture to 'vit'"
-    if not is_wanted[wanted]:
-        return f"it is not a {wanted} file, for it holds {_few(sorted(keys)) or 'nothing'}; give a {wanted}"
-    return ""
+    if "Transformer" not in params:
+        return None
+    num_patches: int = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - ("cls" in params)
+    rows, _ = find_grid(num_patches)
+    return rows * model.pixels_per_patch
 
 
-def differences(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> str:
-    """Lists what is missing, unexpected, or of another shape."""
-    other = [
-        f"{key} {shapes[key]} instead of {expected[key]}"
-        for key in expected
-        if key in shapes and shapes[key] != expected[key]
-    ]
+def find_grid(num_patches: int, grid: Grid | None = None, *, name: str = "grid") -> Grid:
+    """Returns the rows and columns of a grid of patches: as given, or those of a square.
+
+    Raises:
+        UserError: the patches are not a square, or not those of the given grid; `name` is its name.
+    """
+    rows, columns = grid or (math.isqrt(max(0, num_patches)),) * 2
+    if rows * columns != num_patches or rows < 1:
+        given = f"{name} is {rows} × {columns}" if grid else "they are not a square"
+        raise UserError(f"position embeddings are of {num_patches} patches, but {given}; give {name}=(rows, columns)")
+    return rows, columns
+
+
+def is_square(num_patches: int) -> bool:
+    """Returns whether so many patches are a square."""
+    return num_patches > 0 and math.isqrt(num_patches) ** 2 == num_patches
+
+
+def differences(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str:
+    """Lists keys that are missing, unexpected, or of another shape; "" if there are none."""
     lists = {
-        "missing": [key for key in expected if key not in shapes],
-        "unexpected": [key for key in shapes if key not in expected],
-        "of another shape": other,
+        "missing": [key for key in expected if key not in found],
+        "unexpected": [key for key in found if key not in expected],
+        "of another shape": [
+            f"{key} {found[key]} instead of {expected[key]}"
+            for key in expected
+            if key in found and found[key] != expected[key]
+        ],
     }
-    return "; ".join(f"{what}: {_few(items)}" for what, items in lists.items() if items)
+    return "; ".join(f"{what}: {few(items)}" for what, items in lists.items() if items)
 
 
-def _few(items: list[str]) -> str:
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+def unequal(found: Mapping[str, object], expected: Mapping[str, object]) -> str:
+    """Lists the values that are not the expected ones."""
+    wrong = [f"{key} {found.get(key)} instead of {value}" for key, value in expected.items() if found.get(key) != value]
+    return ", ".join(wrong)
+
+
+def few(items: list[str]) -> str:
+    """Joins the first three items."""
+    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "") or "nothing"
+
+
+def _vit_sizes(shapes: Mapping[str, Shape]) -> tuple[Sizes, int]:
+    """Returns the sizes of a Vision Transformer and its number of patches."""
+    block = "Transformer/encoderblock_0"
+    num_tokens = _axis(shapes, POSITION_KEY, 1, of=3)
+    sizes: Sizes = {
+        "patch_size": _axis(shapes, "embedding/kernel", 0, of=4),
+        "hidden_size": _axis(shapes, "embedding/kernel", 3, of=4),
+        "num_layers": len(_groups(r"Transformer/encoderblock_(\d+)/", shapes)),
+        "num_heads": _axis(shapes, f"{block}/MultiHeadDotProductAttention_1/query/kernel", 1, of=3),
+        "mlp_dim": _axis(shapes, f"{block}/MlpBlock_3/Dense_0/kernel", 1, of=2),
+        "representation_size": _width_of(shapes, "pre_logits"),
+        "num_classes": _width_of(shapes, "head"),
+        "stem_units": None,
+        "pool": "cls",
+    }
+    if any(key.startswith("conv_root/") for key in shapes):
+        sizes["stem_units"] = _count_units(r"block(\d+)/unit(\d+)/", shapes)
+        sizes["stem_width"] = _axis(shapes, "conv_root/kernel", 3, of=4)
+    if any(key.startswith("MAPHead_0/") for key in shapes):
+        sizes["pool"] = "map"
+    elif "cls" not in shapes and not is_square(num_tokens - 1):  # otherwise the class token is missing
+        sizes["pool"] = "mean"
+    num_patches = num_tokens - (sizes["pool"] == "cls")
+    return sizes, min(max(1, num_patches), 2**16)
+
+
+def _resnet_sizes(shapes: Mapping[str, Shape]) -> tuple[Sizes, int]:
+    """Returns the sizes of a ResNet; its parameters do not depend on the number of patches."""
+    sizes = {
+        "units": _count_units(r"resnet/block(\d+)/unit(\d+)/", shapes),
+        "width": _axis(shapes, "resnet/root_block/standardized_conv2d/kernel", 3, of=4),
+        "num_classes": _width_of(shapes, "head"),
+    }
+    return sizes, 1
+
+
+def _axis(shapes: Mapping[str, Shape], key: str, axis: int, *, of: int) -> int:
+    """Returns the size of an axis of an array of so many axes."""
+    if len(shapes.get(key, ())) != of:
+        found = f"is of shape {shapes[key]}" if key in shapes else "is missing"
+        raise UserError(f"{key} {found}; expected an array of {of} axes")
+    return shapes[key][axis]
+
+
+def _width_of(shapes: Mapping[str, Shape], layer: str) -> int | None:
+    """Returns the output width of a dense layer; None if there is no such layer."""
+    return _axis(shapes, f"{layer}/kernel", 1, of=2) if any(key.startswith(f"{layer}/") for key in shapes) else None
+
+
+def _groups(pattern: str, keys: Iterable[str]) -> list[tuple[str, ...]]:
+    """Returns the different groups of a pattern's matches."""
+    return sorted({match.groups() for key in keys if (match := re.match(pattern, key))})
+
+
+def _count_units(pattern: str, keys: Iterable[str]) -> tuple[int, ...]:
+    """Returns the number of units of each block of a ResNet."""
+    blocks = [int(block) for block, _ in _groups(pattern, keys)]
+    return tuple(blocks.count(block) for block in sorted(set(blocks)))
+
+
+_READERS: dict[str, tuple[str, Callable[[Mapping[str, Shape]], tuple[Sizes, int]]]] = {
+    "vit": ("Transformer/encoderblock_", _vit_sizes),
+    "resnet50": ("resnet/block", _resnet_sizes),
+}
+"""Architecture -> (how some keys of its parameters start, shapes -> (sizes, number of patches))."""

@@ -1,15 +1,15 @@
-"""Models as `export` writes them into folders, and any model by its name or place."""
+"""Loads any model by its name or path; saves and loads a directory with an Orbax checkpoint."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from vit_jax.pretrained.formats import to_original
 from vit_jax.pretrained.huggingface import load_huggingface
-from vit_jax.pretrained.metadata import ModelMetadata
+from vit_jax.pretrained.metadata import ModelMetadata, load_metadata, save_metadata
 from vit_jax.pretrained.npz import load_npz, read_metadata
 from vit_jax.pretrained.released import resolve
 from vit_jax.runtime.errors import UserError, one_line
@@ -17,72 +17,64 @@ from vit_jax.types import Params
 
 
 def read_model(name_or_path: str) -> tuple[Params, ModelMetadata | None]:
-    """Reads parameters wherever they lie.
+    """Loads the parameters and the metadata of a model.
 
     Args:
-        name_or_path: a released name, an `.npz` file, a folder of `save_folder`, or one of Hugging Face's.
+        name_or_path: name of a pretrained checkpoint, an `.npz` file, or a directory of `save_orbax`,
+            `huggingface.save_huggingface` or Hugging Face.
 
     Returns:
         (params, metadata): with the keys of the original ViT checkpoint format; None where a file has no metadata.
 
     Raises:
-        UserError: there is none, or it is damaged or not finite.
+        UserError: it does not exist, is damaged, or has values that are not finite in float32.
     """
-    path = resolve(name_or_path)
-    metadata: ModelMetadata | None
-    if not path.is_dir():
-        params, metadata = to_original(load_npz(path)), read_metadata(path)
-    elif (path / "model.safetensors").exists():
+    path, metadata = resolve(name_or_path), None
+    if (path / "model.safetensors").exists():
         params, metadata = load_huggingface(path)
     elif (path / "params").is_dir():
-        params, metadata = load_folder(path)
+        params, metadata = load_orbax(path)
     else:
-        raise UserError(f"{path} is a folder without parameters; give an .npz file, or a folder that export wrote")
-    _check_finite(path, params)
+        params, metadata = to_original(load_npz(path)), read_metadata(path)
+    infinite = [key for key, leaf in flatten_dict(params, sep="/").items() if not _is_finite(leaf)]
+    try:
+        if infinite:
+            raise UserError(f"{infinite[0]} has values that float32 cannot hold (NaN or infinity); give another file")
+        if metadata is not None:
+            metadata.validate(params)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return params, metadata
 
 
-def _check_finite(path: Path, params: Params) -> None:
-    """Refuses what would make every answer of the model, and every update, no number."""
-    for key, leaf in flatten_dict(params, sep="/").items():
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(np.asarray(leaf).astype(np.float32, copy=False)).all()
-        if not finite:
-            raise UserError(f"{path}: {key} holds numbers that float32 cannot (NaN or infinity); give another file")
+def _is_finite(leaf: Any) -> bool:
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(np.asarray(leaf).astype(np.float32, copy=False)).all())
 
 
-def save_folder(folder: Path, params: Params, metadata: ModelMetadata) -> None:
-    """Writes parameters alone, as Orbax does, into `folder/params`, and the metadata into `folder/about.json`."""
+def save_orbax(directory: Path, params: Params, metadata: ModelMetadata) -> None:
+    """Writes parameters as an Orbax checkpoint, `directory/params`, and `directory/metadata.json`."""
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((folder / "params").absolute(), params)
-    (folder / "about.json").write_text(json.dumps(metadata.to_json(), indent=2) + "\n")
+        checkpointer.save((directory / "params").absolute(), params)
+    save_metadata(directory, metadata, params)
 
 
-def load_folder(folder: Path) -> tuple[Params, ModelMetadata]:
-    """Reads what `save_folder` wrote.
+def load_orbax(directory: Path) -> tuple[Params, ModelMetadata | None]:
+    """Loads what `save_orbax` wrote.
 
     Raises:
-        UserError: it is not whole.
+        UserError: it cannot be read, or is damaged.
     """
     import orbax.checkpoint as ocp
 
+    path = (directory / "params").absolute()
     try:
-        metadata = ModelMetadata.from_json(json.loads((folder / "about.json").read_text()))
         with ocp.StandardCheckpointer() as checkpointer:
-            path = (folder / "params").absolute()
             shapes = dict(checkpointer.metadata(path).item_metadata)
-            return checkpointer.restore(path, _zeros(shapes)), metadata
-    except UserError:
-        raise
+            # Orbax restores into host arrays if it is given some.
+            params = checkpointer.restore(path, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} could not be read: {one_line(error)[:300]}; export it again") from error
-
-
-def _zeros(shapes: dict[str, Any]) -> Params:
-    """Host arrays of the same shapes: Orbax restores into what it is given."""
-    return {
-        key: _zeros(value) if isinstance(value, dict) else np.zeros(value.shape, value.dtype)
-        for key, value in shapes.items()
-    }
+        raise UserError(f"{path} cannot be read: {one_line(error)[:300]}; export it again") from error
+    return params, load_metadata(directory, params)

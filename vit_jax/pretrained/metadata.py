@@ -1,27 +1,28 @@
-"""Metadata of a checkpoint: what its model is, which classes it predicts, and how its images are preprocessed."""
+"""Metadata of a checkpoint: its model, the names of its classes, and the preprocessing of its images."""
 
 import dataclasses
-import math
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from pathlib import Path
+from typing import Any, cast
 
 import jax.numpy as jnp
 
 import vit_jax
 from vit_jax.models import ARCHITECTURES, create_model, model_arguments
-from vit_jax.pretrained.bit import infer_resnet
 from vit_jax.pretrained.imagenet import imagenet_classes
-from vit_jax.pretrained.infer import infer_architecture
-from vit_jax.runtime.errors import UserError
-from vit_jax.types import ImageModel, Params
+from vit_jax.pretrained.infer import few, infer_image_size, infer_sizes, unequal
+from vit_jax.runtime.checksums import checksum_json, checksums
+from vit_jax.runtime.errors import UserError, one_line
+from vit_jax.types import ImageModel, Json, Params
 
-Channels = tuple[float, float, float]
-"""One number for each of red, green, blue."""
+_OLD_NAMES = {"image_mean": "pixel_mean", "image_std": "pixel_deviation"}
+"""Keys of files of version 0.1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelMetadata:
-    """Metadata that every export and checkpoint carries.
+    """Metadata that every export and every checkpoint of a run has.
 
     Attributes:
         architecture: a key of `models.ARCHITECTURES`.
@@ -39,9 +40,29 @@ class ModelMetadata:
     image_size: int
     class_names: tuple[str, ...]
     dtype: str = "float32"
-    image_mean: Channels = (0.5, 0.5, 0.5)
-    image_std: Channels = (0.5, 0.5, 0.5)
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     vit_jax: str = vit_jax.__version__
+
+    def __post_init__(self) -> None:
+        """Checks types and ranges.
+
+        Raises:
+            UserError: names the first attribute that is wrong.
+        """
+        names, mean, std = self.class_names, self.image_mean, self.image_std
+        rules = {
+            "architecture": (self.architecture in tuple(ARCHITECTURES), f"one of {', '.join(ARCHITECTURES)}"),
+            "model": (isinstance(self.model, Mapping), "constructor arguments"),
+            "image_size": (type(self.image_size) is int and 0 < self.image_size <= 16_384, "a positive integer"),
+            "class_names": (isinstance(names, tuple) and all(isinstance(name, str) for name in names), "strings"),
+            "dtype": (self.dtype in ("float32", "bfloat16", "float64"), "one of float32, bfloat16"),
+            "image_mean": (_are_channels(mean), "three numbers from 0 to 1"),
+            "image_std": (_are_channels(std) and min(std) > 0, "three numbers above 0, at most 1"),
+        }
+        for name, (valid, expected) in rules.items():
+            if not valid:
+                raise UserError(f"{name} is {_lists(getattr(self, name))!r}; expected {expected}")
 
     @classmethod
     def from_model(
@@ -60,8 +81,8 @@ class ModelMetadata:
             image_size=image_size,
             class_names=tuple(class_names),
             dtype=jnp.dtype(model.dtype).name,
-            image_mean=_channels(image_mean),
-            image_std=_channels(image_std),
+            image_mean=tuple(image_mean),
+            image_std=tuple(image_std),
         )
 
     @classmethod
@@ -74,56 +95,40 @@ class ModelMetadata:
             UserError: the parameters are of no known model, or position embeddings are not of a square.
         """
         architecture, sizes = infer_sizes(params)
-        num_classes = sizes["num_classes"] or 0
-        names = [name for _, name in imagenet_classes()]
-        return cls(
-            architecture=architecture,
-            model=sizes,
-            image_size=_infer_image_size(params, architecture, sizes) or 224,
-            class_names=tuple(names if num_classes == len(names) else map(str, range(num_classes))),
-        )
+        names = tuple(name for _, name in imagenet_classes())
+        if sizes["num_classes"] != len(names):
+            names = tuple(map(str, range(sizes["num_classes"] or 0)))
+        metadata = cls(architecture, sizes, image_size=224, class_names=names)
+        image_size = infer_image_size(params, metadata.create_model())
+        return dataclasses.replace(metadata, image_size=image_size or 224)
 
     @classmethod
-    def from_json(cls, json: object) -> "ModelMetadata":
-        """Reads what `to_json` returns, of this version or an older one; ignores unknown keys.
+    def from_json(cls, value: Mapping[str, Any]) -> "ModelMetadata":
+        """Returns the metadata for what `to_json` returned, in this version or an older one; ignores unknown keys.
 
         Raises:
-            UserError: a key is missing, or its value has a wrong type or range.
+            UserError: a value has a wrong type or range, or is missing.
         """
-        if not isinstance(json, dict):
-            raise UserError(f"it is {str(json)[:50]!r}; expected an object")
-        old_names = {"image_mean": json.get("pixel_mean"), "image_std": json.get("pixel_deviation")}
-        value: dict[str, Any] = {"dtype": "float32", "vit_jax": ""} | old_names | json
-        rules = {
-            "architecture": (value.get("architecture") in tuple(ARCHITECTURES), f"one of {', '.join(ARCHITECTURES)}"),
-            "model": (isinstance(value.get("model"), dict), "an object of constructor arguments"),
-            "image_size": (_is_integer(value.get("image_size")), "a positive integer"),
-            "class_names": (_are(value.get("class_names"), str), "a list of strings"),
-            "dtype": (value["dtype"] in ("float32", "bfloat16", "float64"), "one of float32, bfloat16"),
-            "image_mean": (_are_channels(value["image_mean"]), "three numbers from 0 to 1"),
-            "image_std": (_are_channels(value["image_std"], above_zero=True), "three numbers above 0, at most 1"),
-        }
-        for key, (valid, expected) in rules.items():
-            if not valid:
-                raise UserError(f"{key} is {value.get(key)!r}; expected {expected}")
-        tuples = {key: tuple(item) if isinstance(item, list) else item for key, item in value["model"].items()}
-        return cls(
-            architecture=value["architecture"],
-            model=tuples,
-            image_size=value["image_size"],
-            class_names=tuple(value["class_names"]),
-            dtype=value["dtype"],
-            image_mean=_channels(value["image_mean"]),
-            image_std=_channels(value["image_std"]),
-            vit_jax=str(value["vit_jax"]),
+        names = {field.name: _OLD_NAMES.get(field.name, field.name) for field in dataclasses.fields(cls)}
+        found = {name: value.get(name, value.get(old)) for name, old in names.items() if name in value or old in value}
+        required = dict.fromkeys(("architecture", "model", "image_size", "class_names"))
+        return cls(**{name: _tuples(item) for name, item in (required | found).items()})
+
+    def to_json(self) -> dict[str, Json]:
+        """Returns the attributes as JSON values."""
+        return cast(
+            dict[str, Json], _lists({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns the attributes as JSON values."""
-        value = dataclasses.asdict(self)
-        model = {key: list(item) if isinstance(item, tuple) else item for key, item in self.model.items()}
-        names = ("class_names", "image_mean", "image_std")
-        return value | {"model": model} | {name: list(value[name]) for name in names}
+    def create_model(self) -> ImageModel:
+        """Creates the module.
+
+        Raises:
+            UserError: `model` has arguments that the constructor does not accept.
+        """
+        arguments = {key: value for key, value in self.model.items() if key != "num_classes"}
+        num_classes = self.model.get("num_classes")
+        return create_model(self.architecture, arguments, num_classes=num_classes, dtype=self.dtype)
 
     def validate(self, params: Params) -> None:
         """Compares the metadata with the shapes of the parameters.
@@ -132,73 +137,85 @@ class ModelMetadata:
             UserError: they are of different models.
         """
         architecture, sizes = infer_sizes(params)
-        found = {
-            "architecture": architecture,
-            **sizes,
-            "image_size": _infer_image_size(params, architecture, sizes) or self.image_size,
-            "number of class_names": sizes["num_classes"],
-        }
-        said = {
-            "architecture": self.architecture,
-            **self.model,
-            "image_size": self.image_size,
-            "number of class_names": len(self.class_names) if sizes["num_classes"] is not None else None,
-        }
-        wrong = [f"{key} {said.get(key)} (parameters: {found[key]})" for key in found if said.get(key) != found[key]]
-        if wrong:
-            raise UserError(f"the metadata does not match the parameters: {', '.join(wrong)}; export the model again")
-
-    def create_model(self) -> ImageModel:
-        """Creates the module.
-
-        Raises:
-            UserError: `model` is not what the constructor takes.
-        """
-        arguments = {key: value for key, value in self.model.items() if key != "num_classes"}
-        try:
-            return create_model(
-                self.architecture, arguments, num_classes=self.model.get("num_classes"), dtype=self.dtype
+        expected = {"architecture": architecture, **sizes}
+        found = {"architecture": self.architecture, **self.model}
+        if architecture == self.architecture:
+            model = self.create_model()
+            expected["image_size"] = infer_image_size(params, model) or self.image_size
+            found |= model_arguments(model) | {"image_size": self.image_size}
+        if sizes["num_classes"] is not None:
+            expected["number of class_names"], found["number of class_names"] = (
+                sizes["num_classes"],
+                len(self.class_names),
             )
-        except UserError as error:
-            raise UserError(f"the metadata is wrong: {error}; export the model again") from error
+        if wrong := unequal(found, expected):
+            raise UserError(f"its metadata is not that of its parameters: {wrong}; export it again")
 
 
-def infer_sizes(params: Params) -> tuple[str, dict[str, Any]]:
-    """Reads the architecture and the arguments of its constructor off the shapes of parameters.
+def wrap_metadata(metadata: ModelMetadata, expected: Mapping[str, str]) -> dict[str, Json]:
+    """Returns JSON that is stored beside arrays of the expected checksums; damage to either is noticed by its own."""
+    value = metadata.to_json()
+    return {"crc32": checksum_json([value, expected]), "metadata": value}
+
+
+def unwrap_metadata(value: Mapping[str, Any], found: Mapping[str, str]) -> ModelMetadata:
+    """Returns the metadata in JSON that was stored beside arrays.
+
+    Args:
+        value: of `wrap_metadata`, perhaps with "checksums" of the arrays; or metadata of version 0.1.
+        found: checksums of the arrays.
 
     Raises:
-        UserError: the parameters are of no known model.
+        UserError: a checksum, or a value of the metadata, is wrong.
     """
-    if "resnet" in params:
-        return "resnet50", infer_resnet(params)
-    return "vit", infer_architecture(params)
+    if "architecture" in value:
+        return ModelMetadata.from_json(value)
+    expected = value.get("checksums", found)
+    wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    if value["crc32"] != checksum_json([value["metadata"], expected]):
+        wrong.append("the metadata")
+    if wrong:
+        raise UserError(f"the checksum of {few(wrong)} is wrong")
+    return ModelMetadata.from_json(value["metadata"])
 
 
-def _infer_image_size(params: Params, architecture: str, sizes: dict[str, Any]) -> int | None:
-    """Returns the pixels that position embeddings are for; None for a model that has none."""
-    if "Transformer" not in params:
+def save_metadata(directory: Path, metadata: ModelMetadata, params: Params) -> None:
+    """Writes the metadata, and the checksums of the parameters, to `directory/metadata.json`."""
+    expected = checksums(params)
+    value = {**wrap_metadata(metadata, expected), "checksums": expected}
+    (directory / "metadata.json").write_text(json.dumps(value, indent=2) + "\n")
+
+
+def load_metadata(directory: Path, params: Params) -> ModelMetadata | None:
+    """Reads what `save_metadata` wrote, or version 0.1 to about.json; None if there is neither.
+
+    Raises:
+        UserError: it is damaged, or the parameters are not those that were saved.
+    """
+    paths = [path for name in ("metadata.json", "about.json") if (path := directory / name).exists()]
+    if not paths:
         return None
-    num_patches = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - ("cls" in params)
-    side = math.isqrt(num_patches)
-    if not side or side * side != num_patches:
-        raise UserError(f"the position embeddings are of {num_patches} patches, which is not a square")
-    return side * ARCHITECTURES["vit"](**sizes).pixels_per_patch
+    try:
+        return unwrap_metadata(json.loads(paths[0].read_text()), checksums(params))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{directory} is damaged: {one_line(error)}; export it again") from error
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 16_384
-
-
-def _are(values: object, kind: type) -> TypeGuard[list[Any]]:
-    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
-
-
-def _are_channels(values: object, *, above_zero: bool = False) -> bool:
-    if not _are(values, int | float) or len(values) != 3:  # type: ignore[arg-type]
+def _are_channels(values: object) -> bool:
+    if not isinstance(values, tuple) or len(values) != 3:
         return False
-    return all(0 <= value <= 1 and not isinstance(value, bool) and (value or not above_zero) for value in values)
+    return all(isinstance(value, int | float) and type(value) is not bool and 0 <= value <= 1 for value in values)
 
 
-def _channels(values: Sequence[float]) -> Channels:
-    red, green, blue = values
-    return red, green, blue
+def _tuples(value: Any) -> Any:
+    """Returns a JSON value with tuples in place of lists."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _lists(value: Any) -> Any:
+    """Returns a JSON value, with lists in place of tuples."""
+    if isinstance(value, Mapping):
+        return {key: _lists(item) for key, item in value.items()}
+    return list(map(_lists, value)) if isinstance(value, tuple) else value

@@ -1,5 +1,6 @@
 """Checksums of the arrays in a tree, computed before they are written and verified after they are read."""
 
+import json
 import zlib
 from typing import Any
 
@@ -46,3 +47,8 @@ def mismatches(tree: Any, expected: dict[str, str]) -> list[str]:
     """Returns the paths of a tree whose checksum is not the expected one, and those that only one of the two has."""
     found = checksums(tree)
     return [path for path in {**found, **expected} if found.get(path) != expected.get(path)]
+
+
+def checksum_json(value: object) -> str:
+    """Returns the CRC-32 of a JSON value, whatever the order of its keys."""
+    return f"{zlib.crc32(json.dumps(value, separators=(',', ':'), sort_keys=True).encode()):08x}"
