@@ -2,9 +2,8 @@
 
 import argparse
 import functools
-import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,27 +50,18 @@ def export_orbax(run: "Run", out: Path) -> None:
     """Saves a directory with an Orbax checkpoint: `StandardCheckpointer().restore(out / "params")`."""
     from vit_jax import pretrained
 
-    with atomic_path(out) as folder:
-        folder.mkdir()
-        pretrained.save_folder(folder, run.params, run.metadata)
+    with atomic_path(out) as directory:
+        directory.mkdir()
+        pretrained.save_orbax(directory, run.params, run.metadata)
 
 
 def export_safetensors(run: "Run", out: Path) -> None:
     """Saves a directory for Hugging Face's `ViTForImageClassification.from_pretrained`."""
-    from safetensors.numpy import save
-
     from vit_jax.pretrained import huggingface
 
-    if run.metadata.architecture != "vit":
-        raise UserError(f"--format safetensors is for Vision Transformers; this is a {run.metadata.architecture}")
-    config, preprocessor = huggingface.huggingface_config(run.metadata)
-    tensors = save(huggingface.to_huggingface(run.params), metadata={"format": "pt"})
-    with atomic_path(out) as folder:
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(tensors)
-        _write_json(folder / "config.json", config)
-        _write_json(folder / "preprocessor_config.json", preprocessor)
-        _write_json(folder / "about.json", run.metadata.to_json())
+    with atomic_path(out) as directory:
+        directory.mkdir()
+        huggingface.save_huggingface(directory, run.params, run.metadata)
 
 
 def export_stablehlo(run: "Run", out: Path) -> None:
@@ -79,13 +69,15 @@ def export_stablehlo(run: "Run", out: Path) -> None:
     import jax
     from jax import export
 
+    from vit_jax import pretrained
+
     images = export.symbolic_args_specs(np.zeros((1, run.image_size, run.image_size, 3), np.uint8), "batch, ...")
     forward = jax.jit(functools.partial(run.forward, jax.device_get(run.params)))
     exported = export.export(forward, platforms=("cpu", "cuda", "tpu"))(images)
-    with atomic_path(out) as folder:
-        folder.mkdir()
-        (folder / "model.stablehlo").write_bytes(exported.serialize())
-        _write_json(folder / "about.json", run.metadata.to_json())
+    with atomic_path(out) as directory:
+        directory.mkdir()
+        (directory / "model.stablehlo").write_bytes(exported.serialize())
+        pretrained.save_metadata(directory, run.metadata, run.params)
 
 
 FORMATS: dict[str, Callable[["Run", Path], None]] = {
@@ -94,10 +86,6 @@ FORMATS: dict[str, Callable[["Run", Path], None]] = {
     "safetensors": export_safetensors,
     "stablehlo": export_stablehlo,
 }
-
-
-def _write_json(path: Path, value: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -110,7 +110,9 @@ def test_decay_may_spare_all_but_kernels(name):
 
 
 def test_layer_decay_slows_the_deeper_layers():
-    tx = optim.create_optimizer("sgd", schedule=lambda count: 1.0, momentum=0.0, layer_decay=0.5, num_layers=2)
+    tx = optim.create_optimizer(
+        "sgd", schedule=lambda count: 1.0, momentum=0.0, layer_decay=0.5, model=VisionTransformer(3, num_layers=2)
+    )
     paths = {
         "cls": 0.125,
         "embedding/kernel": 0.125,

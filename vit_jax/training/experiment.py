@@ -361,12 +361,7 @@ def create_optimizer(
     )
     if optimizer is not None:
         return optimizer(schedule), schedule
-    num_layers = getattr(model, "num_layers", 0)
-    if config.optimizer.layer_decay != 1 and not num_layers:
-        raise UsageError(
-            f"config.optimizer.layer_decay is for the layers of a ViT; set it to 1 for {type(model).__name__}"
-        )
-    return optim.create_optimizer(schedule=schedule, num_layers=num_layers, **config.optimizer), schedule
+    return optim.create_optimizer(schedule=schedule, model=model, **config.optimizer), schedule
 
 
 def dataset_options(config: ConfigDict, *, storage: str = "") -> DatasetOptions:

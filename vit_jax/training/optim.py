@@ -9,7 +9,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.runtime.errors import UsageError
-from vit_jax.types import Params
+from vit_jax.types import ImageModel, Params
 
 MODES: dict[str, tuple[str, ...]] = {
     "full": (r".*",),
@@ -113,7 +113,7 @@ def create_optimizer(
     decayed: str = "all",
     clip_norm: float = 0.0,
     layer_decay: float = 1.0,
-    num_layers: int = 0,
+    model: ImageModel | None = None,
 ) -> optax.GradientTransformation:
     """Returns the chain: clip, then L2, then momentum or Adam, then the learning rate, scaled by layer; or AdamW.
 
@@ -126,7 +126,7 @@ def create_optimizer(
         decayed: parameters with weight decay: "all", or "kernels": not norms, biases, position embeddings and cls.
         clip_norm: bound on the global norm of the gradient; 0: no clipping.
         layer_decay: see `scale_by_layer`; 1: equal rates.
-        num_layers: encoder blocks of the model; needed where `layer_decay` is not 1.
+        model: knows its layers; needed where `layer_decay` is not 1.
     """
     mask = _kernels if decayed == "kernels" else None
     chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
@@ -140,38 +140,33 @@ def create_optimizer(
         }[name]()
     )
     if layer_decay != 1.0:
-        chain.append(scale_by_layer(layer_decay, num_layers=num_layers))
+        assert model is not None, "layer_decay needs the model"
+        chain.append(scale_by_layer(model, layer_decay))
     return optax.chain(*chain)
 
 
-def scale_by_layer(layer_decay: float, *, num_layers: int) -> optax.GradientTransformation:
-    """Multiplies updates by `layer_decay ** (num_layers + 1 - layer)`.
-
-    The embeddings, with a hybrid's ResNet, are layer 0, `encoderblock_i` is layer i + 1, everything after the blocks
-    is layer `num_layers + 1`.
+def scale_by_layer(model: ImageModel, layer_decay: float) -> optax.GradientTransformation:
+    """Multiplies updates by `layer_decay ** (last - layer)`, with the layers of `model.layer_index`.
 
     Args:
+        model: its head is in the last layer.
         layer_decay: at most 1.
-        num_layers: encoder blocks.
+
+    Raises:
+        UsageError: the model has no layers to count.
 
     Source:
         Bao et al. 2022, "BEiT", appendix; Clark et al. 2020, "ELECTRA".
     """
+    last = model.layer_index("head/kernel")
 
-    def layer(path: str) -> int:
-        block = re.search(r"encoderblock_(\d+)/", path)
-        if block:
-            return int(block[1]) + 1
-        first = re.search(r"(^|/)(cls|embedding|pos_embedding|conv_root|gn_root|block\d+)(/|$)", path)
-        return 0 if first else num_layers + 1
-
-    def scale(updates: Params) -> Params:
+    def scale(updates: Params, params: Params | None = None) -> Params:
         flat = flatten_dict(updates, sep="/")
-        scaled = {path: leaf * layer_decay ** (num_layers + 1 - layer(path)) for path, leaf in flat.items()}
+        scaled = {path: leaf * layer_decay ** (last - model.layer_index(path)) for path, leaf in flat.items()}
         result: Params = unflatten_dict(scaled, sep="/")
         return result
 
-    return optax.stateless(lambda updates, params: scale(updates))
+    return optax.stateless(scale)
 
 
 def _kernels(params: Params) -> Params:
