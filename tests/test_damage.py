@@ -1,7 +1,4 @@
-"""Every file of a run flipped, truncated, removed or swapped: the same run is read, or one line says what is damaged.
-
-The values in metrics.jsonl have no checksum; no line of it may be lost or moved unnoticed.
-"""
+"""Every file of a run flipped, truncated, removed or swapped: the same run is read, or one line names the damage."""
 
 import dataclasses
 import os
@@ -32,7 +29,7 @@ class Run:
     metadata: dict
     params: list[bytes]
     config: dict
-    steps: list[int]
+    records: list[dict]
     files: dict[Path, bytes]
 
 
@@ -70,7 +67,7 @@ def run(tmp_path_factory) -> Run:
         metadata,
         bits(loaded.params),
         loaded.config.to_dict(),
-        [record["step"] for record in read_records(workdir / "metrics.jsonl")],
+        read_records(workdir / "metrics.jsonl"),
         {path: path.read_bytes() for path in sorted(workdir.rglob("*")) if path.is_file()},
     )
 
@@ -131,8 +128,8 @@ def load(run: Run) -> None:
 
 
 def read_metrics(run: Run) -> None:
-    records, results = read_results(run.workdir, LATEST)
-    assert [record["step"] for record in records] == run.steps
+    records, results = read_results(run.workdir, LATEST, run.metadata["metrics_checksum"])
+    assert records == run.records
     assert results["step"] == LATEST
 
 

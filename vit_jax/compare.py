@@ -103,7 +103,7 @@ def read_row(workdir: Path) -> Row:
     config = load_config(workdir, saved=info.config)
     if step != config.num_steps:
         raise UserError(f"{workdir} is at step {step} of {config.num_steps}; expected a finished run")
-    records, results = writer.read_results(workdir, step)
+    records, results = writer.read_results(workdir, step, info.metrics_checksum)
     lines = [record for record in records if "images_per_second" in record]
     starts = [0, *(line["step"] for line in lines)]
     num_images = [(line["step"] - start) * config.batch_size for start, line in zip(starts, lines, strict=False)]

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import contextlib
+import dataclasses
 import signal
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.experiment import Optimizer, create_experiment
 from vit_jax.training.info import RunInfo
-from vit_jax.training.writer import Writer, format_number, read_records, read_results
+from vit_jax.training.writer import Writer, checksum_of, format_number, read_records, read_results
 from vit_jax.types import Dataset
 
 
@@ -60,7 +61,7 @@ def train_and_evaluate(
         step = checkpoints.latest_step() or 0
         if saved and step == config.num_steps:
             print(f"already finished at step {step:,}, nothing trained")
-            return summarize(config, workdir)
+            return summarize(config, workdir, saved)
         experiment, state = create_experiment(
             config, dataset=dataset, augment=augment, optimizer=optimizer, saved=saved
         )
@@ -97,7 +98,8 @@ def train_and_evaluate(
                     writer.log_evaluation(step, results)
                 if saving:
                     writer.flush()
-                    checkpoints.save(step, state, experiment.info.to_json(), accuracy=results.get("test/accuracy"))
+                    info = dataclasses.replace(experiment.info, metrics_checksum=writer.checksum)
+                    checkpoints.save(step, state, info.to_json(), accuracy=results.get("test/accuracy"))
                     writer.start_clock(step)
                 if stopping and not last:
                     checkpoints.finish()
@@ -105,9 +107,10 @@ def train_and_evaluate(
             if config.num_steps == 0:
                 writer.log_evaluation(0, results := experiment.evaluate(state, examples))
                 writer.flush()
-                checkpoints.save(0, state, experiment.info.to_json(), accuracy=results["test/accuracy"])
+                info = dataclasses.replace(experiment.info, metrics_checksum=writer.checksum)
+                checkpoints.save(0, state, info.to_json(), accuracy=results["test/accuracy"])
         checkpoints.finish()
-    return summarize(config, workdir)
+    return summarize(config, workdir, info)
 
 
 def fetch(tree: Any) -> Any:
@@ -127,6 +130,8 @@ def check_resumable(config: ConfigDict, workdir: Path, checkpoints: Checkpoints)
     if saved or (workdir / "config.json").exists():
         check_same(config, workdir, saved=saved.config if saved else None)
     read_records(workdir / "metrics.jsonl")  # raises here, before compilation, if a line is damaged
+    if saved and checksum_of(read_records(workdir / "metrics.jsonl", last_step=step)) != saved.metrics_checksum:
+        print(f"{workdir / 'metrics.jsonl'} was changed since step {step}", file=sys.stderr)
     distributed.sync_processes("every process has seen where the run stands")
     return saved
 
@@ -209,7 +214,7 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def summarize(config: ConfigDict, workdir: Path) -> dict[str, float]:
+def summarize(config: ConfigDict, workdir: Path, info: RunInfo) -> dict[str, float]:
     """Plots the curves of a finished run, prints its results and what to type next; returns the results.
 
     Raises:
@@ -219,7 +224,7 @@ def summarize(config: ConfigDict, workdir: Path) -> dict[str, float]:
         return {}
     from vit_jax.visualization import plotting  # matplotlib takes long to import
 
-    records, results = read_results(workdir, config.num_steps)
+    records, results = read_results(workdir, config.num_steps, info.metrics_checksum)
     plotting.plot_curves(records, title=workdir.name).savefig(workdir / "curves.png", dpi=120)
     speeds = sorted(record["images_per_second"] for record in records if "images_per_second" in record)
     rows = [

@@ -5,7 +5,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from vit_jax.runtime.errors import UserError
-from vit_jax.training.writer import Writer, read_records, read_results
+from vit_jax.training.writer import Writer, checksum_of, read_records, read_results
 
 
 def test_read_records_ignores_a_truncated_last_line(tmp_path):
@@ -47,7 +47,17 @@ def test_read_results_says_how_to_measure_a_finished_run_again(tmp_path, text, r
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(UserError, match=rf"finished at step 8, but .*{reason}; python -m vit_jax.evaluate --workdir"):
-        read_results(tmp_path, 8)
+        read_results(tmp_path, 8, checksum_of(read_records(tmp_path / "metrics.jsonl")))
+
+
+def test_read_results_rejects_metrics_that_were_changed(tmp_path):
+    path, metrics = tmp_path / "metrics.jsonl", {"test/loss": 1.0, "test/accuracy": 0.5, "test/accuracy_top5": 0.9}
+    with Writer(tmp_path, step=0, num_steps=8) as writer:
+        writer.log_evaluation(8, metrics)
+    assert read_results(tmp_path, 8, writer.checksum)[1] == {"step": 8, **metrics}
+    path.write_text(path.read_text().replace("0.5", "0.6"))
+    with pytest.raises(UserError, match="metrics.jsonl was changed; python -m vit_jax.evaluate"):
+        read_results(tmp_path, 8, writer.checksum)
 
 
 def test_read_records_stops_at_a_step(tmp_path):

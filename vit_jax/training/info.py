@@ -21,6 +21,7 @@ class RunInfo:
         num_trainable: number of trainable parameters.
         command: that started the run.
         custom: which of "dataset", "augment" and "optimizer" were given from Python and are not in the config.
+        metrics_checksum: of metrics.jsonl up to the step of the checkpoint.
     """
 
     model: ModelMetadata
@@ -30,6 +31,7 @@ class RunInfo:
     num_trainable: int
     command: str
     custom: tuple[str, ...] = ()
+    metrics_checksum: str = ""
 
     def to_json(self) -> dict[str, Json]:
         """Returns JSON values, for `from_json`."""

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -47,25 +48,36 @@ def read_records(path: Path, *, last_step: int | None = None) -> list[Record]:
     return [record for record in records if last_step is None or record["step"] <= last_step]
 
 
-def read_results(workdir: Path, step: int) -> tuple[list[Record], Record]:
+def checksum_of(records: Iterable[Record]) -> str:
+    """Returns the checksum of records as lines of metrics.jsonl, which every checkpoint holds."""
+    return f"{zlib.crc32(_lines(records)):08x}"
+
+
+def _lines(records: Iterable[Record]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def read_results(workdir: Path, step: int, checksum: str) -> tuple[list[Record], Record]:
     """Reads the metrics of a finished run.
 
     Args:
         workdir: run directory.
         step: last one of the run.
+        checksum: of the records, in the last checkpoint.
 
     Returns:
         (records, results): all lines, and that of the evaluation after the last step.
 
     Raises:
-        UserError: metrics.jsonl is missing, is damaged, or lacks that evaluation.
+        UserError: metrics.jsonl is missing, was changed, or lacks that evaluation.
     """
     path = workdir / "metrics.jsonl"
     records = read_records(path, last_step=step)
-    for record in reversed(records):
+    changed = checksum_of(records) != checksum
+    for record in () if changed else reversed(records):
         if record["step"] == step and record.keys() >= {"test/loss", "test/accuracy", "test/accuracy_top5"}:
             return records, record
-    reason = "has no evaluation of that step" if path.exists() else "is missing"
+    reason = "is missing" if not path.exists() else "was changed" if changed else "has no evaluation of that step"
     raise UserError(
         f"{workdir} is finished at step {step}, but {path.name} {reason}; "
         f"python -m vit_jax.evaluate --workdir {workdir} measures it again"
@@ -110,7 +122,8 @@ class Writer:
         path = workdir / "metrics.jsonl"
         kept = [] if silent else read_records(path, last_step=step)
         if not silent:
-            write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+            write_atomically(path, _lines(kept))
+        self._crc32 = zlib.crc32(_lines(kept))
         self._file = open(os.devnull if silent else path, "a")  # noqa: SIM115
         self._events = None if silent else _create_events(workdir, kept)
         self._bar = progress_bar(
@@ -136,6 +149,11 @@ class Writer:
         self._file.close()
         if self._events is not None:
             self._events.close()
+
+    @property
+    def checksum(self) -> str:
+        """Checksum of all records, see `checksum_of`."""
+        return f"{self._crc32:08x}"
 
     def start_clock(self, step: int) -> None:
         """Starts the time of the next images per second; called after work that is not training."""
@@ -174,7 +192,8 @@ class Writer:
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         record = {"step": step, **values}
-        self._file.write(json.dumps(record) + "\n")
+        self._crc32 = zlib.crc32(_lines([record]), self._crc32)
+        self._file.write(_lines([record]).decode())
         self._file.flush()
         if self._events is not None:
             _add_events(self._events, [record])
