@@ -57,6 +57,15 @@ def _compilation_cache(config: pytest.Config) -> Path:
         return Path(temporary.name)
 
 
+@pytest.fixture(scope="session")
+def cifar10_archive() -> Path:
+    """The real CIFAR-10 images as a binary archive."""
+    path = os.environ.get("VIT_JAX_CIFAR10")
+    if not path:
+        pytest.skip("needs the real images: set VIT_JAX_CIFAR10 to a cifar-10-binary.tar.gz")
+    return Path(path)
+
+
 class Result(NamedTuple):
     """Outcome of a command."""
 

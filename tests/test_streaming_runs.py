@@ -110,7 +110,7 @@ def test_evaluation_is_that_of_images_in_memory(folder, whole, tmp_path):
     "changes",
     [
         {"augment": "inception", "image_size": 8},
-        {"augment": "pad_crop", "test_augment": "square_crop"},
+        {"augment": "pad_crop", "ablation.test_augment": "square_crop"},
         {"augment": "inception", "trainable": "head", "features": "cached", "feature_views": 2, "mixup_alpha": 0.0},
     ],
     ids=["inception", "pad_crop", "cached_views"],
@@ -128,8 +128,8 @@ def test_train_and_evaluate_gives_the_same_run_streamed_and_in_memory(folder, tm
 
 
 def test_images_of_a_streamed_run_are_plotted(whole):
-    figures = dict(visualize.draw_all(load_run(whole), whole, pictures=[], num_images=4, layer=None, head=None))
-    assert {"confusion", "mistakes", "attention_rollout"} <= figures.keys()
+    figures = dict(visualize.draw_all(load_run(whole), num_images=4))
+    assert {"confusion", "errors", "attention_rollout"} <= figures.keys()
 
 
 def test_dry_run_counts_batches_instead_of_images(folder, capsys):
@@ -139,8 +139,8 @@ def test_dry_run_counts_batches_instead_of_images(folder, capsys):
         config.dataset.storage = storage
         dry_run.dry_run(config)
         texts.append(capsys.readouterr().out)
-    assert "two batches at a time" in texts[1] and "two batches" not in texts[0]
-    assert "decoded as they are needed" in texts[1] and "as they are needed" not in texts[0]
+    assert ", two batches" in texts[1] and "two batches" not in texts[0]
+    assert ", streamed" in texts[1] and ", streamed" not in texts[0]
 
 
 def test_a_process_that_was_told_to_stop_saves_and_its_workers_end(folder, tmp_path):
@@ -171,7 +171,7 @@ def test_a_process_that_was_told_to_stop_saves_and_its_workers_end(folder, tmp_p
     process = start()
     os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopped by SIGTERM; saved step" in out, err
+    assert process.returncode == 0 and "stopped by SIGTERM; saved checkpoint" in out, err
     assert "Traceback" not in err
     wait_for(lambda: group(process.pid) == [])  # multiprocessing's own helper ends a moment later
 

@@ -101,7 +101,7 @@ def test_train_prints_a_table_and_the_next_command(finished):
     workdir, stdout, stderr = finished
     last = records(workdir)[-1]
     assert f"test accuracy         {last['test/accuracy']:.2%}" in stdout
-    assert "pictures/s" in stderr
+    assert "images/s" in stderr
     (command,) = re.findall(r"^next: (.*)$", stdout, re.M)
     again = subprocess.run([*command.split(), "--json"], cwd=ROOT, env=command_env(), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
@@ -166,7 +166,7 @@ def _wait_for(moment: str, workdir: Path, process: subprocess.Popen) -> None:
 @pytest.mark.parametrize(
     ("number", "code", "message"),
     [
-        (signal.SIGTERM, 0, "stopped by SIGTERM; saved step {} "),
+        (signal.SIGTERM, 0, "stopped by SIGTERM; saved checkpoint {} "),
         pytest.param(signal.SIGINT, 130, "", marks=pytest.mark.slow),
     ],
 )

@@ -95,7 +95,7 @@ def test_a_killed_pair_goes_on_and_equals_one_process(tmp_path, run_command):
     codes = wait(start_training(tmp_path / "pair"))
     first, second = ((tmp_path / f"pair.{i}").read_text() for i in range(2))
     assert codes == [0, 0], first + second
-    assert "going on from step" in first
+    assert "resuming from step" in first
     assert "2 processes, 8 devices, 4 of them here" in first
     assert "test accuracy" in first
     assert "test accuracy" not in second
@@ -145,8 +145,8 @@ def test_a_signal_to_one_of_them_stops_both_at_one_step(tmp_path):
     pair[1].send_signal(signal.SIGTERM)
     assert wait(pair) == [0, 0]
     text = (tmp_path / "run.0").read_text()
-    assert "stopped by SIGTERM; saved step" in text
-    step = int(text.split("saved step ")[1].split()[0])
+    assert "stopped by SIGTERM; saved checkpoint" in text
+    step = int(text.split("saved checkpoint ")[1].split()[0])
     assert step % 2 == 0
     assert (tmp_path / f"run/checkpoints/{step}").is_dir()
     assert records(tmp_path / "run")[-1]["step"] == step

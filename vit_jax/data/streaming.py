@@ -99,10 +99,12 @@ def training_batches(
             first = list(itertools.islice(copies, 1))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        yield from itertools.chain(first, copies)
+        yield from first
+        yield from copies
     except RuntimeError as error:
         raise UserError(f"a process that decodes images was ended ({error}); was there enough memory?") from error
     finally:
+        copies.close()
         stream.close()
         del stream, copies
         gc.collect()  # Grain keeps its last batch in a cycle; Python would complain of that memory at its end
