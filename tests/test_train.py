@@ -116,7 +116,9 @@ def test_train_prints_the_table_of_a_finished_run_again(finished, run_cli):
     before = (workdir / "metrics.jsonl").read_bytes()
     again = run_cli("train", arguments(workdir))
     assert again.code == 0
-    assert again.stdout.strip() in stdout
+    notice, table = again.stdout.split("\n", maxsplit=1)
+    assert notice == "already finished at step 60, nothing trained"
+    assert table.strip() in stdout
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
