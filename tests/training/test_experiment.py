@@ -76,7 +76,10 @@ def test_plan_experiment_caches_features_where_the_backbone_is_a_fixed_function(
         ({"batch_size": 60}, "60, which is not divisible by 8 devices × 1 accumulation steps; use 64"),
         ({"accumulation_steps": 16}, "64, which is not divisible by 8 devices × 16 accumulation steps; use 128"),
         ({"batch_size": 2048}, "config.batch_size is 2048, there are 1437 training images"),
-        ({"optimizer.layer_decay": 0.5, "architecture": "resnet50", "model": {"units": (1,), "width": 32}}, "of a ViT"),
+        (
+            {"optimizer.layer_decay": 0.5, "architecture": "resnet50", "model": {"units": (1,), "width": 32}},
+            "of a VisionTransformer",
+        ),
     ],
 )
 def test_plan_experiment_rejects_settings_that_exclude_each_other(changes, message):
