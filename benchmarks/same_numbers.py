@@ -19,24 +19,14 @@ import tempfile
 import time
 from typing import Any
 
-_SHORT = {
-    "num_steps": 24,
-    "warmup_steps": 4,
-    "log_every_steps": 1,
-    "eval_every_steps": 12,
-    "checkpoint_every_steps": 6,
-    "batch_size": 32,
-}
+_SHORT = {"num_steps": 24, "warmup_steps": 4, "batch_size": 32}
+_SHORT |= {"log_every_steps": 1, "eval_every_steps": 12, "checkpoint_every_steps": 6}
+_VIEWS = {"augment": "inception", "features": "cached", "feature_views": 2}
+_DECAY = {"optimizer.layer_decay": 0.7, "optimizer.decayed": "kernels", "optimizer.weight_decay": 0.01}
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
     "head_cached": {"trainable": "head", "augment": "none", "num_steps": 60},
-    "head_two_views": {
-        "trainable": "head",
-        "augment": "inception",
-        "features": "cached",
-        "feature_views": 2,
-        "num_steps": 120,
-    },
+    "head_two_views": {"trainable": "head", **_VIEWS, "num_steps": 120},
     "head_uncached": {"trainable": "head", "augment": "pad_crop"},
     "lora": {"trainable": "lora", "optimizer.name": "adamw", "optimizer.weight_decay": 0.1},
     "mixup_cutmix_ema": {"mixup_alpha": 0.4, "cutmix_alpha": 1.0, "ema_decay": 0.99, "label_smoothing": 0.1},
@@ -170,10 +160,8 @@ def compare_files(before: pathlib.Path, after: pathlib.Path) -> int:
             print(f"{case}: {len(lines)} lines, bit-equal")
         else:
             different += 1
-            where = (
-                f"{len(others)} lines instead of {len(lines)}" if first is None else f"{lines[first]} → {others[first]}"
-            )
-            print(f"{case}: differs: {where}")
+            change = f"{len(lines)} → {len(others)} lines" if first is None else f"{lines[first]} → {others[first]}"
+            print(f"{case}: differs: {change}")
     return int(different > 0)
 
 

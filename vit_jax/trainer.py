@@ -20,6 +20,7 @@ from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.experiment import Optimizer, create_experiment
 from vit_jax.training.info import RunInfo
+from vit_jax.training.steps import TrainState
 from vit_jax.training.writer import Writer, checksum_of, format_number, read_records, read_results
 from vit_jax.types import Dataset
 
@@ -37,21 +38,18 @@ def train_and_evaluate(
     Args:
         config: see `vit_jax.config`.
         workdir: run directory; will hold config.json, metrics.jsonl, TensorBoard events, checkpoints, curves.png.
-        dataset: your own images and labels; None loads the dataset that the config names.
-        augment: your own augmentation of training images, a function (key, uint8 image [h w 3]) -> uint8 image
-            [h' w' 3]; None takes the config's.
-        optimizer: your own optax transformation, or a function from the config's learning-rate schedule to one; None
-            takes the config's. Without a schedule, "learning_rate" is not in the metrics.
+        dataset: your own images and labels, in place of the dataset that the config names.
+        augment: your own augmentation of training images: (key, uint8 image [h w 3]) -> uint8 image [h' w' 3].
+        optimizer: your own optax transformation, or a function from the config's learning-rate schedule to one. A
+            transformation has its own learning rate: the metrics are without "learning_rate".
 
     Returns:
-        "test/loss", "test/accuracy", "test/accuracy_top5" after the last step, and "test_raw/…" of the parameters
-        without EMA where EMA parameters are kept; empty where SIGTERM ended the run early, and in all processes but the
-        first.
+        "test/loss", "test/accuracy", "test/accuracy_top5" after the last step, and with EMA "test_raw/…" without it;
+        empty where SIGTERM ended the run early, and in all processes but the first.
 
     Raises:
         UsageError: the config is wrong, or not the one that `workdir` was started with.
-        UserError: another run uses `workdir`; data, pretrained checkpoint or storage failed; or the loss is no longer
-            finite.
+        UserError: another run uses `workdir`; data, checkpoint or disk failed; or the loss is not finite.
         KeyboardInterrupt: Ctrl-C; the state was saved first.
     """
     workdir = Path(workdir)
@@ -61,7 +59,7 @@ def train_and_evaluate(
         step = checkpoints.latest_step() or 0
         if saved and step == config.num_steps:
             print(f"already finished at step {step:,}, nothing trained")
-            return summarize(config, workdir, saved)
+            return summarize(config, workdir, checkpoints)
         experiment, state = create_experiment(
             config, dataset=dataset, augment=augment, optimizer=optimizer, saved=saved
         )
@@ -97,20 +95,31 @@ def train_and_evaluate(
                 if evaluating:
                     writer.log_evaluation(step, results)
                 if saving:
-                    writer.flush()
-                    info = dataclasses.replace(experiment.info, metrics_checksum=writer.checksum)
-                    checkpoints.save(step, state, info.to_json(), accuracy=results.get("test/accuracy"))
-                    writer.start_clock(step)
+                    save(step, state, experiment.info, checkpoints, writer, accuracy=results.get("test/accuracy"))
                 if stopping and not last:
                     checkpoints.finish()
                     return report_interruption(signal.Signals(stopping), step, workdir)
             if config.num_steps == 0:
                 writer.log_evaluation(0, results := experiment.evaluate(state, examples))
-                writer.flush()
-                info = dataclasses.replace(experiment.info, metrics_checksum=writer.checksum)
-                checkpoints.save(0, state, info.to_json(), accuracy=results["test/accuracy"])
+                save(0, state, experiment.info, checkpoints, writer, accuracy=results["test/accuracy"])
         checkpoints.finish()
-    return summarize(config, workdir, info)
+        return summarize(config, workdir, checkpoints)
+
+
+def save(
+    step: int,
+    state: TrainState,
+    info: RunInfo,
+    checkpoints: Checkpoints,
+    writer: Writer,
+    *,
+    accuracy: float | None,
+) -> None:
+    """Saves a checkpoint, which must not outlive its metrics: they are written to disk before."""
+    writer.flush()
+    info = dataclasses.replace(info, metrics_checksum=writer.checksum)
+    checkpoints.save(step, state, info.to_json(), accuracy=accuracy)
+    writer.start_clock(step)
 
 
 def fetch(tree: Any) -> Any:
@@ -214,7 +223,7 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def summarize(config: ConfigDict, workdir: Path, info: RunInfo) -> dict[str, float]:
+def summarize(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> dict[str, float]:
     """Plots the curves of a finished run, prints its results and what to type next; returns the results.
 
     Raises:
@@ -224,6 +233,7 @@ def summarize(config: ConfigDict, workdir: Path, info: RunInfo) -> dict[str, flo
         return {}
     from vit_jax.visualization import plotting  # matplotlib takes long to import
 
+    info = RunInfo.from_json(checkpoints.read_metadata(config.num_steps))
     records, results = read_results(workdir, config.num_steps, info.metrics_checksum)
     plotting.plot_curves(records, title=workdir.name).savefig(workdir / "curves.png", dpi=120)
     speeds = sorted(record["images_per_second"] for record in records if "images_per_second" in record)
