@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import io
+import json
 import logging
 import os
 import subprocess
@@ -145,6 +146,25 @@ def set_keys(config: ConfigDict, changes: dict[str, object]) -> ConfigDict:
         parent, _, name = key.rpartition(".")
         (config[parent] if parent else config)[name] = value
     return config
+
+
+def edit_run(workdir: Path, changes: dict[str, object], *, metrics: str | None = None) -> None:
+    """Changes the config in all checkpoints of a run, and metrics.jsonl, as if it had been trained so."""
+    from vit_jax.training import checkpoint, writer
+
+    if metrics is not None:
+        (workdir / "metrics.jsonl").write_text(metrics)
+    for path in workdir.glob("checkpoints/*/metadata/metadata"):
+        content = json.loads(path.read_text())
+        info = content["metadata"]
+        for key, value in changes.items():
+            parent, _, name = key.rpartition(".")
+            (info["config"][parent] if parent else info["config"])[name] = value
+        records = writer.read_records(workdir / "metrics.jsonl", last_step=content["step"])
+        info["metrics_checksum"] = writer.checksum_of(records)
+        del content["crc32"]
+        path.write_text(json.dumps({**content, "crc32": checkpoint._crc32(content)}))
+        (workdir / "config.json").write_text(json.dumps(info["config"]))
 
 
 # ---- made once, and shared by pytest's workers; read-only: a test that changes one copies it (shutil.copytree)

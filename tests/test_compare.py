@@ -1,11 +1,11 @@
 import json
+import shutil
 
 import pytest
-from conftest import set_keys
+from conftest import edit_run
 
 from configs import digits
 from vit_jax import compare, report, trainer
-from vit_jax import config as settings
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,10 @@ def test_main_prints_an_aligned_markdown_table(run_command, runs):
     assert set(rule) == set("|-: ")
 
 
-def copy_run(workdir, target, changes):
-    """The files of a run with another config."""
-    target.mkdir()
-    for name in ("checkpoints", "metrics.jsonl"):
-        (target / name).symlink_to(workdir / name)
-    settings.save_config(set_keys(settings.load_config(workdir), changes), target)
+def copy_run(workdir, target, changes, **options):
+    """A copy of a run with another config."""
+    shutil.copytree(workdir, target)
+    edit_run(target, changes, **options)
     return target
 
 
@@ -110,14 +108,9 @@ def test_main_reports_what_is_not_a_run_in_one_line(run_cli, words, code):
 def test_compare_runs_joins_seeds(runs, run_cli, tmp_path):
     """Accuracies of 0.5, 0.6 and 0.7: 0.6 ± 0.1, with n - 1 below the root."""
     for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
-        workdir = tmp_path / f"full-{seed}"
-        workdir.mkdir()
-        config = json.loads((runs / "full/config.json").read_text())
-        (workdir / "config.json").write_text(json.dumps({**config, "seed": seed}))
-        (workdir / "checkpoints").symlink_to(runs / "full/checkpoints")
         *lines, last = (runs / "full/metrics.jsonl").read_text().splitlines()
         lines.append(json.dumps({**json.loads(last), "test/accuracy": accuracy}))
-        (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        copy_run(runs / "full", tmp_path / f"full-{seed}", {"seed": seed}, metrics="\n".join(lines) + "\n")
     workdirs = [tmp_path / "full-0", runs / "head", tmp_path / "full-1", tmp_path / "full-2"]
     full, head = compare.compare_runs(workdirs, join_seeds=True)
     assert (full.run, full.num_seeds, full.num_trainable) == ("full", 3, 2970)

@@ -299,11 +299,6 @@ def test_load_config_reads_a_checkpoint_where_config_json_is_missing_or_damaged(
     assert settings.load_config(tmp_path, saved=saved).seed == 7
 
 
-def test_load_config_prefers_config_json(tmp_path):
-    write_config(tmp_path, seed=1)
-    assert settings.load_config(tmp_path, saved=config_with(seed=2).to_dict()).seed == 1
-
-
 def test_load_config_gives_a_run_older_than_a_key_its_default(tmp_path):
     tree = json.loads(json.dumps(digits.get_config().to_dict()))
     del tree["dataset"]["storage"], tree["ablation"]

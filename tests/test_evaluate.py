@@ -58,7 +58,7 @@ def test_a_file_is_evaluated_on_some_of_its_classes(file, folder, run_command):
     assert result.returncode == 0, result.stderr
     results = json.loads(result.stdout.splitlines()[-1])
     accuracy, loss = expected(file, folder)
-    assert (results["pictures"], results["classes"]) == (24, 3)
+    assert (results["images"], results["classes"]) == (24, 3)
     assert results["test/accuracy"] == pytest.approx(accuracy)
     assert results["test/loss"] == pytest.approx(loss, rel=1e-4)
 
@@ -85,9 +85,7 @@ def test_imagenettes_classes_are_where_they_are_in_imagenet():
 
 def test_other_classes_are_matched_by_name():
     assert list(evaluate.match_classes(["b", "a"], ["a", "B", "b"])) == [2, 0]
-    with pytest.raises(
-        UserError, match="does not know 2 of the dataset's 3 classes: cat, dog; it knows 2, such as a, b"
-    ):
+    with pytest.raises(UserError, match="lacks 2 of the dataset's 3 classes: cat, dog; it has 2, such as a, b"):
         evaluate.match_classes(["cat", "a", "dog"], ["a", "b"])
 
 
@@ -121,20 +119,24 @@ def test_a_run_on_a_dataset_that_is_named_is_what_it_is_on_its_own(tmp_path, cap
     assert evaluate.main([*words, "--dataset", "digits", "--test_split", "test[:50]", "--step", "2"]) == 0
     named = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert own.pop("step") == 2
-    assert (named.pop("pictures"), named.pop("classes")) == (50, 10)
+    assert (named.pop("images"), named.pop("classes")) == (50, 10)
     assert named == pytest.approx(own)
 
 
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        (["--workdir", "micro"], UsageError, "--workdir micro is no run: give the --dataset"),
-        (["--workdir", "augreg/B_16"], UsageError, "--workdir augreg/B_16 is no run: give the --dataset"),
-        (["--workdir", "FILE"], UsageError, "is no run: give the --dataset"),
-        (["--workdir", "a", "--test_split", "val"], UsageError, "--test_split is of --dataset"),
-        (["--workdir", "FILE", "--dataset", "digits", "--step", "3"], UsageError, "--step is of a run"),
+        (["--workdir", "micro"], UsageError, "--workdir micro is a checkpoint, not a run; give a --dataset"),
+        (
+            ["--workdir", "augreg/B_16"],
+            UsageError,
+            "augreg/B_16 is a checkpoint, not a run; give a --dataset",
+        ),
+        (["--workdir", "FILE"], UsageError, "is a checkpoint, not a run; give a --dataset"),
+        (["--workdir", "a", "--test_split", "val"], UsageError, "--test_split requires --dataset"),
+        (["--workdir", "FILE", "--dataset", "digits", "--step", "3"], UsageError, "--step requires a run"),
         (["--workdir", "FILE", "--dataset", "digits", "--batch_size", "0"], UsageError, "--batch_size is 0"),
-        (["--workdir", "FILE", "--dataset", "digits"], UserError, "does not know 10 of the dataset's 10 classes: 0, 1"),
+        (["--workdir", "FILE", "--dataset", "digits"], UserError, "lacks 10 of the dataset's 10 classes: 0, 1"),
         (["--workdir", "nowhere"], UserError, "nowhere holds no run"),
     ],
 )

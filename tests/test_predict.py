@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 import vit_jax
-from vit_jax import data, evaluate, predict, pretrained
+from vit_jax import data, predict, pretrained
 from vit_jax.run import load_run
 
 
@@ -84,7 +84,7 @@ def test_main_reports_bad_files_and_classifies_the_others(workdir, image_files, 
     assert result.returncode == 1
     assert [path.rpartition("/")[2][0] for path in predictions(result)] == list("ab")
     *each, last = result.stderr.splitlines()
-    assert len(each) == 3 and all(line.startswith("error: picture ") for line in each)
+    assert len(each) == 3 and all(line.startswith("error: image ") for line in each)
     assert last == "error: 3 of 5 images could not be read"
 
 
@@ -133,11 +133,11 @@ def test_main_starts_quickly_without_large_packages(workdir, image_files, run_co
         ([], 2, "the following arguments are required: IMAGE"),
         (["benchmarks"], 1, "no images found in benchmarks"),
         (["nowhere/*.png"], 1, "no images found in nowhere/*.png"),
-        (["a.png"], 1, "picture a.png: no such file"),
-        (["configs/base.py"], 1, "picture configs/base.py cannot be decoded (not a picture)"),
-        (["a.png", "--workdir", "configs"], 1, "configs is a folder without parameters"),
+        (["a.png"], 1, "image a.png: no such file"),
+        (["configs/base.py"], 1, "image configs/base.py cannot be decoded (not an image)"),
+        (["a.png", "--workdir", "configs"], 1, "configs cannot be read: Is a directory"),
         (["a.png", "--model", "micro", "--workdir", "runs/x"], 2, "not allowed with argument"),
-        (["a.png", "--model", "imagenet22k"], 2, "no pretrained file 'imagenet22k'"),
+        (["a.png", "--model", "imagenet22k"], 2, "there is no file imagenet22k"),
     ],
 )
 def test_main_reports_errors_in_one_line(workdir, run_cli, words, code, message):
@@ -155,7 +155,7 @@ def test_main_refuses_an_untrained_head(run_cli, tmp_path):
     result = run_cli("vit_jax.predict", ["--model", tmp_path / "zero.npz", "a.png"])
     assert result.code == 1
     assert result.stderr.splitlines() == [
-        f"error: {tmp_path / 'zero.npz'} has a head of zeros, which says nothing; fine-tune the model first"
+        f"error: {tmp_path / 'zero.npz'} has an untrained (all-zero) head; fine-tune it first"
     ]
 
 
@@ -178,7 +178,7 @@ def test_predict_files_sees_the_pixels_of_arrays_and_datasets(tmp_path, size):
     for device_bytes in (None, 1):  # in memory; streamed
         split, _ = data.load_split(f"folder:{tmp_path}", split="test", image_size=32, device_bytes=device_bytes)
         assert split.in_memory == (device_bytes is None)
-        results = evaluate.evaluate_split(classifier, split, batch_size=4)
+        results = classifier.evaluate(split, batch_size=4)
         assert results["test/loss"] == pytest.approx(expected, abs=1e-4)
     exported = [np.asarray(Image.open(path).resize((32, 32), Image.Resampling.BILINEAR), int) for path in paths]
     decoded = [np.asarray(data.decode_image(path, size=(32, 32)), int) for path in paths]

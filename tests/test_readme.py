@@ -37,7 +37,7 @@ def test_every_file_that_the_readme_names_is_there():
         assert (ROOT / name).exists(), name
 
 
-def test_every_recipe_stands_in_the_readme():
+def test_every_config_stands_in_the_readme():
     for path in (ROOT / "configs").glob("*.py"):
         if path.stem not in ("__init__", "base", "models"):
             assert f"`configs/{path.name}" in README, path.name
@@ -118,18 +118,18 @@ def test_own_pictures_train(run_command, released_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_default_recipe_reaches_what_the_readme_says(run_command, tmp_path):
+def test_the_default_config_reaches_what_the_readme_says(run_command, tmp_path):
     accuracies = {}
-    for recipe in ("configs/digits.py", "configs/digits.py:scratch"):
-        workdir = tmp_path / recipe.rpartition("/")[2]
-        result = run_command("train.py", "--config", recipe, "--workdir", workdir, timeout=600)
+    for config in ("configs/digits.py", "configs/digits.py:scratch"):
+        workdir = tmp_path / config.rpartition("/")[2]
+        result = run_command("train.py", "--config", config, "--workdir", workdir, timeout=600)
         assert result.returncode == 0, result.stderr
         evaluation = [
             word.replace("runs/digits", str(workdir)) for word in command_with("vit_jax.evaluate", "runs/digits")
         ]
         result = run_command(*evaluation, "--json")
         assert result.returncode == 0, result.stderr
-        accuracies[recipe] = json.loads(result.stdout.splitlines()[-1])["test/accuracy"]
+        accuracies[config] = json.loads(result.stdout.splitlines()[-1])["test/accuracy"]
     (script,) = re.findall(r"```python\n([^`]*LogisticRegression.*?)```", README, re.S)
     result = run_command("-c", script.replace("runs/digits", str(tmp_path / "digits.py")))
     assert result.returncode == 0, result.stderr
@@ -199,29 +199,29 @@ def test_a_released_file_with_a_head_answers_without_training(run_command, tmp_p
         assert result.returncode == 0, result.stderr
         outputs.append(result.stdout)
     assert outputs[0].count("%") == 5
-    assert "pictures              2" in outputs[1] and "test/accuracy" in outputs[1]
+    assert "images                2" in outputs[1] and "test/accuracy" in outputs[1]
 
 
 def test_the_shipped_file_was_made_as_the_readme_says():
-    """The micro file has the released layout, and the sizes of the recipe that made it."""
+    """The micro file is in the original format, and has the sizes of the config that made it."""
     from configs import cifar10_micro
 
     params = pretrained.load_npz(pretrained.resolve("micro"))
-    sizes = pretrained.infer_architecture(params)
-    recipe = cifar10_micro.get_config()
-    assert {key: sizes[key] for key in recipe.model if key in sizes} == {
-        key: value for key, value in recipe.model.items() if key in sizes
+    _, sizes = pretrained.infer_sizes(params)
+    config = cifar10_micro.get_config()
+    assert {key: sizes[key] for key in config.model if key in sizes} == {
+        key: value for key, value in config.model.items() if key in sizes
     }
-    assert params["Transformer"]["posembed_input"]["pos_embedding"].shape == (1, 1 + (recipe.image_size // 4) ** 2, 96)
+    assert params["Transformer"]["posembed_input"]["pos_embedding"].shape == (1, 1 + (config.image_size // 4) ** 2, 96)
     assert pretrained.resolve("micro").stat().st_size <= 3 * 2**20
 
 
 @pytest.mark.slow
-def test_the_recipe_of_the_shipped_file_learns_on_real_pictures(run_command, cifar10_archive, tmp_path):
+def test_the_config_of_the_shipped_file_learns_on_real_pictures(run_command, cifar10_archive, tmp_path):
     few = ["--config.num_steps=60", "--config.warmup_steps=10", "--config.dataset.test_split=test[:1000]"]
     workdir = tmp_path / "run"
-    (recipe,) = [command for command in commands() if command[-1] == "configs/cifar10_micro.py"]
-    command = [*recipe, *few, f"--config.dataset.data_dir={cifar10_archive}"]
+    (config,) = [command for command in commands() if command[-1] == "configs/cifar10_micro.py"]
+    command = [*config, *few, f"--config.dataset.data_dir={cifar10_archive}"]
     result = run_command(*command, "--workdir", workdir, timeout=600)
     assert result.returncode == 0, result.stderr
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])

@@ -3,6 +3,7 @@ import re
 import shutil
 
 import pytest
+from conftest import edit_run
 
 from vit_jax import report
 from vit_jax.run import load_run
@@ -43,17 +44,15 @@ def test_write_report_counts_images(page):
 
 def test_write_report_shows_reference_results(workdir, tmp_path):
     shutil.copytree(workdir, tmp_path / "run")
-    config = json.loads((workdir / "config.json").read_text())
-    config["reference_results"] = [["<published>", 0.9876]]
-    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    results = [["digits", "<published>", 0.9876], ["cifar10", "other", 0.1234]]
+    edit_run(tmp_path / "run", {"reference_results": results})
     page = report.write_report(tmp_path / "run").read_text()
-    assert "<th>&lt;published&gt;</th><td>98.76%</td>" in page
+    assert "<th>&lt;published&gt;</th><td>98.76%</td>" in page and "12.34%" not in page
 
 
 def test_write_report_refuses_an_unfinished_run(workdir, run_cli, tmp_path):
     shutil.copytree(workdir, tmp_path / "run")
-    config = (tmp_path / "run/config.json").read_text().replace('"num_steps": 20', '"num_steps": 40')
-    (tmp_path / "run/config.json").write_text(config)
+    edit_run(tmp_path / "run", {"num_steps": 40})
     result = run_cli("vit_jax.report", ["--workdir", tmp_path / "run"])
     assert result.code == 1
     assert result.stderr.splitlines() == [f"error: {tmp_path / 'run'} is at step 20 of 40; expected a finished run"]

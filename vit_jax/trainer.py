@@ -212,7 +212,8 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
     except filelock.Timeout as error:
         raise UserError(f"{workdir} is in use by another run; wait for it, or give another --workdir") from error
     except (OSError, NotImplementedError) as error:
-        raise UserError(f"cannot write to --workdir {workdir}: {one_line(error)}; give another") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise UserError(f"cannot write to --workdir {workdir}: {reason}; give another") from error
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax import models, pretrained
 from vit_jax.pretrained import ModelMetadata
-from vit_jax.runtime.errors import UsageError
+from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.types import ImageModel, Params
 
 _NOT_IN_SHAPES = ("gelu_approximate", "layer_norm_epsilon")
@@ -52,7 +52,10 @@ def model_arguments(arguments: Mapping[str, Any], architecture: str, source: Pre
         if not given:
             raise UsageError("model is empty: give the model's sizes, or a pretrained checkpoint that has them")
         return given
-    found, sizes = pretrained.infer_sizes(source.params)
+    try:
+        found, sizes = pretrained.infer_sizes(source.params)
+    except UserError as error:
+        raise UserError(f"{source.name}: {error}") from error
     sizes = {key: value for key, value in sizes.items() if key not in ("num_classes", "representation_size")}
     differ = [key for key in sizes if given.get(key, sizes[key]) != sizes[key]]
     if found != architecture or differ:
