@@ -7,17 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_resnet as reference
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
-from reference_resnet import UNITS, WIDTH, released_params, released_shapes
+from reference_resnet import UNITS, WIDTH, flat_params, released_params, released_shapes
 
 from configs import cifar100_resnet50, digits
-from vit_jax import data, pretrained, trainer
+from vit_jax import data, models, pretrained, trainer
+from vit_jax.classifier import Classifier
 from vit_jax.data import preprocess
 from vit_jax.models import ResNet
+from vit_jax.pretrained import ModelMetadata
 from vit_jax.run import load_run
+from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UsageError
-from vit_jax.training import build, dry_run, features
+from vit_jax.training import dry_run, initialize
+from vit_jax.training.experiment import create_model
 
 PARAMS = pretrained.to_original(released_params())
 
@@ -108,7 +112,10 @@ def test_remat_changes_no_gradient(remat):
 
 def test_features_are_what_the_head_sees():
     model, images = ResNet(7, UNITS, WIDTH), data.load_dataset("digits", image_size=16).test.images[:9]
-    ours = features.extract_features(model, PARAMS, images, image_size=16, batch_size=8)
+    metadata = ModelMetadata.from_model(model, image_size=16, class_names=tuple("abcdefg"))
+    mesh = sharding.create_mesh(jax.local_devices()[:1])
+    classifier = Classifier(model=model, params=PARAMS, metadata=metadata, mesh=mesh)
+    ours = classifier.features(images, batch_size=8)
     assert ours.shape == (9, 256) and ours.dtype == np.float32
     logits = jax.jit(model.apply)({"params": PARAMS}, preprocess.prepare(None, images, image_size=16))
     np.testing.assert_allclose(model.create_head(7).apply({"params": PARAMS["head"]}, ours), logits, atol=1e-3)
@@ -163,21 +170,21 @@ def test_a_dry_run_says_what_a_run_costs(capsys, trainable):
     out = capsys.readouterr().out
     num_params = sum(map(np.prod, released_shapes((1, 1), WIDTH, 10).values()))
     assert f"of {num_params:,}\n" in out and "memory per device" in out
-    assert ("features being stored" in out) == (trainable == "head")
+    assert ("as cached features" in out) == (trainable == "head")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"units": UNITS, "width": 48}}, "config.model.width 48 is not a multiple of 32"),
-        ({"model": {"units": (3, 0)}}, "config.model.units is (3, 0); expected a tuple of positive"),
-        ({"model": {"units": 50}}, "config.model.units is 50; expected a tuple of positive"),
-        ({"model": {"patch_size": 4}}, "config.model.patch_size: ResNet has no such argument"),
+        ({"model": {"units": UNITS, "width": 48}}, "model.width 48 is not a multiple of 32"),
+        ({"model": {"units": (3, 0)}}, "model.units is (3, 0); expected a tuple of positive"),
+        ({"model": {"units": 50}}, "model.units is 50; expected a tuple of positive"),
+        ({"model": {"patch_size": 4}}, "model.patch_size: ResNet has no such argument"),
         ({"architecture": "resnet"}, "config.architecture is 'resnet'; expected one of vit, resnet50"),
         ({"trainable": "mlp"}, "'.*/MlpBlock_3/.*' matches no parameter"),
         ({"trainable": ("resnet/head/.*",)}, "'resnet/head/.*' matches no parameter"),
-        ({"trainable": "lora"}, "config.lora.targets: '.*/query/kernel' matches no parameter"),
-        ({"optimizer": {"layer_decay": 0.9}}, "config.optimizer.layer_decay is for the layers of a ViT"),
+        ({"trainable": "lora"}, "lora.targets: '.*/query/kernel' matches no parameter"),
+        ({"optimizer": {"layer_decay": 0.9}}, "layer_decay is for the layers of a VisionTransformer"),
     ],
 )
 def test_what_does_not_fit_a_resnet_is_refused(tmp_path, changes, message):
@@ -187,8 +194,71 @@ def test_what_does_not_fit_a_resnet_is_refused(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("arg", ["scratch", "pretrained", "head"])
-def test_the_recipe_is_a_resnet_50(arg):
+def test_create_model_of_the_config_is_a_resnet_50(arg):
     config = cifar100_resnet50.get_config(arg)
-    assert build.create_model(config, None, num_classes=100) == ResNet(100, dtype=jnp.bfloat16)
-    assert not build.needs_file(config)
+    assert create_model(config, None, num_classes=100) == ResNet(100, dtype=jnp.bfloat16)
+    assert not initialize.needs_pretrained(config.model, config.architecture)
     assert config.pretrained in ("", *pretrained.RELEASED)
+
+
+# ---- files
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Flat parameters -> path of a file of them."""
+
+    def save(flat):
+        pretrained.save_npz(tmp_path / "BiT-micro.npz", unflatten_dict(flat, sep="/"))
+        return str(tmp_path / "BiT-micro.npz")
+
+    return save
+
+
+def model_of(file, architecture="resnet50", **sizes):
+    source = initialize.load_pretrained(file)
+    arguments = initialize.model_arguments(sizes, architecture, source)
+    return models.create_model(architecture, arguments, num_classes=10)
+
+
+def test_to_original_makes_the_head_a_matrix_and_changes_nothing_else():
+    before, after = released_params(), pretrained.to_original(released_params())
+    np.testing.assert_array_equal(after["head"]["kernel"], before["resnet"]["head"]["conv2d"]["kernel"][0, 0])
+    np.testing.assert_array_equal(after["head"]["bias"], before["resnet"]["head"]["conv2d"]["bias"])
+    del before["resnet"]["head"]
+    jax.tree.map(np.testing.assert_array_equal, after["resnet"], before["resnet"])
+    jax.tree.map(np.testing.assert_array_equal, pretrained.to_original(after), after)
+
+
+def test_create_params_loads_all_of_a_file_but_the_head(write, capsys):
+    flat = flat_params()
+    file = write(flat)
+    model = model_of(file)
+    assert (model.units, model.width) == (UNITS, WIDTH)
+    params = initialize.create_params(model, initialize.load_pretrained(file), image_size=32, seed=0)
+    params = flatten_dict(params, sep="/")
+    assert set(params) == {key.replace("resnet/head/conv2d", "head") for key in flat}
+    for key, leaf in params.items():
+        np.testing.assert_array_equal(leaf, np.zeros(leaf.shape) if key.startswith("head/") else flat[key], err_msg=key)
+    report = capsys.readouterr().out
+    assert "resnet/block2/…" in report and "position embeddings" not in report
+
+
+def test_model_arguments_reads_a_trained_file_again(write):
+    squeezed = flatten_dict(pretrained.to_original(released_params()), sep="/")
+    assert model_of(write(squeezed)).units == UNITS
+
+
+@pytest.mark.parametrize("units", [list(UNITS), UNITS])
+def test_model_arguments_accepts_a_list(write, units):
+    file = write(flat_params())
+    assert model_of(file, units=units, width=WIDTH).units == UNITS
+    with pytest.raises(UsageError, match=r"which is another one: width 64 \(checkpoint: 32\)"):
+        model_of(file, units=units, width=64)
+
+
+def test_model_arguments_refuses_the_file_of_another_architecture(write):
+    with pytest.raises(UsageError, match=r"does not fit micro, .* resnet50 \(checkpoint: vit\)"):
+        model_of("micro")
+    with pytest.raises(UsageError, match=r"does not fit .*BiT-micro.npz, .* vit \(checkpoint: resnet50\)"):
+        model_of(write(flat_params()), architecture="vit")

@@ -125,9 +125,9 @@ def test_sizes_are_read_back_off_the_shapes(variant):
     model = create_variant(variant, num_classes=10)
     tree = unflatten_dict(init_shapes(model, 7 * model.pixels_per_patch), sep="/")
     del arguments["dropout_rate"]
-    if variant in variants.STEM_UNITS:
-        arguments["stem_width"] = 64
-    assert pretrained.infer_architecture(tree) == {**arguments, "representation_size": None, "num_classes": 10}
+    arguments |= {"stem_width": 64} if variant in variants.STEM_UNITS else {"stem_units": None}
+    expected = {**arguments, "representation_size": None, "num_classes": 10, "pool": "cls"}
+    assert pretrained.infer_sizes(tree) == ("vit", expected)
 
 
 def test_the_head_and_the_class_token_start_at_zero():
@@ -319,9 +319,7 @@ def test_stochastic_depth_scales_what_it_keeps():
     params = random_params(grid=(2, 2))["Transformer"]["encoderblock_1"]
     params["MlpBlock_3"] = jax.tree.map(jnp.zeros_like, params["MlpBlock_3"])  # leaves attention alone
     x = random_images(5, 24, num=1)[..., 0]  # [1 n d]
-    block = functools.partial(
-        vit.EncoderBlock, 3, 40, 0.0, 0.0, gelu_approximate=True, layer_norm_epsilon=1e-6, dtype=jnp.float32
-    )
+    block = functools.partial(vit.EncoderBlock, vit.BlockConfig(num_heads=3, mlp_dim=40))
     branch = block(0.0).apply({"params": params}, x, True) - x
     many = block(0.5).apply({"params": params}, jnp.tile(x, (64, 1, 1)), False, rngs={"dropout": jax.random.key(0)})
     kept = np.isclose(many, x + 2 * branch, atol=1e-4).all(axis=(1, 2))
@@ -334,7 +332,7 @@ def test_stochastic_depth_scales_what_it_keeps():
 def test_gelu_is_the_tanh_form_or_the_exact_one(approximate):
     identity = {"kernel": np.eye(5), "bias": np.zeros(5)}
     x = np.array([[[-3.0, -1.0, 0.5, 1.0, 3.0]]])
-    block = vit.MlpBlock(5, 0.0, approximate, jnp.float32)
+    block = vit.MlpBlock(vit.BlockConfig(num_heads=1, mlp_dim=5, gelu_approximate=approximate))
     ours = block.apply({"params": {"Dense_0": identity, "Dense_1": identity}}, x, deterministic=True)
     tanh = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
     exact = 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))

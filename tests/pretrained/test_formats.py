@@ -1,4 +1,4 @@
-"""Every layout of Google's files: each, at micro width, gives its model's logits, and starts a run."""
+"""Every format of Google's checkpoints: each, at micro width, gives its model's logits, and starts a run."""
 
 import re
 
@@ -14,11 +14,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import vit_jax
 from configs import digits
-from vit_jax import classifier, export, models, pretrained, trainer, visualize
-from vit_jax.pretrained.formats import LAYOUTS
+from vit_jax import export, models, pretrained, trainer, visualize
+from vit_jax.pretrained.formats import FORMATS
 from vit_jax.run import load_run
 from vit_jax.runtime.errors import UsageError, UserError
-from vit_jax.training import build
+from vit_jax.training import initialize
+from vit_jax.training.experiment import create_model
 
 SIZES = {"patch_size": 4, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "mlp_dim": 40}
 HYBRID = SIZES | {"patch_size": 1, "stem_units": (1, 2), "stem_width": 32}
@@ -200,12 +201,12 @@ def test_every_row_of_the_table_is_needed_by_some_file(tmp_path):
     bare = big_vision(original(pool="mean"))
     del bare["pos_embedding"]
     for flat in [*(layout(flat) for flat, layout in FILES.values()), bare, reference_resnet.flat_params()]:
-        for row in LAYOUTS:
-            if row.is_that_of(flat):
+        for row in FORMATS:
+            if row.matches(flat):
                 seen.add(row.name)
-                flat = row.undo(flat)
-    assert seen == {row.name for row in LAYOUTS}
-    assert not any(row.is_that_of(original()) for row in LAYOUTS)
+                flat = row.convert(flat)
+    assert seen == {row.name for row in FORMATS}
+    assert not any(row.matches(original()) for row in FORMATS)
 
 
 @pytest.mark.parametrize("name", ["big_vision, stacked", "big_vision, mean", "big_vision, MAP, inlined", "hybrid"])
@@ -224,14 +225,14 @@ def test_an_array_of_another_shape_is_one_line(name):
 
 def test_a_lost_class_token_is_not_taken_for_a_model_without_one():
     flat = {key: leaf for key, leaf in original().items() if key != "cls"}
-    with pytest.raises(UserError, match="this is not a whole ViT: missing: cls"):
-        pretrained.infer_architecture(unflatten_dict(flat, sep="/"))
+    with pytest.raises(UserError, match="complete VisionTransformer: missing: cls"):
+        pretrained.infer_sizes(unflatten_dict(flat, sep="/"))
 
 
 def test_a_hybrid_that_is_not_whole_names_what_is_missing():
     flat = {key: leaf for key, leaf in hybrid().items() if "block2/unit1/gn_proj" not in key}
-    with pytest.raises(UserError, match="missing: block2/unit1/gn_proj/scale, block2/unit1/gn_proj/bias"):
-        pretrained.infer_architecture(unflatten_dict(flat, sep="/"))
+    with pytest.raises(UserError, match="missing: block2/unit1/gn_proj/bias, block2/unit1/gn_proj/scale"):
+        pretrained.infer_sizes(unflatten_dict(flat, sep="/"))
 
 
 @pytest.mark.parametrize("pool", models.POOLS)
@@ -298,9 +299,7 @@ def test_a_run_starts_from_one_and_is_looked_into_and_handed_on(name, image_size
     run = load_run(tmp_path / "run")
     params = flatten_dict(jax.device_get(run.params), sep="/")
     assert params.keys() == flat.keys() and not np.array_equal(params["embedding/kernel"], flat["embedding/kernel"])
-    names = [
-        name for name, _ in visualize.draw_all(run, tmp_path / "run", pictures=[], num_images=2, layer=None, head=None)
-    ]
+    names = [name for name, _ in visualize.draw_all(run, num_images=2)]
     assert {"patch_filters", "position_similarity", "attention_rollout", "attention_heads"} <= set(names)
 
     export.export_npz(run, tmp_path / "out.npz")
@@ -337,8 +336,9 @@ def test_a_file_without_a_head_starts_a_run_and_answers_nothing(tmp_path):
     flat = {key: leaf for key, leaf in original(pool="map").items() if not key.startswith("head/")}
     file = write(tmp_path / "file.npz", beside_text(big_vision(flat)))
     config = config_from(file, image_size=16)
-    source = build.load_source(config)
-    model = build.create_model(config, source, num_classes=10)
-    assert build.create_params(config, model, source)["head"]["kernel"].shape == (24, 10)
-    with pytest.raises(UserError, match="file.npz: it has no head and knows no classes; start a run from it"):
-        classifier.load_exported(str(file))
+    source = initialize.load_pretrained(config.pretrained)
+    model = create_model(config, source, num_classes=10)
+    params = initialize.create_params(model, source, image_size=16, seed=0)
+    assert params["head"]["kernel"].shape == (24, 10)
+    with pytest.raises(UserError, match="file.npz: it has no trained classification head; fine-tune it first"):
+        vit_jax.load(file)
