@@ -36,6 +36,8 @@ def load_npz(path: str | os.PathLike[str]) -> Params:
     name = ""
     try:
         flat: FlatParams = {}
+        if path.is_fifo():
+            raise OSError("it is a named pipe")  # to open it would wait for a writer
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 name = f"{info.filename}: "
