@@ -223,6 +223,64 @@ def test_an_array_of_another_shape_is_one_line(name):
             assert "\n" not in str(caught.value)
 
 
+def test_a_lost_class_token_is_not_taken_for_a_model_without_one():
+    flat = {key: leaf for key, leaf in original().items() if key != "cls"}
+    with pytest.raises(UserError, match="complete VisionTransformer: missing: cls"):
+        pretrained.infer_sizes(unflatten_dict(flat, sep="/"))
+
+
+def test_a_hybrid_that_is_not_whole_names_what_is_missing():
+    flat = {key: leaf for key, leaf in hybrid().items() if "block2/unit1/gn_proj" not in key}
+    with pytest.raises(UserError, match="missing: block2/unit1/gn_proj/bias, block2/unit1/gn_proj/scale"):
+        pretrained.infer_sizes(unflatten_dict(flat, sep="/"))
+
+
+@pytest.mark.parametrize("pool", models.POOLS)
+def test_the_tree_of_a_model_is_its_files_key_list(pool):
+    sizes = HYBRID | {"pool": pool}
+    model = models.VisionTransformer(CLASSES, **sizes, representation_size=12)
+    tree = jax.eval_shape(lambda: model.init(jax.random.PRNGKey(0), jnp.zeros((1, 32, 32, 3))))["params"]
+    wanted = reference.released_shapes(
+        **sizes, representation_size=12, num_classes=CLASSES, num_tokens=16 + (pool == "cls")
+    )
+    assert {key: leaf.shape for key, leaf in flatten_dict(tree, sep="/").items()} == wanted
+
+
+def test_gradients_flow_through_every_parameter_of_a_hybrid():
+    sizes = HYBRID | {"stem_units": (2,), "pool": "map"}
+    model = models.VisionTransformer(CLASSES, **sizes, remat="full", head_init="xavier")
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
+    flat = original(**sizes)
+    params = unflatten_dict(flat, sep="/")
+    gradients = jax.jit(jax.grad(lambda p: model.apply({"params": p}, images).std()))(params)
+    for key, leaf in flatten_dict(gradients, sep="/").items():
+        assert np.all(np.isfinite(leaf)), key
+        # A key's bias moves all of a query's scores alike, which the softmax does not see.
+        assert np.any(leaf != 0) or key.endswith("/key/bias"), key
+
+
+def test_bfloat16_reaches_the_stem_and_the_pooling():
+    flat = hybrid(stem_units=(), patch_size=2, pool="map")
+    model = models.VisionTransformer(
+        None, **HYBRID | {"stem_units": (), "patch_size": 2}, pool="map", dtype=jnp.bfloat16
+    )
+    inputs = pictures(flat) / 127.5 - 1
+    features = model.apply({"params": unflatten_dict(flat, sep="/")}, jnp.asarray(inputs, jnp.float32))
+    assert features.dtype == jnp.bfloat16
+    flat |= {"head/kernel": np.eye(24), "head/bias": np.zeros(24)}
+    wanted = reference.forward(unflatten_dict(flat, sep="/"), inputs)
+    assert np.linalg.norm(np.asarray(features, np.float64) - wanted) < 0.03 * np.linalg.norm(wanted)
+
+
+def test_pictures_that_do_not_divide_into_a_hybrids_patches_are_refused():
+    model = models.VisionTransformer(CLASSES, **HYBRID)
+    assert model.pixels_per_patch == 8
+    with pytest.raises(UsageError, match="image_size 36 is not a multiple of the patch, 8 pixels"):
+        model.validate(36)
+    with pytest.raises(UsageError, match="stem_width 48 is not a multiple of 32"):
+        model.clone(stem_width=48).validate(32)
+
+
 def config_from(file, **changes):
     config = digits.get_config()
     config.model = {}
@@ -265,6 +323,13 @@ def test_without_a_step_a_run_is_its_file(tmp_path):
     for key, leaf in params.items():
         if not key.startswith("head/"):
             np.testing.assert_array_equal(leaf, flat[key], err_msg=key)
+
+
+def test_positions_without_a_class_token_are_resampled_like_the_others():
+    """A 2 × 2 grid of one number each to 3 × 3: means between."""
+    positions = np.array([0.0, 2.0, 4.0, 6.0], np.float32).reshape(1, 4, 1)
+    new = pretrained.resample_position_embeddings(positions, (2, 2), (3, 3), class_token=False)
+    np.testing.assert_allclose(new[0, :, 0], [0, 1, 2, 2, 3, 4, 4, 5, 6], atol=1e-6)
 
 
 def test_a_file_without_a_head_starts_a_run_and_answers_nothing(tmp_path):
