@@ -13,7 +13,7 @@ train: $(VENV)/installed
 	$(BIN)/python train.py --config $(CONFIG) $(if $(WORKDIR),--workdir $(WORKDIR))
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-slow: $(VENV)/installed-test $(VENV)-aot/installed $(VENV)-interop/installed
 	$(BIN)/python -m pytest -m slow --ignore tests/test_aot.py --ignore tests/pretrained/test_interop.py
