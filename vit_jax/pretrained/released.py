@@ -2,11 +2,11 @@
 
 import csv
 import difflib
-import functools
 import importlib.resources
 import re
 import sys
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ RELEASED = (
 """Names of Google's checkpoints. BiT-M is of ImageNet-21k; BiT-S, big_vision, sam and gsam of ImageNet-2012. There is
 also every checkpoint of "augreg", see `resolve`."""
 
-_NUM_BYTES = {"imagenet21k/ViT-B_16": 412_815_506}  # the only one that was found
 _URL = "https://storage.googleapis.com/"
 _WIDTH_AND_DEPTH = {"Ti": (192, 12), "S": (384, 12), "B": (768, 12), "L": (1024, 24), "H": (1280, 32)}
 _STEM_UNITS = {"R": (), "R26": (2, 2, 2, 2), "R50": (3, 4, 6, 3)}
@@ -55,21 +54,17 @@ def resolve(name_or_path: str) -> Path:
         name_or_path: "micro", which ships with the package; a path; a name in `RELEASED`; "augreg/" and the name of a
             file without .npz; or "augreg/" and a variant such as "B_16", which means its ImageNet-21k checkpoint of the
             best validation accuracy.
-
-    Raises:
-        UsageError: there is no such name.
-        UserError: there is no such .npz file, or a checkpoint cannot be downloaded.
     """
     if name_or_path == "micro":
         return Path(str(importlib.resources.files("vit_jax") / "assets" / "ViT-micro_4.npz"))
     if name_or_path in RELEASED:
-        return _fetch(name_or_path)
+        return _fetch_checkpoint(name_or_path)
     path = Path(name_or_path).expanduser()
     if path.exists():
         return path
     if name_or_path.startswith(_AUGREG) and path.suffix != ".npz":
         variant = name_or_path.removeprefix(_AUGREG)
-        return _fetch(name_or_path if "-" in variant else _best_augreg(variant))
+        return _fetch_checkpoint(name_or_path if "-" in variant else _best_augreg(variant))
     names = ["micro", *RELEASED, f"{_AUGREG}B_16"]
     wanted = name_or_path.removesuffix(".npz")
     near = [name for name in names if name.endswith(f"/{wanted}")]
@@ -80,24 +75,18 @@ def resolve(name_or_path: str) -> Path:
     )
 
 
-def _fetch(name: str) -> Path:
-    check = functools.partial(_check_sizes, name)
-    return download.fetch(_url(f"{name}.npz"), _cached(f"{name}.npz"), num_bytes=_NUM_BYTES.get(name), check=check)
+def _fetch_checkpoint(name: str) -> Path:
+    return _fetch(f"{name}.npz", lambda path: _check_sizes(name, path))
 
 
-def _url(name: str) -> str:
-    bucket = "" if name.startswith(("bit_models/", "big_vision/")) else "vit_models/"
-    return _URL + bucket + urllib.parse.quote(name)
-
-
-def _cached(name: str) -> Path:
-    return download.cache_dir() / name
+def _fetch(file: str, check: Callable[[Path], object]) -> Path:
+    bucket = "" if file.startswith(("bit_models/", "big_vision/")) else "vit_models/"
+    return download.fetch(_URL + bucket + urllib.parse.quote(file), download.cache_dir() / file, check=check)
 
 
 def _best_augreg(variant: str) -> str:
     """Returns the name of a variant's ImageNet-21k checkpoint of the best final validation accuracy."""
-    name = f"{_AUGREG}index.csv"
-    rows = _read_index(download.fetch(_url(name), _cached(name), check=_check_index))
+    rows = _read_index(_fetch(f"{_AUGREG}index.csv", _read_index))
     accuracies = {file: accuracy for file, accuracy in rows.items() if file.split("-")[0] == variant}
     if not accuracies:
         variants = dict.fromkeys(file.split("-")[0] for file in rows)
@@ -105,10 +94,6 @@ def _best_augreg(variant: str) -> str:
     best = max(accuracies, key=lambda file: accuracies[file])
     print(f"{_AUGREG}{variant} is {_AUGREG}{best}", file=sys.stderr)
     return f"{_AUGREG}{best}"
-
-
-def _check_index(path: Path) -> None:
-    _read_index(path)
 
 
 def _read_index(path: Path) -> dict[str, float]:
