@@ -48,7 +48,7 @@ def _control_groups(controller: str) -> list[Path]:
 
     Some may not exist: in a container the path can be the host's, and the mount itself is the container's group.
     """
-    # Such as "0::/a" or "5:cpu,io:/a".
+    # Lines such as "0::/a" or "5:cpu,io:/a".
     paths = _find(_ROOT / "proc/self/cgroup", rf"^\d+:(?:|(?:.*,)?{controller}(?:,.*)?):(.*)$")
     mounts = (_ROOT / "sys/fs/cgroup", _ROOT / "sys/fs/cgroup" / controller)
     groups = [mount / path.lstrip("/") for path in paths for mount in mounts]
