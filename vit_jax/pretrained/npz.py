@@ -34,8 +34,6 @@ def load_npz(path: str | os.PathLike[str]) -> Params:
     name = ""
     flat: FlatParams = {}
     try:
-        if path.is_fifo():
-            raise OSError("it is a named pipe")  # to open it would wait for a writer
         with zipfile.ZipFile(path) as archive:
             for file in archive.namelist():
                 name = f"{file}: "

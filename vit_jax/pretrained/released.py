@@ -8,10 +8,9 @@ import sys
 import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from vit_jax.pretrained.formats import to_original
-from vit_jax.pretrained.infer import infer_sizes, unequal
+from vit_jax.pretrained.infer import infer_sizes
 from vit_jax.pretrained.npz import load_npz
 from vit_jax.runtime import download
 from vit_jax.runtime.errors import UsageError, UserError
@@ -36,9 +35,6 @@ RELEASED = (
 also every checkpoint of "augreg", see `resolve`."""
 
 _URL = "https://storage.googleapis.com/"
-_WIDTH_AND_DEPTH = {"Ti": (192, 12), "S": (384, 12), "B": (768, 12), "L": (1024, 24), "H": (1280, 32)}
-_STEM_UNITS = {"R": (), "R26": (2, 2, 2, 2), "R50": (3, 4, 6, 3)}
-_VARIANT = re.compile(r"(?:(R\d*)[+_](?:ViT-)?)?(?:ViT-)?(Ti|S|B|L|H)_(\d+)(?:-.*)?")
 _AUGREG = "augreg/"
 
 
@@ -58,13 +54,14 @@ def resolve(name_or_path: str) -> Path:
     if name_or_path == "micro":
         return Path(str(importlib.resources.files("vit_jax") / "assets" / "ViT-micro_4.npz"))
     if name_or_path in RELEASED:
-        return _fetch_checkpoint(name_or_path)
+        return _fetch(f"{name_or_path}.npz", _check_checkpoint)
     path = Path(name_or_path).expanduser()
-    if path.exists():
+    if path.is_file() or path.is_dir():
         return path
     if name_or_path.startswith(_AUGREG) and path.suffix != ".npz":
         variant = name_or_path.removeprefix(_AUGREG)
-        return _fetch_checkpoint(name_or_path if "-" in variant else _best_augreg(variant))
+        name = name_or_path if "-" in variant else _best_augreg(variant)
+        return _fetch(f"{name}.npz", _check_checkpoint)
     names = ["micro", *RELEASED, f"{_AUGREG}B_16"]
     wanted = name_or_path.removesuffix(".npz")
     near = [name for name in names if name.endswith(f"/{wanted}")]
@@ -73,10 +70,6 @@ def resolve(name_or_path: str) -> Path:
         f"there is no file {name_or_path}, and no pretrained checkpoint of that name; check the path, or give a name "
         f"such as {', '.join(near)}"
     )
-
-
-def _fetch_checkpoint(name: str) -> Path:
-    return _fetch(f"{name}.npz", lambda path: _check_sizes(name, path))
 
 
 def _fetch(file: str, check: Callable[[Path], object]) -> Path:
@@ -106,25 +99,5 @@ def _read_index(path: Path) -> dict[str, float]:
         raise UserError(f"{path} is not an index of augreg: expected the columns filename, ds, final_val") from error
 
 
-def _check_sizes(name: str, path: Path) -> None:
-    """Loads a downloaded checkpoint and compares its sizes with its name."""
-    architecture, sizes = infer_sizes(to_original(load_npz(path)))
-    if wrong := unequal({"architecture": architecture, **sizes}, _sizes(name)):
-        raise UserError(f"the file is not {name}: {wrong}")
-
-
-def _sizes(name: str) -> dict[str, Any]:
-    """Returns the sizes that a name tells; none for names of unknown form."""
-    if name.startswith("bit_models/"):
-        return {"architecture": "resnet50", "units": (3, 4, 6, 3), "width": 64}
-    match = _VARIANT.fullmatch(name.rpartition("/")[2])
-    if not match:
-        return {}
-    stem, transformer, pixels = match.groups()
-    width, depth = _WIDTH_AND_DEPTH[transformer]
-    sizes = {"architecture": "vit", "hidden_size": width, "num_layers": depth}
-    if stem is None:
-        return {**sizes, "patch_size": int(pixels)}
-    # A patch of 16 pixels is one position of the third block, which has the units of the fourth, too.
-    units = (3, 4, 9) if (stem, pixels) == ("R50", "16") else _STEM_UNITS.get(stem)
-    return {**sizes, "stem_units": units}
+def _check_checkpoint(path: Path) -> None:
+    infer_sizes(to_original(load_npz(path)))
