@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -32,7 +31,7 @@ class Report:
         for group in ("loaded", "resampled", "new", "dropped"):
             layers: dict[str, list[int]] = {}
             for key in getattr(self, group):
-                layers.setdefault(_layer(key, self.loaded), []).append(self.sizes[group, key])
+                layers.setdefault(_layer(key), []).append(self.sizes[group, key])
             for layer, sizes in layers.items():
                 arrays = f"{len(sizes):4} {'array' if len(sizes) == 1 else 'arrays':6}"
                 lines.append(f"{group:9}  {layer:40}  {arrays} {sum(sizes):>13,}")
@@ -43,15 +42,10 @@ class Report:
         return "\n".join(lines)
 
 
-def _layer(key: str, loaded: Iterable[str]) -> str:
+def _layer(key: str) -> str:
     """Returns the name of the layers that a key is counted with."""
-    if block := re.match(r"(resnet/)?block\d+/", key):
-        return f"{block[0]}…"
-    if key.startswith("Transformer/encoderblock_"):
-        last = max(map(int, re.findall(r"encoderblock_(\d+)/", " ".join(loaded))))
-        return f"Transformer/encoderblock_{{0..{last}}}/…"
-    layer, _, leaf = key.rpartition("/")
-    return f"{layer}/…" if leaf in ("kernel", "bias", "scale", "gamma", "beta") else key
+    layer = re.sub(r"(block_?)\d+/.*", r"\1*/…", key)
+    return re.sub(r"/(kernel|bias|scale|gamma|beta)$", "/…", layer)
 
 
 def adapt_params(

@@ -91,7 +91,7 @@ def _move_positions(flat: FlatParams) -> FlatParams:
         if key in flat:
             positions = flat[key]
             if "cls" in flat and positions.ndim == 3 and not is_square(positions.shape[1] - 1):
-                # The class token is added after the position embeddings, but before them in old files: its own is zero.
+                # The class token is not among the tokens that position embeddings are added to, as it is in old files.
                 positions = np.concatenate([np.zeros_like(positions[:, :1]), positions], axis=1)
             flat = {other: leaf for other, leaf in flat.items() if other != key} | {POSITION_KEY: positions}
     return flat

@@ -34,13 +34,13 @@ _OTHERS = {  # ours -> theirs, outside the blocks
     "Transformer/encoder_norm": "vit.layernorm",
     "head": "classifier",
 }
-_ARGUMENTS: dict[str, tuple[str, int | float]] = {  # ours -> (theirs, their default)
-    "patch_size": ("patch_size", 16),
-    "hidden_size": ("hidden_size", 768),
-    "num_layers": ("num_hidden_layers", 12),
-    "num_heads": ("num_attention_heads", 12),
-    "mlp_dim": ("intermediate_size", 3072),
-    "layer_norm_epsilon": ("layer_norm_eps", 1e-12),
+_ARGUMENTS = {  # ours -> theirs
+    "patch_size": "patch_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+    "layer_norm_epsilon": "layer_norm_eps",
 }
 _ACTIVATIONS = {"gelu": False, "gelu_pytorch_tanh": True, "gelu_new": True}  # theirs -> `gelu_approximate`
 
@@ -81,7 +81,7 @@ def _configs(metadata: ModelMetadata) -> tuple[dict[str, Any], dict[str, Any]]:
     config = {
         "architectures": ["ViTForImageClassification"],
         "model_type": "vit",
-        **{theirs: model[ours] for ours, (theirs, _) in _ARGUMENTS.items()},
+        **{theirs: model[ours] for ours, theirs in _ARGUMENTS.items()},
         "hidden_act": "gelu_pytorch_tanh" if model["gelu_approximate"] else "gelu",
         "hidden_dropout_prob": model["dropout_rate"],
         "attention_probs_dropout_prob": model["attention_dropout_rate"],
@@ -130,16 +130,15 @@ def load_huggingface(directory: Path) -> tuple[Params, ModelMetadata]:
 def _metadata(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelMetadata:
     """Returns the metadata in the two JSON files of Hugging Face."""
     supported = {"model_type": ("vit",), "hidden_act": tuple(_ACTIVATIONS), "qkv_bias": (True,), "num_channels": (3,)}
-    config = {"hidden_act": "gelu", "qkv_bias": True, "num_channels": 3, **config}
     for key, values in supported.items():
-        if config.get(key) not in values:
-            raise ValueError(f"{key} of config.json is {config.get(key)!r}; expected one of {values}")
-    names = config.get("id2label") or {"0": "0", "1": "1"}
-    model = {ours: config.get(theirs, default) for ours, (theirs, default) in _ARGUMENTS.items()}
+        if config[key] not in values:
+            raise ValueError(f"{key} of config.json is {config[key]!r}; expected one of {values}")
+    names = config.get("id2label") or {"0": "0", "1": "1"}  # left out for two classes without names
+    model = {ours: config[theirs] for ours, theirs in _ARGUMENTS.items()}
     value = {
         "architecture": "vit",
         "model": {**model, "gelu_approximate": _ACTIVATIONS[config["hidden_act"]], "num_classes": len(names)},
-        "image_size": config.get("image_size", 224),
+        "image_size": config["image_size"],
         "class_names": [names[key] for key in sorted(names, key=int)],
     }
     normalization = {key: preprocessor[key] for key in ("image_mean", "image_std") if key in preprocessor}

@@ -108,12 +108,6 @@ def differences(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> st
     return "; ".join(f"{what}: {few(items)}" for what, items in lists.items() if items)
 
 
-def unequal(found: Mapping[str, object], expected: Mapping[str, object]) -> str:
-    """Lists the values that are not the expected ones."""
-    wrong = [f"{key} {found.get(key)} instead of {value}" for key, value in expected.items() if found.get(key) != value]
-    return ", ".join(wrong)
-
-
 def few(items: list[str]) -> str:
     """Joins the first three items."""
     return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "") or "nothing"

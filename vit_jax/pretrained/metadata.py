@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import vit_jax
 from vit_jax.models import ARCHITECTURES, create_model, model_arguments
 from vit_jax.pretrained.imagenet import imagenet_classes
-from vit_jax.pretrained.infer import few, infer_image_size, infer_sizes, unequal
+from vit_jax.pretrained.infer import few, infer_image_size, infer_sizes
 from vit_jax.runtime.checksums import checksum_json, checksums
 from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.types import ImageModel, Json, Params
@@ -59,15 +59,9 @@ class ModelMetadata:
         image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
     ) -> "ModelMetadata":
         """Returns the metadata of a module."""
-        return cls(
-            next(name for name, module in ARCHITECTURES.items() if isinstance(model, module)),
-            model_arguments(model),
-            image_size,
-            class_names,
-            jnp.dtype(model.dtype).name,
-            image_mean,
-            image_std,
-        )
+        architecture = next(name for name, module in ARCHITECTURES.items() if isinstance(model, module))
+        dtype = jnp.dtype(model.dtype).name
+        return cls(architecture, model_arguments(model), image_size, class_names, dtype, image_mean, image_std)
 
     @classmethod
     def from_params(cls, params: Params) -> "ModelMetadata":
@@ -80,8 +74,7 @@ class ModelMetadata:
         if sizes["num_classes"] != len(names):
             names = tuple(map(str, range(sizes["num_classes"] or 0)))
         metadata = cls(architecture, sizes, image_size=224, class_names=names)
-        image_size = infer_image_size(params, metadata.create_model())
-        return dataclasses.replace(metadata, image_size=image_size or 224)
+        return dataclasses.replace(metadata, image_size=infer_image_size(params, metadata.create_model()) or 224)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "ModelMetadata":
@@ -110,8 +103,10 @@ class ModelMetadata:
             model = self.create_model()
             expected["image_size"] = infer_image_size(params, model) or self.image_size
             found |= model_arguments(model) | {"image_size": self.image_size}
-        if wrong := unequal(found, expected):
-            raise UserError(f"its metadata is not that of its parameters: {wrong}; export it again")
+        wrong = [key for key in expected if found.get(key) != expected[key]]
+        if wrong:
+            differences = ", ".join(f"{key} {found.get(key)} instead of {expected[key]}" for key in wrong)
+            raise UserError(f"its metadata is not that of its parameters: {differences}; export it again")
 
 
 def wrap_metadata(metadata: ModelMetadata, expected: Mapping[str, str]) -> dict[str, Json]:
