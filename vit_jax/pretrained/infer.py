@@ -60,7 +60,7 @@ def find_architecture(keys: Iterable[str]) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def parameter_shapes(model: ImageModel, num_patches: int = 1) -> Mapping[str, Shape]:
+def parameter_shapes(model: ImageModel, num_patches: int) -> Mapping[str, Shape]:
     """Returns {key: shape} of a module's parameters for images of so many patches, by tracing its initialization."""
     side = model.pixels_per_patch
     images = jax.ShapeDtypeStruct((1, side, side * num_patches, 3), jnp.float32)

@@ -171,21 +171,20 @@ class _Watch:
 
     def _run(self) -> None:
         count = jax.process_count()
-        values, last_changes = [""] * count, [time.monotonic()] * count
-        while any(not value.endswith(" done") for value in values):
+        seen = dict.fromkeys(range(count), ("", time.monotonic()))  # process -> (its last value, when it was new)
+        while not all(value.endswith(" done") for value, _ in seen.values()):
             time.sleep(0.5)
             for process, value in self._exchange().items():
-                if values[process] != value:
-                    values[process], last_changes[process] = value, time.monotonic()
-            ends = [_describe_end(*pair) for pair in zip(values, last_changes, strict=True)]
-            for process, end in enumerate(ends):
-                if end:
-                    self._report(f"process {process} of {count} {end}")
-            if all(ends):
+                if value != seen[process][0]:
+                    seen[process] = value, time.monotonic()
+            ends = {process: end for process, pair in seen.items() if (end := _describe_end(*pair))}
+            for process, end in ends.items():
+                self._report(f"process {process} of {count} {end}")
+            if len(ends) == count:
                 self._exit()
 
     def _exchange(self) -> dict[int, str]:
-        """Publishes the status of this process; returns the time and status of each."""
+        """Publishes the time and the status of this process; returns those of each as its value."""
         assert global_state.client is not None
         try:
             key, value = f"vit_jax/{jax.process_index()}", f"{time.monotonic()} {self._status}"
@@ -213,9 +212,9 @@ class _Watch:
         os._exit(self._exit_code)
 
 
-def _describe_end(value: str, last_change: float) -> str:
+def _describe_end(value: str, changed: float) -> str:
     """Returns how a process ended, by what it has published; "" while it is running or done."""
-    if time.monotonic() - last_change > SILENT_SECONDS:
+    if time.monotonic() - changed > SILENT_SECONDS:
         return f"has not responded for {SILENT_SECONDS} seconds"
     status = value.partition(" ")[2]
     return "" if status in ("", "running", "done") else status
