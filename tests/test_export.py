@@ -49,7 +49,7 @@ def logits_of(source, images):
     [
         ("image_size", 20, r"image_size 20 instead of 16"),
         ("image_size", "16", "image_size is '16'; expected a positive integer"),
-        ("image_mean", [127, 127, 127], r"image_mean is \[127, 127, 127\]; expected three numbers from 0 to 1"),
+        ("image_mean", [127, 127, 127], r"image_mean is \(127, 127, 127\); expected three numbers from 0 to 1"),
         ("class_names", ["0"] * 9, r"number of class_names 9 instead of 10"),
         ("class_names", None, "class_names is None; expected strings"),
         ("architecture", "vgg", "architecture is 'vgg'; expected one of vit"),

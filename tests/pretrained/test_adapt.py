@@ -81,12 +81,6 @@ def test_adapt_params_casts_to_float32(dtype):
     assert not np.any(params["cls"] - 1)
 
 
-def test_adapt_params_reads_bfloat16_that_numpy_stored_as_raw_bytes():
-    source = {key: np.full(leaf.shape, 1.5, jnp.bfloat16).view("V2") for key, leaf in flat_params().items()}
-    params, _ = adapt(source, flat_params())
-    assert not np.any(params["cls"] - 1.5)
-
-
 def test_adapt_params_resamples_position_embeddings():
     source, target = flat_params(num_tokens=1 + 4), flat_params(num_tokens=1 + 9)
     params, report = adapt(source, target)
@@ -209,7 +203,7 @@ def test_report_prints_a_line_for_each_group():
     assert str(report).splitlines() == [
         "loaded     cls                                          1 array              6",
         "           embedding/…                                  2 arrays           294",
-        "           Transformer/encoderblock_{0..2}/…           48 arrays           906",
+        "           Transformer/encoderblock_*/…                48 arrays           906",
         "           Transformer/encoder_norm/…                   2 arrays            12",
         "resampled  Transformer/posembed_input/pos_embedding     1 array             60",
         "new        head/…                                       2 arrays            35",

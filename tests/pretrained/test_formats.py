@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import vit_jax
 from configs import digits
 from vit_jax import export, models, pretrained, trainer, visualize
-from vit_jax.pretrained.formats import FORMATS
+from vit_jax.pretrained.formats import CONVERSIONS
 from vit_jax.run import load_run
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.training import initialize
@@ -195,18 +195,24 @@ def test_positions_that_were_added_after_the_class_token_joined_keep_its_row(tmp
     np.testing.assert_array_equal(flatten_dict(params, sep="/")[POSITIONS], flat[POSITIONS])
 
 
-def test_every_row_of_the_table_is_needed_by_some_file(tmp_path):
-    """And none is applied to a file of the original layout."""
-    seen = set()
+def shapes(flat):
+    return {key: leaf.shape for key, leaf in flat.items()}
+
+
+def test_every_conversion_is_needed_by_some_file():
+    """And none changes a file of the original layout."""
+    needed = set()
     bare = big_vision(original(pool="mean"))
     del bare["pos_embedding"]
     for flat in [*(layout(flat) for flat, layout in FILES.values()), bare, reference_resnet.flat_params()]:
-        for row in FORMATS:
-            if row.matches(flat):
-                seen.add(row.name)
-                flat = row.convert(flat)
-    assert seen == {row.name for row in FORMATS}
-    assert not any(row.matches(original()) for row in FORMATS)
+        for convert in CONVERSIONS:
+            converted = convert(flat)
+            if shapes(converted) != shapes(flat):
+                needed.add(convert)
+            flat = converted
+    assert needed == set(CONVERSIONS)
+    for flat in (original(), original(pool="mean"), original(pool="map")):
+        assert all(shapes(convert(flat)) == shapes(flat) for convert in CONVERSIONS)
 
 
 @pytest.mark.parametrize("name", ["big_vision, stacked", "big_vision, mean", "big_vision, MAP, inlined", "hybrid"])

@@ -3,9 +3,7 @@ import urllib.parse
 
 import numpy as np
 import pytest
-import reference
-import reference_resnet
-from reference import nest
+from reference import flat_params, nest
 from test_download import serve
 
 from vit_jax import pretrained
@@ -23,8 +21,8 @@ def fetched(monkeypatch, tmp_path):
     """Catches what would be downloaded; `fetched["params"]` is then checked as the downloaded file."""
     calls = {}
 
-    def fetch(url, path, *, num_bytes=None, sha256=None, check=None):
-        calls.update(url=url, path=path, num_bytes=num_bytes)
+    def fetch(url, path, *, check):
+        calls.update(url=url, path=path)
         if "params" in calls:
             part = tmp_path / "fetched.part"
             pretrained.save_npz(part, nest(calls["params"]))
@@ -39,7 +37,6 @@ def fetched(monkeypatch, tmp_path):
 def test_resolve_fetches_a_released_file_into_the_cache(fetched, tmp_path):
     assert pretrained.resolve("imagenet21k/ViT-B_16") == tmp_path / "cache" / "imagenet21k" / "ViT-B_16.npz"
     assert fetched["url"] == "https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz"
-    assert fetched["num_bytes"] == 412_815_506
 
 
 @pytest.mark.parametrize("name", pretrained.RELEASED)
@@ -48,58 +45,6 @@ def test_resolve_quotes_the_address(fetched, name):
     assert "+" not in fetched["url"]
     address = urllib.parse.unquote(fetched["url"]).removeprefix("https://storage.googleapis.com/")
     assert address == f"{'' if name.startswith(('bit_models/', 'big_vision/')) else 'vit_models/'}{name}.npz"
-
-
-def thin_params(**sizes):
-    """A whole ViT with the width and depth of B/16, all else as small as can be."""
-    arguments = {"patch_size": 16, "hidden_size": 768, "num_layers": 12, "num_heads": 1, "mlp_dim": 1} | sizes
-    shapes = reference.released_shapes(**arguments, representation_size=None, num_classes=1, num_tokens=2)
-    return {key: np.zeros(shape, np.int8) for key, shape in shapes.items()}
-
-
-def test_resolve_accepts_the_variant_of_the_name(fetched):
-    fetched["params"] = thin_params()
-    assert pretrained.resolve("imagenet21k/ViT-B_16")
-
-
-@pytest.mark.parametrize(
-    ("sizes", "cause"),
-    [
-        ({"patch_size": 32}, "patch_size 32 instead of 16"),
-        ({"hidden_size": 192}, "hidden_size 192 instead of 768"),
-        ({"num_layers": 11}, "num_layers 11 instead of 12"),
-    ],
-)
-def test_resolve_refuses_another_variant_than_the_name(fetched, sizes, cause):
-    fetched["params"] = thin_params(**sizes)
-    with pytest.raises(UserError, match=f"the file is not imagenet21k/ViT-B_16: {cause}"):
-        pretrained.resolve("imagenet21k/ViT-B_16")
-
-
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [
-        ("imagenet21k+imagenet2012/ViT-L_16-224", {"hidden_size": 1024, "num_layers": 24}),
-        ("imagenet21k/ViT-H_14", {"hidden_size": 1280, "num_layers": 32, "patch_size": 14}),
-        ("sam/ViT-S_32", {"hidden_size": 384, "patch_size": 32}),
-        ("imagenet21k/R50+ViT-B_16", {"patch_size": 1, "stem_units": (3, 4, 9), "stem_width": 32}),
-        ("imagenet21k/R26+ViT-B_32", {"patch_size": 1, "stem_units": (2, 2, 2, 2), "stem_width": 32}),
-        ("augreg/B_8-i21k-300ep", {"patch_size": 8}),
-        ("augreg/R_Ti_16-i21k-300ep", {"hidden_size": 192, "patch_size": 8, "stem_units": (), "stem_width": 32}),
-        ("augreg/of-another-form", {"num_layers": 1}),
-    ],
-)
-def test_resolve_knows_the_sizes_of_every_kind_of_name(fetched, name, sizes):
-    fetched["params"] = thin_params(**sizes)
-    assert pretrained.resolve(name)
-
-
-def test_resolve_refuses_another_hybrid_than_the_name(fetched):
-    fetched["params"] = thin_params(patch_size=1, stem_units=(3, 4, 6, 3), stem_width=32)
-    with pytest.raises(
-        UserError, match=r"is not imagenet21k/R50\+ViT-B_16: stem_units \(3, 4, 6, 3\) instead of \(3, 4, 9"
-    ):
-        pretrained.resolve("imagenet21k/R50+ViT-B_16")
 
 
 INDEX = """name,ds,lr,aug,wd,do,sd,best_val,final_val,final_test,adapt_ds,adapt_final_val,params,filename,adapt_filename
@@ -127,8 +72,8 @@ def mirror(monkeypatch, tmp_path):
 
 def test_resolve_takes_the_best_augreg_file_of_a_variant(mirror, tmp_path, capsys):
     """By final accuracy in validation, of those that saw ImageNet-21k; the index is fetched once."""
-    pretrained.save_npz(tmp_path / "thin.npz", nest(thin_params()))
-    content = (tmp_path / "thin.npz").read_bytes()
+    pretrained.save_npz(tmp_path / "small.npz", nest(flat_params()))
+    content = (tmp_path / "small.npz").read_bytes()
     with mirror(INDEX.encode(), content) as server:
         assert pretrained.resolve("augreg/B_16") == tmp_path / "cache/augreg/B_16-i21k-b.npz"
         assert pretrained.resolve("augreg/B_16-i21k-b").read_bytes() == content
@@ -177,24 +122,3 @@ def test_resolve_names_the_nearest_names():
 
 def test_resolve_finds_the_shipped_file():
     assert pretrained.resolve("micro").name == "ViT-micro_4.npz" and pretrained.resolve("micro").exists()
-
-
-def thin_resnet(**sizes):
-    shapes = reference_resnet.released_shapes(**sizes, num_classes=1)
-    return {key: np.zeros(shape, np.int8) for key, shape in shapes.items()}
-
-
-def test_resolve_compares_a_resnet_with_its_name(fetched, tmp_path):
-    fetched["params"] = thin_resnet(units=(3, 4, 6, 3), width=64)
-    assert pretrained.resolve("bit_models/BiT-S-R50x1")
-    fetched["params"] = thin_resnet()
-    with pytest.raises(UserError, match=r"not bit_models/BiT-M-R50x1: units \(1, 2\) instead of .*, width 32 instead"):
-        pretrained.resolve("bit_models/BiT-M-R50x1")
-    assert fetched["url"] == "https://storage.googleapis.com/bit_models/BiT-M-R50x1.npz"
-    assert fetched["path"] == tmp_path / "cache" / "bit_models" / "BiT-M-R50x1.npz"
-
-
-def test_resolve_refuses_another_architecture_than_the_name(fetched):
-    fetched["params"] = thin_resnet()
-    with pytest.raises(UserError, match="the file is not imagenet21k/ViT-B_16: architecture resnet50 instead of vit"):
-        pretrained.resolve("imagenet21k/ViT-B_16")

@@ -22,11 +22,10 @@ _ADDRESS = "https://www.cs.toronto.edu/~kriz"
 class _Cifar:
     """Layout of an archive.
 
-    Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html; sizes and SHA-256 as TFDS checks them.
+    Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html; SHA-256 as TFDS checks it.
     """
 
     archive: str
-    num_bytes: int
     sha256: str
     folder: str
     files: Mapping[str, Sequence[str]]  # split name -> files
@@ -37,7 +36,6 @@ class _Cifar:
 CIFARS = {
     "cifar10": _Cifar(
         archive="cifar-10-binary.tar.gz",
-        num_bytes=170_052_171,
         sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
         folder="cifar-10-batches-bin",
         files={"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]},
@@ -46,7 +44,6 @@ CIFARS = {
     ),
     "cifar100": _Cifar(
         archive="cifar-100-binary.tar.gz",
-        num_bytes=168_513_733,
         sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
         folder="cifar-100-binary",
         files={"train": ["train.bin"], "test": ["test.bin"]},
@@ -101,7 +98,7 @@ def _find_files(cifar: _Cifar, data_dir: str, files: Sequence[str]) -> Path:
     """Returns the directory of the unpacked files or the path of the archive, which may be missing."""
     if not data_dir:
         url, path = f"{_ADDRESS}/{cifar.archive}", download.cache_dir() / cifar.archive
-        return download.fetch(url, path, num_bytes=cifar.num_bytes, sha256=cifar.sha256)
+        return download.fetch(url, path, sha256=cifar.sha256)
     given = Path(data_dir).expanduser()
     for directory in (given / cifar.folder, given):
         if all((directory / file).is_file() for file in files):

@@ -3,16 +3,14 @@
 from vit_jax.pretrained.adapt import Report, adapt_params, resample_position_embeddings
 from vit_jax.pretrained.formats import to_original
 from vit_jax.pretrained.imagenet import canonical_name, imagenet_classes
-from vit_jax.pretrained.infer import POSITION_KEY, Grid, infer_sizes
+from vit_jax.pretrained.infer import infer_sizes
 from vit_jax.pretrained.load import read_model, save_orbax
 from vit_jax.pretrained.metadata import ModelMetadata, save_metadata
 from vit_jax.pretrained.npz import load_npz, read_metadata, save_npz
 from vit_jax.pretrained.released import RELEASED, is_name, resolve
 
 __all__ = [
-    "POSITION_KEY",
     "RELEASED",
-    "Grid",
     "ModelMetadata",
     "Report",
     "adapt_params",

@@ -1,9 +1,10 @@
 """Architecture and sizes of a model, read off the shapes of its parameters."""
 
+import collections
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -30,16 +31,11 @@ def infer_sizes(params: Params) -> tuple[str, Sizes]:
     Args:
         params: nested dictionary of arrays, or of anything with a shape, in the format that `to_original` returns.
 
-    Returns:
-        (key of `models.ARCHITECTURES`, arguments): the module's `SIZES` and `num_classes`, None without a head; of a
-        Vision Transformer also representation_size, stem_units, pool and, of a hybrid, stem_width.
-
     Raises:
         UserError: the parameters are not exactly those of a known model; names keys.
     """
     shapes = shapes_of(params)
     architecture = find_architecture(shapes)
-    sizes: Sizes = {}
     try:
         sizes, num_patches = _READERS[architecture][1](shapes)
         arguments = {key: value for key, value in sizes.items() if key != "num_classes"}
@@ -54,11 +50,7 @@ def infer_sizes(params: Params) -> tuple[str, Sizes]:
 
 
 def find_architecture(keys: Iterable[str]) -> str:
-    """Returns the architecture whose keys these are.
-
-    Raises:
-        UserError: they are those of no known architecture.
-    """
+    """Returns the architecture whose keys these are."""
     keys = sorted(keys)
     for architecture, (prefix, _) in _READERS.items():
         if any(key.startswith(prefix) for key in keys):
@@ -68,7 +60,7 @@ def find_architecture(keys: Iterable[str]) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def parameter_shapes(model: ImageModel, num_patches: int = 1) -> Mapping[str, Shape]:
+def parameter_shapes(model: ImageModel, num_patches: int) -> Mapping[str, Shape]:
     """Returns {key: shape} of a module's parameters for images of so many patches, by tracing its initialization."""
     side = model.pixels_per_patch
     images = jax.ShapeDtypeStruct((1, side, side * num_patches, 3), jnp.float32)
@@ -81,11 +73,7 @@ def shapes_of(params: Params) -> dict[str, Shape]:
 
 
 def infer_image_size(params: Params, model: ImageModel) -> int | None:
-    """Returns the height and width in pixels of the images that position embeddings are for; None if there are none.
-
-    Raises:
-        UserError: they are not those of a square image.
-    """
+    """Returns the size in pixels of the square images that position embeddings are for; None if there are none."""
     if "Transformer" not in params:
         return None
     num_patches: int = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - ("cls" in params)
@@ -94,11 +82,7 @@ def infer_image_size(params: Params, model: ImageModel) -> int | None:
 
 
 def find_grid(num_patches: int, grid: Grid | None = None, *, name: str = "grid") -> Grid:
-    """Returns the rows and columns of a grid of patches: as given, or those of a square.
-
-    Raises:
-        UserError: the patches are not a square, or not those of the given grid; `name` is its name.
-    """
+    """Returns the grid of so many patches: as given in the argument called `name`, or a square."""
     rows, columns = grid or (math.isqrt(max(0, num_patches)),) * 2
     if rows * columns != num_patches or rows < 1:
         given = f"{name} is {rows} × {columns}" if grid else "they are not a square"
@@ -113,22 +97,15 @@ def is_square(num_patches: int) -> bool:
 
 def differences(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str:
     """Lists keys that are missing, unexpected, or of another shape; "" if there are none."""
+    both = [key for key in expected if key in found]
     lists = {
         "missing": [key for key in expected if key not in found],
         "unexpected": [key for key in found if key not in expected],
         "of another shape": [
-            f"{key} {found[key]} instead of {expected[key]}"
-            for key in expected
-            if key in found and found[key] != expected[key]
+            f"{key} {found[key]} instead of {expected[key]}" for key in both if found[key] != expected[key]
         ],
     }
     return "; ".join(f"{what}: {few(items)}" for what, items in lists.items() if items)
-
-
-def unequal(found: Mapping[str, object], expected: Mapping[str, object]) -> str:
-    """Lists the values that are not the expected ones."""
-    wrong = [f"{key} {found.get(key)} instead of {value}" for key, value in expected.items() if found.get(key) != value]
-    return ", ".join(wrong)
 
 
 def few(items: list[str]) -> str:
@@ -139,21 +116,21 @@ def few(items: list[str]) -> str:
 def _vit_sizes(shapes: Mapping[str, Shape]) -> tuple[Sizes, int]:
     """Returns the sizes of a Vision Transformer and its number of patches."""
     block = "Transformer/encoderblock_0"
-    num_tokens = _axis(shapes, POSITION_KEY, 1, of=3)
+    num_tokens = _axis(shapes, POSITION_KEY, 1)
     sizes: Sizes = {
-        "patch_size": _axis(shapes, "embedding/kernel", 0, of=4),
-        "hidden_size": _axis(shapes, "embedding/kernel", 3, of=4),
-        "num_layers": len(_groups(r"Transformer/encoderblock_(\d+)/", shapes)),
-        "num_heads": _axis(shapes, f"{block}/MultiHeadDotProductAttention_1/query/kernel", 1, of=3),
-        "mlp_dim": _axis(shapes, f"{block}/MlpBlock_3/Dense_0/kernel", 1, of=2),
+        "patch_size": _axis(shapes, "embedding/kernel", 0),
+        "hidden_size": _axis(shapes, "embedding/kernel", 3),
+        "num_layers": len(set(re.findall(r"Transformer/encoderblock_(\d+)/", " ".join(shapes)))),
+        "num_heads": _axis(shapes, f"{block}/MultiHeadDotProductAttention_1/query/kernel", 1),
+        "mlp_dim": _axis(shapes, f"{block}/MlpBlock_3/Dense_0/kernel", 1),
         "representation_size": _width_of(shapes, "pre_logits"),
         "num_classes": _width_of(shapes, "head"),
         "stem_units": None,
         "pool": "cls",
     }
     if any(key.startswith("conv_root/") for key in shapes):
-        sizes["stem_units"] = _count_units(r"block(\d+)/unit(\d+)/", shapes)
-        sizes["stem_width"] = _axis(shapes, "conv_root/kernel", 3, of=4)
+        sizes["stem_units"] = _count_units(shapes)
+        sizes["stem_width"] = _axis(shapes, "conv_root/kernel", 3)
     if any(key.startswith("MAPHead_0/") for key in shapes):
         sizes["pool"] = "map"
     elif "cls" not in shapes and not is_square(num_tokens - 1):  # otherwise the class token is missing
@@ -165,39 +142,31 @@ def _vit_sizes(shapes: Mapping[str, Shape]) -> tuple[Sizes, int]:
 def _resnet_sizes(shapes: Mapping[str, Shape]) -> tuple[Sizes, int]:
     """Returns the sizes of a ResNet; its parameters do not depend on the number of patches."""
     sizes = {
-        "units": _count_units(r"resnet/block(\d+)/unit(\d+)/", shapes),
-        "width": _axis(shapes, "resnet/root_block/standardized_conv2d/kernel", 3, of=4),
+        "units": _count_units(shapes),
+        "width": _axis(shapes, "resnet/root_block/standardized_conv2d/kernel", 3),
         "num_classes": _width_of(shapes, "head"),
     }
     return sizes, 1
 
 
-def _axis(shapes: Mapping[str, Shape], key: str, axis: int, *, of: int) -> int:
-    """Returns the size of an axis of an array of so many axes."""
-    if len(shapes.get(key, ())) != of:
-        found = f"is of shape {shapes[key]}" if key in shapes else "is missing"
-        raise UserError(f"{key} {found}; expected an array of {of} axes")
+def _axis(shapes: Mapping[str, Shape], key: str, axis: int) -> int:
+    """Returns the length of an axis."""
+    if len(shapes.get(key, ())) <= axis:
+        raise UserError(f"{key} is of shape {shapes[key]}" if key in shapes else f"{key} is missing")
     return shapes[key][axis]
 
 
 def _width_of(shapes: Mapping[str, Shape], layer: str) -> int | None:
     """Returns the output width of a dense layer; None if there is no such layer."""
-    return _axis(shapes, f"{layer}/kernel", 1, of=2) if any(key.startswith(f"{layer}/") for key in shapes) else None
+    return _axis(shapes, f"{layer}/kernel", 1) if any(key.startswith(f"{layer}/") for key in shapes) else None
 
 
-def _groups(pattern: str, keys: Iterable[str]) -> list[tuple[str, ...]]:
-    """Returns the different groups of a pattern's matches."""
-    return sorted({match.groups() for key in keys if (match := re.match(pattern, key))})
-
-
-def _count_units(pattern: str, keys: Iterable[str]) -> tuple[int, ...]:
+def _count_units(keys: Iterable[str]) -> tuple[int, ...]:
     """Returns the number of units of each block of a ResNet."""
-    blocks = [int(block) for block, _ in _groups(pattern, keys)]
-    return tuple(blocks.count(block) for block in sorted(set(blocks)))
+    units = set(re.findall(r"^(?:resnet/)?block(\d+)/unit(\d+)/", "\n".join(keys), re.MULTILINE))
+    counts = collections.Counter(int(block) for block, _ in units)
+    return tuple(counts[block] for block in sorted(counts))
 
 
-_READERS: dict[str, tuple[str, Callable[[Mapping[str, Shape]], tuple[Sizes, int]]]] = {
-    "vit": ("Transformer/encoderblock_", _vit_sizes),
-    "resnet50": ("resnet/block", _resnet_sizes),
-}
-"""Architecture -> (how some keys of its parameters start, shapes -> (sizes, number of patches))."""
+# Architecture -> (how some keys of its parameters start, shapes -> (sizes, number of patches)).
+_READERS = {"vit": ("Transformer/encoderblock_", _vit_sizes), "resnet50": ("resnet/block", _resnet_sizes)}

@@ -1,7 +1,6 @@
 """Loads any model by its name or path; saves and loads a directory with an Orbax checkpoint."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -36,10 +35,8 @@ def read_model(name_or_path: str) -> tuple[Params, ModelMetadata | None]:
         params, metadata = load_orbax(path)
     else:
         params, metadata = to_original(load_npz(path)), read_metadata(path)
-    infinite = [key for key, leaf in flatten_dict(params, sep="/").items() if not _is_finite(leaf)]
     try:
-        if infinite:
-            raise UserError(f"{infinite[0]} has values that float32 cannot hold (NaN or infinity); give another file")
+        _check_finite(params)
         if metadata is not None:
             metadata.validate(params)
     except UserError as error:
@@ -47,9 +44,12 @@ def read_model(name_or_path: str) -> tuple[Params, ModelMetadata | None]:
     return params, metadata
 
 
-def _is_finite(leaf: Any) -> bool:
-    with np.errstate(over="ignore"):
-        return bool(np.isfinite(np.asarray(leaf).astype(np.float32, copy=False)).all())
+def _check_finite(params: Params) -> None:
+    for key, leaf in flatten_dict(params, sep="/").items():
+        with np.errstate(over="ignore"):
+            is_finite = np.isfinite(np.asarray(leaf, np.float32)).all()
+        if not is_finite:
+            raise UserError(f"{key} has values that float32 cannot hold (NaN or infinity); give another file")
 
 
 def save_orbax(directory: Path, params: Params, metadata: ModelMetadata) -> None:
@@ -62,11 +62,7 @@ def save_orbax(directory: Path, params: Params, metadata: ModelMetadata) -> None
 
 
 def load_orbax(directory: Path) -> tuple[Params, ModelMetadata | None]:
-    """Loads what `save_orbax` wrote.
-
-    Raises:
-        UserError: it cannot be read, or is damaged.
-    """
+    """Loads what `save_orbax` wrote."""
     import orbax.checkpoint as ocp
 
     path = (directory / "params").absolute()

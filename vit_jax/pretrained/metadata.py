@@ -2,54 +2,38 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax.numpy as jnp
 
 import vit_jax
 from vit_jax.models import ARCHITECTURES, create_model, model_arguments
 from vit_jax.pretrained.imagenet import imagenet_classes
-from vit_jax.pretrained.infer import few, infer_image_size, infer_sizes, unequal
+from vit_jax.pretrained.infer import few, infer_image_size, infer_sizes
 from vit_jax.runtime.checksums import checksum_json, checksums
 from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.types import ImageModel, Json, Params
 
-_OLD_NAMES = {"image_mean": "pixel_mean", "image_std": "pixel_deviation"}
-"""Keys of files of version 0.1."""
+_RENAMED = {"pixel_mean": "image_mean", "pixel_deviation": "image_std"}  # since version 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelMetadata:
-    """Metadata that every export and every checkpoint of a run has.
+    """Metadata that every export and every checkpoint of a run has."""
 
-    Attributes:
-        architecture: a key of `models.ARCHITECTURES`.
-        model: arguments of its constructor, `num_classes` included.
-        image_size: height and width of the input in pixels.
-        class_names: one per logit.
-        dtype: of the computation.
-        image_mean: per channel, of pixels from 0 to 1.
-        image_std: per channel, on the same scale.
-        vit_jax: version of the package that wrote it.
-    """
-
-    architecture: str
-    model: Mapping[str, Any]
-    image_size: int
-    class_names: tuple[str, ...]
-    dtype: str = "float32"
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    architecture: str  # a key of `models.ARCHITECTURES`
+    model: Mapping[str, Any]  # constructor arguments, `num_classes` included
+    image_size: int  # pixels
+    class_names: tuple[str, ...]  # one per logit
+    dtype: str = "float32"  # of the computation
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # per channel, of pixels from 0 to 1
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    vit_jax: str = vit_jax.__version__
+    vit_jax: str = vit_jax.__version__  # that wrote the metadata
 
     def __post_init__(self) -> None:
-        """Checks types and ranges.
-
-        Raises:
-            UserError: names the first attribute that is wrong.
-        """
+        """Checks types and ranges, which in JSON of other tools and older versions can be any."""
         names, mean, std = self.class_names, self.image_mean, self.image_std
         rules = {
             "architecture": (self.architecture in tuple(ARCHITECTURES), f"one of {', '.join(ARCHITECTURES)}"),
@@ -62,7 +46,7 @@ class ModelMetadata:
         }
         for name, (valid, expected) in rules.items():
             if not valid:
-                raise UserError(f"{name} is {_lists(getattr(self, name))!r}; expected {expected}")
+                raise UserError(f"{name} is {getattr(self, name)!r}; expected {expected}")
 
     @classmethod
     def from_model(
@@ -70,103 +54,71 @@ class ModelMetadata:
         model: ImageModel,
         *,
         image_size: int,
-        class_names: Sequence[str],
-        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
-        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        class_names: tuple[str, ...],
+        image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+        image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
     ) -> "ModelMetadata":
-        """Returns the metadata of a module; arguments as the attributes."""
-        return cls(
-            architecture=next(name for name, module in ARCHITECTURES.items() if isinstance(model, module)),
-            model=model_arguments(model),
-            image_size=image_size,
-            class_names=tuple(class_names),
-            dtype=jnp.dtype(model.dtype).name,
-            image_mean=tuple(image_mean),
-            image_std=tuple(image_std),
-        )
+        """Returns the metadata of a module."""
+        architecture = next(name for name, module in ARCHITECTURES.items() if isinstance(model, module))
+        dtype = jnp.dtype(model.dtype).name
+        return cls(architecture, model_arguments(model), image_size, class_names, dtype, image_mean, image_std)
 
     @classmethod
     def from_params(cls, params: Params) -> "ModelMetadata":
         """Returns the metadata of a checkpoint that has none, such as Google's, from the shapes of its parameters.
 
         The classes of a head of 1,000 are those of ImageNet; other classes are named "0", "1", ….
-
-        Raises:
-            UserError: the parameters are of no known model, or position embeddings are not of a square.
         """
         architecture, sizes = infer_sizes(params)
         names = tuple(name for _, name in imagenet_classes())
         if sizes["num_classes"] != len(names):
             names = tuple(map(str, range(sizes["num_classes"] or 0)))
         metadata = cls(architecture, sizes, image_size=224, class_names=names)
-        image_size = infer_image_size(params, metadata.create_model())
-        return dataclasses.replace(metadata, image_size=image_size or 224)
+        return dataclasses.replace(metadata, image_size=infer_image_size(params, metadata.create_model()) or 224)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "ModelMetadata":
-        """Returns the metadata for what `to_json` returned, in this version or an older one; ignores unknown keys.
-
-        Raises:
-            UserError: a value has a wrong type or range, or is missing.
-        """
-        names = {field.name: _OLD_NAMES.get(field.name, field.name) for field in dataclasses.fields(cls)}
-        found = {name: value.get(name, value.get(old)) for name, old in names.items() if name in value or old in value}
-        required = dict.fromkeys(("architecture", "model", "image_size", "class_names"))
-        return cls(**{name: _tuples(item) for name, item in (required | found).items()})
+        """Returns the metadata for what `to_json` returned, in this version or an older one; ignores unknown keys."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        renamed = {_RENAMED.get(key, key): _tuples(item) for key, item in value.items()}
+        return cls(**{key: item for key, item in renamed.items() if key in names})
 
     def to_json(self) -> dict[str, Json]:
         """Returns the attributes as JSON values."""
-        return cast(
-            dict[str, Json], _lists({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
-        )
+        value: dict[str, Json] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return value
 
     def create_model(self) -> ImageModel:
-        """Creates the module.
-
-        Raises:
-            UserError: `model` has arguments that the constructor does not accept.
-        """
+        """Creates the module."""
         arguments = {key: value for key, value in self.model.items() if key != "num_classes"}
         num_classes = self.model.get("num_classes")
         return create_model(self.architecture, arguments, num_classes=num_classes, dtype=self.dtype)
 
     def validate(self, params: Params) -> None:
-        """Compares the metadata with the shapes of the parameters.
-
-        Raises:
-            UserError: they are of different models.
-        """
+        """Raises UserError if the parameters are of another model."""
         architecture, sizes = infer_sizes(params)
-        expected = {"architecture": architecture, **sizes}
-        found = {"architecture": self.architecture, **self.model}
+        expected = {"architecture": architecture, **sizes, "number of class_names": sizes["num_classes"] or 0}
+        found = {"architecture": self.architecture, **self.model, "number of class_names": len(self.class_names)}
         if architecture == self.architecture:
             model = self.create_model()
             expected["image_size"] = infer_image_size(params, model) or self.image_size
             found |= model_arguments(model) | {"image_size": self.image_size}
-        if sizes["num_classes"] is not None:
-            expected["number of class_names"], found["number of class_names"] = (
-                sizes["num_classes"],
-                len(self.class_names),
-            )
-        if wrong := unequal(found, expected):
-            raise UserError(f"its metadata is not that of its parameters: {wrong}; export it again")
+        wrong = [key for key in expected if found.get(key) != expected[key]]
+        if wrong:
+            differences = ", ".join(f"{key} {found.get(key)} instead of {expected[key]}" for key in wrong)
+            raise UserError(f"its metadata is not that of its parameters: {differences}; export it again")
 
 
 def wrap_metadata(metadata: ModelMetadata, expected: Mapping[str, str]) -> dict[str, Json]:
-    """Returns JSON that is stored beside arrays of the expected checksums; damage to either is noticed by its own."""
+    """Returns JSON for storage beside arrays of the expected checksums; its own checksum covers both."""
     value = metadata.to_json()
     return {"crc32": checksum_json([value, expected]), "metadata": value}
 
 
 def unwrap_metadata(value: Mapping[str, Any], found: Mapping[str, str]) -> ModelMetadata:
-    """Returns the metadata in JSON that was stored beside arrays.
+    """Returns the metadata in JSON that was stored beside arrays whose checksums are now `found`.
 
-    Args:
-        value: of `wrap_metadata`, perhaps with "checksums" of the arrays; or metadata of version 0.1.
-        found: checksums of the arrays.
-
-    Raises:
-        UserError: a checksum, or a value of the metadata, is wrong.
+    The JSON is of `wrap_metadata`, perhaps with "checksums" of the arrays; or metadata alone, of version 0.1.
     """
     if "architecture" in value:
         return ModelMetadata.from_json(value)
@@ -187,11 +139,7 @@ def save_metadata(directory: Path, metadata: ModelMetadata, params: Params) -> N
 
 
 def load_metadata(directory: Path, params: Params) -> ModelMetadata | None:
-    """Reads what `save_metadata` wrote, or version 0.1 to about.json; None if there is neither.
-
-    Raises:
-        UserError: it is damaged, or the parameters are not those that were saved.
-    """
+    """Reads what `save_metadata` wrote, or version 0.1 to about.json; None if there is neither."""
     paths = [path for name in ("metadata.json", "about.json") if (path := directory / name).exists()]
     if not paths:
         return None
@@ -202,9 +150,8 @@ def load_metadata(directory: Path, params: Params) -> ModelMetadata | None:
 
 
 def _are_channels(values: object) -> bool:
-    if not isinstance(values, tuple) or len(values) != 3:
-        return False
-    return all(isinstance(value, int | float) and type(value) is not bool and 0 <= value <= 1 for value in values)
+    numbers = values if isinstance(values, tuple) and len(values) == 3 else (None,)
+    return all(isinstance(number, int | float) and 0 <= number <= 1 for number in numbers)
 
 
 def _tuples(value: Any) -> Any:
@@ -212,10 +159,3 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _lists(value: Any) -> Any:
-    """Returns a JSON value, with lists in place of tuples."""
-    if isinstance(value, Mapping):
-        return {key: _lists(item) for key, item in value.items()}
-    return list(map(_lists, value)) if isinstance(value, tuple) else value

@@ -6,16 +6,14 @@ import os
 import zipfile
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Shaped
 
 from vit_jax.pretrained.metadata import ModelMetadata, unwrap_metadata, wrap_metadata
 from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.runtime.files import atomic_path
 from vit_jax.types import FlatParams, Params
-
-_READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def load_npz(path: str | os.PathLike[str]) -> Params:
@@ -34,18 +32,13 @@ def load_npz(path: str | os.PathLike[str]) -> Params:
     """
     path = Path(path)
     name = ""
+    flat: FlatParams = {}
     try:
-        flat: FlatParams = {}
-        if path.is_fifo():
-            raise OSError("it is a named pipe")  # to open it would wait for a writer
         with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                name = f"{info.filename}: "
-                flat[info.filename.removesuffix(".npy")] = _read_array(archive, info)
-            name = ""
-            params: Params = unflatten_dict(flat, sep="/")
-            if len(flatten_dict(params)) != len(archive.infolist()):
-                raise ValueError("some of its keys are repeated, or the beginning of others")
+            for file in archive.namelist():
+                name = f"{file}: "
+                flat[file.removesuffix(".npy")] = _decode(archive.read(file))
+        params: Params = unflatten_dict(flat, sep="/")
     except OSError as error:
         raise UserError(
             f"{path} cannot be read: {error.strerror or one_line(error)}; give the path of an .npz file, or the name "
@@ -59,31 +52,18 @@ def load_npz(path: str | os.PathLike[str]) -> Params:
     return params
 
 
-def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Shaped[np.ndarray, "..."]:
-    """Reads a member; its size, not that in the array's header, determines the memory that is allocated."""
-    content = archive.read(info)  # compares the CRC-32
-    header = io.BytesIO(content)
-    shape, fortran_order, dtype = _READ_HEADER[np.lib.format.read_magic(header)](header)
-    array = np.frombuffer(content, dtype, offset=header.tell()).reshape(shape, order="F" if fortran_order else "C")
-    array = decode_bfloat16(array)
-    if array.dtype.kind not in "biuf" or array.shape != shape:
-        raise ValueError(f"{dtype} {list(shape)}; expected real numbers")
-    return np.require(array, requirements="W")
-
-
-def decode_bfloat16(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-    """Returns float32 for bfloat16 stored as two raw bytes, the upper half of a float32; other arrays as they are."""
-    if array.dtype != np.dtype("V2"):
-        return array
-    return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+def _decode(content: bytes) -> np.ndarray:
+    """Returns the array in an .npy file."""
+    array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    if array.dtype == np.dtype("V2"):
+        array = array.view(jnp.bfloat16).astype(np.float32)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{array.dtype} {list(array.shape)}; expected real numbers")
+    return array
 
 
 def read_metadata(path: str | os.PathLike[str]) -> ModelMetadata | None:
-    """Reads the metadata that `save_npz` wrote; None for files without any, such as Google's.
-
-    Raises:
-        UserError: the metadata is damaged.
-    """
+    """Reads the metadata that `save_npz` wrote; None for files without any, such as Google's."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         text = b"".join([archive.comment, *(info.comment for info in members)])
@@ -96,16 +76,15 @@ def read_metadata(path: str | os.PathLike[str]) -> ModelMetadata | None:
 
 
 def save_npz(path: str | os.PathLike[str], params: Params, metadata: ModelMetadata | None = None) -> None:
-    """Writes parameters as `numpy.savez` does, atomically: not compressed; equal parameters give equal bytes.
+    """Writes parameters as `numpy.savez` does, atomically; equal parameters give equal bytes.
 
-    The metadata is JSON in the comments of the ZIP archive: its own and, past the 65,535 bytes that a comment can have,
-    those of its members in their order. A member would be one more array of `numpy.load(path)`; comments are invisible
-    there. The JSON has a checksum; those of the arrays are ZIP's.
+    The metadata is JSON in the comments of the ZIP archive, which `numpy.load(path)` does not see: its own and, past
+    the 65,535 bytes that a comment can have, those of its members in their order.
 
     Args:
         path: file to write; its directory exists.
         params: nested dictionary of arrays, NumPy's or JAX's; their joined keys become the file's keys.
-        metadata: `read_metadata` returns it.
+        metadata: of the model; `read_metadata` returns it.
 
     Raises:
         UserError: the file cannot be written, or the metadata is too long. An existing file at `path` is unchanged.

@@ -2,16 +2,15 @@
 
 import csv
 import difflib
-import functools
 import importlib.resources
 import re
 import sys
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from vit_jax.pretrained.formats import to_original
-from vit_jax.pretrained.infer import infer_sizes, unequal
+from vit_jax.pretrained.infer import infer_sizes
 from vit_jax.pretrained.npz import load_npz
 from vit_jax.runtime import download
 from vit_jax.runtime.errors import UsageError, UserError
@@ -35,11 +34,7 @@ RELEASED = (
 """Names of Google's checkpoints. BiT-M is of ImageNet-21k; BiT-S, big_vision, sam and gsam of ImageNet-2012. There is
 also every checkpoint of "augreg", see `resolve`."""
 
-_NUM_BYTES = {"imagenet21k/ViT-B_16": 412_815_506}  # the only one that was found
 _URL = "https://storage.googleapis.com/"
-_WIDTH_AND_DEPTH = {"Ti": (192, 12), "S": (384, 12), "B": (768, 12), "L": (1024, 24), "H": (1280, 32)}
-_STEM_UNITS = {"R": (), "R26": (2, 2, 2, 2), "R50": (3, 4, 6, 3)}
-_VARIANT = re.compile(r"(?:(R\d*)[+_](?:ViT-)?)?(?:ViT-)?(Ti|S|B|L|H)_(\d+)(?:-.*)?")
 _AUGREG = "augreg/"
 
 
@@ -55,21 +50,18 @@ def resolve(name_or_path: str) -> Path:
         name_or_path: "micro", which ships with the package; a path; a name in `RELEASED`; "augreg/" and the name of a
             file without .npz; or "augreg/" and a variant such as "B_16", which means its ImageNet-21k checkpoint of the
             best validation accuracy.
-
-    Raises:
-        UsageError: there is no such name.
-        UserError: there is no such .npz file, or a checkpoint cannot be downloaded.
     """
     if name_or_path == "micro":
         return Path(str(importlib.resources.files("vit_jax") / "assets" / "ViT-micro_4.npz"))
     if name_or_path in RELEASED:
-        return _fetch(name_or_path)
+        return _fetch(f"{name_or_path}.npz", _check_checkpoint)
     path = Path(name_or_path).expanduser()
-    if path.exists():
+    if path.is_file() or path.is_dir():
         return path
     if name_or_path.startswith(_AUGREG) and path.suffix != ".npz":
         variant = name_or_path.removeprefix(_AUGREG)
-        return _fetch(name_or_path if "-" in variant else _best_augreg(variant))
+        name = name_or_path if "-" in variant else _best_augreg(variant)
+        return _fetch(f"{name}.npz", _check_checkpoint)
     names = ["micro", *RELEASED, f"{_AUGREG}B_16"]
     wanted = name_or_path.removesuffix(".npz")
     near = [name for name in names if name.endswith(f"/{wanted}")]
@@ -80,24 +72,14 @@ def resolve(name_or_path: str) -> Path:
     )
 
 
-def _fetch(name: str) -> Path:
-    check = functools.partial(_check_sizes, name)
-    return download.fetch(_url(f"{name}.npz"), _cached(f"{name}.npz"), num_bytes=_NUM_BYTES.get(name), check=check)
-
-
-def _url(name: str) -> str:
-    bucket = "" if name.startswith(("bit_models/", "big_vision/")) else "vit_models/"
-    return _URL + bucket + urllib.parse.quote(name)
-
-
-def _cached(name: str) -> Path:
-    return download.cache_dir() / name
+def _fetch(file: str, check: Callable[[Path], object]) -> Path:
+    bucket = "" if file.startswith(("bit_models/", "big_vision/")) else "vit_models/"
+    return download.fetch(_URL + bucket + urllib.parse.quote(file), download.cache_dir() / file, check=check)
 
 
 def _best_augreg(variant: str) -> str:
     """Returns the name of a variant's ImageNet-21k checkpoint of the best final validation accuracy."""
-    name = f"{_AUGREG}index.csv"
-    rows = _read_index(download.fetch(_url(name), _cached(name), check=_check_index))
+    rows = _read_index(_fetch(f"{_AUGREG}index.csv", _read_index))
     accuracies = {file: accuracy for file, accuracy in rows.items() if file.split("-")[0] == variant}
     if not accuracies:
         variants = dict.fromkeys(file.split("-")[0] for file in rows)
@@ -105,10 +87,6 @@ def _best_augreg(variant: str) -> str:
     best = max(accuracies, key=lambda file: accuracies[file])
     print(f"{_AUGREG}{variant} is {_AUGREG}{best}", file=sys.stderr)
     return f"{_AUGREG}{best}"
-
-
-def _check_index(path: Path) -> None:
-    _read_index(path)
 
 
 def _read_index(path: Path) -> dict[str, float]:
@@ -121,25 +99,5 @@ def _read_index(path: Path) -> dict[str, float]:
         raise UserError(f"{path} is not an index of augreg: expected the columns filename, ds, final_val") from error
 
 
-def _check_sizes(name: str, path: Path) -> None:
-    """Loads a downloaded checkpoint and compares its sizes with its name."""
-    architecture, sizes = infer_sizes(to_original(load_npz(path)))
-    if wrong := unequal({"architecture": architecture, **sizes}, _sizes(name)):
-        raise UserError(f"the file is not {name}: {wrong}")
-
-
-def _sizes(name: str) -> dict[str, Any]:
-    """Returns the sizes that a name tells; none for names of unknown form."""
-    if name.startswith("bit_models/"):
-        return {"architecture": "resnet50", "units": (3, 4, 6, 3), "width": 64}
-    match = _VARIANT.fullmatch(name.rpartition("/")[2])
-    if not match:
-        return {}
-    stem, transformer, pixels = match.groups()
-    width, depth = _WIDTH_AND_DEPTH[transformer]
-    sizes = {"architecture": "vit", "hidden_size": width, "num_layers": depth}
-    if stem is None:
-        return {**sizes, "patch_size": int(pixels)}
-    # A patch of 16 pixels is one position of the third block, which has the units of the fourth, too.
-    units = (3, 4, 9) if (stem, pixels) == ("R50", "16") else _STEM_UNITS.get(stem)
-    return {**sizes, "stem_units": units}
+def _check_checkpoint(path: Path) -> None:
+    infer_sizes(to_original(load_npz(path)))

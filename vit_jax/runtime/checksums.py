@@ -15,9 +15,6 @@ _BLOCK_ROWS = 512
 def checksum(array: Any) -> str:
     """Returns the checksum of an array's bytes in row-major order, eight hexadecimal digits, however it is sharded.
 
-    Device arrays are copied to the host. An array whose shards are spread over processes is gathered, which takes a
-    call in each of them.
-
     It is the CRC-32 of the bytes of a small array. Large arrays are read as blocks of rows of 8 KiB, and the CRC-32 is
     that of the sums of 64-bit integers over rows and columns: three times as fast, and it still differs for any change
     of one bit, any exchange of two values and any change within one row or one column.
@@ -38,13 +35,13 @@ def checksum(array: Any) -> str:
 
 
 def checksums(tree: Any) -> dict[str, str]:
-    """Returns {path joined by "/": checksum} for every array of a tree, such as nested dictionaries."""
+    """Returns {path joined by "/": checksum} for every array of a tree."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): checksum(leaf) for path, leaf in leaves}
 
 
 def mismatches(tree: Any, expected: dict[str, str]) -> list[str]:
-    """Returns the paths of a tree whose checksum is not the expected one, and those that only one of the two has."""
+    """Returns the paths whose checksum is not the expected one, or that the tree or the checksums lack."""
     found = checksums(tree)
     return [path for path in {**found, **expected} if found.get(path) != expected.get(path)]
 

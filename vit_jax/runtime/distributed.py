@@ -17,10 +17,8 @@ from jax.experimental import multihost_utils
 
 from vit_jax.runtime.errors import UsageError, UserError, one_line, report_error
 
-SILENT_SECONDS = 30
-"""A process that publishes nothing for this long is considered dead; JAX's own limit is 100 seconds."""
-_LOST_PEER = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")
-"""Words of errors that JAX raises when another process is gone."""
+SILENT_SECONDS = 30  # a process that publishes nothing for this long is considered dead; JAX's own limit is 100
+_LOST_PEER = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # in JAX's errors when another process is gone
 
 
 @contextlib.contextmanager
@@ -33,19 +31,15 @@ def initialize_processes(
 ) -> Iterator[None]:
     """Connects the processes of a run; to be entered before any other use of JAX.
 
-    Without flags the tasks of a SLURM step and the pods of an indexed Kubernetes job find each other; any other process
-    runs alone. Standard output and progress bars of all processes but the main one are turned off. When one process
-    fails or is killed, the others end within a minute, each with one line that names it and exit code 1.
+    Without arguments the tasks of a SLURM step and the pods of an indexed Kubernetes job find each other; any other
+    process runs alone. Only the main process prints. When one process fails or is killed, the others end within a
+    minute, each with one line that names it and exit code 1; so do those whose peers do not come in `wait_seconds`.
 
     Args:
         coordinator: "host:port" of process 0, which listens there.
         num_processes: of the run; 1 runs alone.
         process_id: of this process, from 0.
-        wait_seconds: for the other processes. If they do not come, the process exits with one line and code 1.
-
-    Raises:
-        UsageError: the three do not belong together.
-        UserError: the port is taken, or JAX does not understand the variables of SLURM or Kubernetes.
+        wait_seconds: for the other processes.
     """
     detect = coordinator is None and num_processes is None and process_id is None
     if num_processes == 1 or (detect and not _is_cluster()):
@@ -84,7 +78,7 @@ def initialize_processes(
 
 
 def is_main_process() -> bool:
-    """Returns whether this process writes metrics and figures: process 0, or the only one."""
+    """Returns whether this process prints, and writes metrics and figures: process 0, or the only one."""
     return jax.process_index() == 0
 
 
@@ -107,7 +101,7 @@ def sync_processes(name: str) -> None:
 
 def process_max(number: int) -> int:
     """Returns the largest number of all processes; each must call this at the same step."""
-    return number if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(number))))
+    return int(np.max(multihost_utils.process_allgather(np.int32(number)))) if jax.process_count() > 1 else number
 
 
 def gather_strings(text: str) -> list[str]:
@@ -118,7 +112,6 @@ def gather_strings(text: str) -> list[str]:
 
 
 def _is_cluster() -> bool:
-    """Returns whether SLURM or Kubernetes started this process as one of several."""
     is_slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
     return is_slurm or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys()
 
@@ -149,7 +142,7 @@ class _Watch:
     """Ends this process when another one fails or dies; JAX itself would hang, then abort with a C++ stack trace.
 
     Twice a second a thread writes the time and the status of this process to the key-value store of process 0, and
-    reads those of all: "running", "done", or "failed: …". When process 0 is killed, JAX aborts the others at once.
+    reads those of all: "running", "done", or "failed: …".
     """
 
     def __init__(self) -> None:
@@ -171,28 +164,27 @@ class _Watch:
             code, reason = report_error(error), one_line(error)
             if code is None:
                 traceback.print_exception(error)
-                code, reason = 1, f"{type(error).__name__}: {reason}"
-            self._exit_code, self._status = code, f"failed: {reason[:300]}"
+                reason = f"{type(error).__name__}: {reason}"
+            self._exit_code, self._status = code or 1, f"failed: {reason[:300]}"
         self._thread.join()  # it ends this process; only after `leave` it may have returned
         os._exit(self._exit_code)
 
     def _run(self) -> None:
         count = jax.process_count()
-        values, last_changes = [""] * count, [time.monotonic()] * count
-        while any(not value.endswith(" done") for value in values):
+        seen = dict.fromkeys(range(count), ("", time.monotonic()))  # process -> (its last value, when it was new)
+        while not all(value.endswith(" done") for value, _ in seen.values()):
             time.sleep(0.5)
             for process, value in self._exchange().items():
-                if values[process] != value:
-                    values[process], last_changes[process] = value, time.monotonic()
-            ends = [_describe_end(*pair) for pair in zip(values, last_changes, strict=True)]
-            for process, end in enumerate(ends):
-                if end:
-                    self._report(f"process {process} of {count} {end}")
-            if all(ends):
+                if value != seen[process][0]:
+                    seen[process] = value, time.monotonic()
+            ends = {process: end for process, pair in seen.items() if (end := _describe_end(*pair))}
+            for process, end in ends.items():
+                self._report(f"process {process} of {count} {end}")
+            if len(ends) == count:
                 self._exit()
 
     def _exchange(self) -> dict[int, str]:
-        """Publishes the status of this process; returns the time and status of each."""
+        """Publishes the time and the status of this process; returns those of each as its value."""
         assert global_state.client is not None
         try:
             key, value = f"vit_jax/{jax.process_index()}", f"{time.monotonic()} {self._status}"
@@ -204,7 +196,6 @@ class _Watch:
         return {int(key.rpartition("/")[2]): value for key, value in values}
 
     def _report(self, reason: str) -> None:
-        """Prints why this process ends, unless that has been reported."""
         if not self._failing.locked():
             time.sleep(2)  # this process may have the same error, and reports it itself
         if self._failing.acquire(blocking=False):
@@ -221,9 +212,9 @@ class _Watch:
         os._exit(self._exit_code)
 
 
-def _describe_end(value: str, last_change: float) -> str:
+def _describe_end(value: str, changed: float) -> str:
     """Returns how a process ended, by what it has published; "" while it is running or done."""
-    if time.monotonic() - last_change > SILENT_SECONDS:
+    if time.monotonic() - changed > SILENT_SECONDS:
         return f"has not responded for {SILENT_SECONDS} seconds"
     status = value.partition(" ")[2]
     return "" if status in ("", "running", "done") else status

@@ -1,6 +1,5 @@
 """Downloads pretrained checkpoints and dataset archives: resumed, verified, and kept in a cache."""
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -17,13 +16,10 @@ if TYPE_CHECKING:
     import requests
 
 _CHUNK_BYTES = 1 << 16
-_TIMEOUT_SECONDS = 30.0
-"""A connection that is silent for this long is broken."""
-_NUM_RETRIES = 4
-"""Of a request that is refused."""
+_TIMEOUT_SECONDS = 30.0  # a connection that is silent for this long is broken
+_NUM_RETRIES = 4  # of a request that is refused
 _BACKOFF_SECONDS = 1.0
-_NUM_REQUESTS = 20
-"""For a file whose body breaks off."""
+_NUM_REQUESTS = 20  # for a file whose body breaks off
 
 
 def cache_dir() -> Path:
@@ -32,29 +28,17 @@ def cache_dir() -> Path:
 
 
 def fetch(
-    url: str,
-    path: str | os.PathLike[str],
-    *,
-    num_bytes: int | None = None,
-    sha256: str | None = None,
-    check: Callable[[Path], None] | None = None,
+    url: str, path: str | os.PathLike[str], *, sha256: str = "", check: Callable[[Path], object] | None = None
 ) -> Path:
-    """Downloads a file once; a file at `path` is always complete and verified.
+    """Downloads a file unless it exists; a file at `path` is always complete and verified.
 
     The bytes are collected in `path` + ".part", from which a later call resumes. Of several processes one downloads.
 
     Args:
         url: http(s) address. `$VIT_JAX_MIRROR` names another server, asked as `$VIT_JAX_MIRROR/HOST/PATH`.
-        path: of the file. If it exists already it is returned as it is.
-        num_bytes: expected length.
+        path: of the file, which is returned.
         sha256: expected hexadecimal digest.
         check: called with the path of the complete .part; raises `UserError` if the content is wrong.
-
-    Returns:
-        `path`.
-
-    Raises:
-        UserError: the file cannot be downloaded or written, or is not what was expected; then the .part is removed.
     """
     path = Path(path)
     if path.exists():
@@ -62,15 +46,14 @@ def fetch(
     import requests  # takes 60 ms
 
     part = path.with_name(path.name + ".part")
-    mirror = os.environ.get("VIT_JAX_MIRROR", "").rstrip("/")
-    if mirror:
+    if mirror := os.environ.get("VIT_JAX_MIRROR", "").rstrip("/"):
         url = f"{mirror}/{url.partition('://')[2]}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_name(path.name + ".lock")):
             if not path.exists():
-                _download(url, part, num_bytes)
-                _verify(part, num_bytes=num_bytes, sha256=sha256, check=check)
+                _download(url, part)
+                _verify(part, sha256, check)
                 rename_synced(part, path)
     except (requests.RequestException, UserError) as error:
         cause = getattr(error.args[0], "reason", error)  # of urllib3's MaxRetryError
@@ -81,7 +64,7 @@ def fetch(
     return path
 
 
-def _download(url: str, part: Path, num_bytes: int | None) -> None:
+def _download(url: str, part: Path) -> None:
     """Completes the .part. `Retry` repeats requests, this loop those whose body breaks off."""
     import requests.adapters
     from urllib3.util import Retry
@@ -92,39 +75,28 @@ def _download(url: str, part: Path, num_bytes: int | None) -> None:
         for scheme in ("http://", "https://"):
             session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
         for _ in range(_NUM_REQUESTS):
-            if _request_rest(session, url, part, num_bytes):
+            if _request_rest(session, url, part):
                 return
     raise UserError(f"the connection broke off after {_size(part):,} bytes (rerun to resume)")
 
 
-def _request_rest(session: "requests.Session", url: str, part: Path, num_bytes: int | None) -> bool:
+def _request_rest(session: "requests.Session", url: str, part: Path) -> bool:
     """Appends to the .part what it lacks; returns whether it is complete."""
     import requests
 
     start = _size(part)
-    if start and start == num_bytes:
-        return True
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     with session.get(url, headers=headers, stream=True, timeout=_TIMEOUT_SECONDS) as response:
-        if response.status_code == 416 and start:  # the .part is not the start of this file
-            part.unlink()
-            return False
+        if response.status_code == 416 and start:  # the file has no more bytes
+            return True
         content_type = response.headers.get("Content-Type", "")
         if not response.ok or content_type.startswith("text/html"):
             raise UserError(f"got HTTP {response.status_code} {response.reason} {content_type}".rstrip())
         start = start if response.status_code == 206 else 0
         length = response.headers.get("Content-Length")
-        total = start + int(length) if length else num_bytes
-        bar = progress_bar(
-            desc=part.stem,
-            initial=start,
-            total=total,
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            delay=0,
-            leave=True,
-        )
+        total = start + int(length) if length else None
+        units = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+        bar = progress_bar(None, desc=part.stem, initial=start, total=total, delay=0, leave=True, **units)
         with bar, part.open("ab" if start else "wb") as file:
             try:
                 for chunk in response.iter_content(_CHUNK_BYTES):
@@ -135,18 +107,18 @@ def _request_rest(session: "requests.Session", url: str, part: Path, num_bytes: 
     return total is None or _size(part) >= total
 
 
-def _verify(part: Path, *, num_bytes: int | None, sha256: str | None, check: Callable[[Path], None] | None) -> None:
+def _verify(part: Path, sha256: str, check: Callable[[Path], object] | None) -> None:
     """Removes the .part unless it is what was expected."""
-    with part.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
-    with contextlib.ExitStack() as stack:
-        stack.callback(part.unlink)
-        for name, got, expected in (("length in bytes", _size(part), num_bytes), ("sha256", digest, sha256)):
-            if expected not in (None, got):
-                raise UserError(f"its {name} is {got}, expected {expected}")
+    try:
+        with part.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 not in ("", digest):
+            raise UserError(f"its sha256 is {digest}, expected {sha256}")
         if check:
             check(part)
-        stack.pop_all()
+    except UserError:
+        part.unlink()
+        raise
 
 
 def _size(path: Path) -> int:

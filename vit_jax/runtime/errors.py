@@ -11,7 +11,7 @@ import absl.logging
 
 
 class UserError(ValueError):
-    """A failure while running. The message says what was got, what was expected, and what to do."""
+    """A failure while running, such as a damaged file. Says what was got, what was expected, and what to do."""
 
     exit_code = 1
 
@@ -23,14 +23,7 @@ class UsageError(UserError):
 
 
 def run_command(main: Callable[[], int]) -> int:
-    """Calls a command; an error that a user can cause becomes one line on stderr.
-
-    Args:
-        main: returns its exit code.
-
-    Returns:
-        The exit code: that of `main`, or of `report_error`.
-    """
+    """Calls a command and returns its exit code; an error that a user can cause becomes one line on stderr."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names that cannot be printed, as stderr does
     absl.logging.get_absl_logger().addFilter(_is_not_noise)
@@ -44,12 +37,7 @@ def run_command(main: Callable[[], int]) -> int:
 
 
 def report_error(error: BaseException) -> int | None:
-    """Prints an error that a user can cause as one line on stderr.
-
-    Returns:
-        The exit code: 2 for a `UsageError`; 130 for Ctrl-C; 1 for another `UserError`, an error of the operating system
-        (a full disk, a missing permission), and where memory runs out. None for any other error, which is a bug.
-    """
+    """Prints an error that a user can cause as one line; returns its exit code, or None for any other error, a bug."""
     match error:
         case KeyboardInterrupt():
             line, code = "interrupted; rerun the same command to resume from the last checkpoint", 130
@@ -78,11 +66,7 @@ def one_line(error: BaseException | str) -> str:
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses a command line.
-
-    Raises:
-        UsageError: argparse refuses it.
-    """
+    """Parses a command line; raises UsageError where argparse would exit."""
 
     def fail(message: str) -> None:
         raise UsageError(f"{message} (see `{parser.prog} --help`)")

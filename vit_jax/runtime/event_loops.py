@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 
 @contextlib.contextmanager
@@ -24,9 +24,5 @@ class _PatientPolicy(asyncio.DefaultEventLoopPolicy):
 class _PatientLoop(asyncio.SelectorEventLoop):
     def close(self) -> None:
         while tasks := asyncio.all_tasks(self):
-            self.run_until_complete(_finish(tasks))
+            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         super().close()
-
-
-async def _finish(tasks: Iterable[asyncio.Task[object]]) -> None:
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -10,11 +10,7 @@ from vit_jax.runtime.errors import UserError, one_line
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file, a string as UTF-8.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Writes a file, a string as UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -23,10 +19,8 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a path beside `path` for a new file or directory.
 
-    It is renamed to `path` when the body succeeds, and removed when it fails.
-
-    Raises:
-        UserError: the body or the rename raises an `OSError`, such as a full disk.
+    It is renamed to `path` when the body succeeds, and removed when it fails. An `OSError` of the body or the rename,
+    such as a full disk, becomes a `UserError`.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")

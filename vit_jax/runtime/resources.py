@@ -25,10 +25,9 @@ def available_cpus() -> int:
     """Returns the number of CPUs that this process is bound to, within the quotas of control groups; at least 1."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for group in _control_groups("cpu"):
-        quota = _read_number(group / "cpu.max", r"^(\d+) ") or _read_number(group / "cpu.cfs_quota_us")
-        period = _read_number(group / "cpu.max", r" (\d+)") or _read_number(group / "cpu.cfs_period_us")
-        if quota and period:
-            cpus = min(cpus, math.ceil(quota / period))
+        match _read_numbers(group / "cpu.max", group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us"):
+            case quota, period:
+                cpus = min(cpus, math.ceil(quota / period))
     return cpus
 
 
@@ -36,10 +35,11 @@ def _memory_limits() -> list[tuple[int, int]]:
     """Returns (limit, used) in bytes of the control groups with a limit; the file cache counts as free."""
     limits = []
     for group in _control_groups("memory"):
-        limit = _read_number(group / "memory.max") or _read_number(group / "memory.limit_in_bytes")
-        used = _read_number(group / "memory.current") or _read_number(group / "memory.usage_in_bytes")
-        if limit:
-            limits.append((limit, used - _read_number(group / "memory.stat", r"^(?:total_)?inactive_file (\d+)")))
+        limit = _read_numbers(group / "memory.max", group / "memory.limit_in_bytes")
+        used = _read_numbers(group / "memory.current", group / "memory.usage_in_bytes")
+        cached = re.findall(r"inactive_file (\d+)", _read(group / "memory.stat"))
+        if limit and used:
+            limits.append((limit[0], used[0] - sum(map(int, cached[:1]))))
     return limits
 
 
@@ -48,20 +48,21 @@ def _control_groups(controller: str) -> list[Path]:
 
     Some may not exist: in a container the path can be the host's, and the mount itself is the container's group.
     """
-    # Such as "0::/a" or "5:cpu,io:/a".
-    paths = _find(_ROOT / "proc/self/cgroup", rf"^\d+:(?:|(?:.*,)?{controller}(?:,.*)?):(.*)$")
+    # Of lines such as "0::/a" or "5:cpu,io:/a".
+    pattern = rf"^\d+:(?:|(?:.*,)?{controller}(?:,.*)?):(.*)$"
+    paths = re.findall(pattern, _read(_ROOT / "proc/self/cgroup"), re.MULTILINE)
     mounts = (_ROOT / "sys/fs/cgroup", _ROOT / "sys/fs/cgroup" / controller)
     groups = [mount / path.lstrip("/") for path in paths for mount in mounts]
     return [d for group in groups for d in (group, *group.parents) if d.is_relative_to(mounts[0])]
 
 
-def _read_number(path: Path, pattern: str = r"^(\d+)$") -> int:
-    """Returns the number that a pattern finds in a file; 0 if there is none, as where the limit is "max" or -1."""
-    return int((*_find(path, pattern), "0")[0])
+def _read_numbers(*paths: Path) -> list[int]:
+    """Returns the numbers in those files that exist; "max" and -1, which stand for no limit, are left out."""
+    return [int(word) for path in paths for word in _read(path).split() if word.isdigit()]
 
 
-def _find(path: Path, pattern: str) -> list[str]:
+def _read(path: Path) -> str:
     try:
-        return re.findall(pattern, path.read_text(), re.MULTILINE)
+        return path.read_text()
     except OSError:
-        return []
+        return ""

@@ -38,10 +38,5 @@ def mix_keys(key: PRNGKeyArray, step: Int[ArrayLike, ""], batch_size: int) -> Ar
 
 
 def row_keys(rows: Int[ArrayLike, " b"], *, seed: int = 0) -> Array:
-    """Returns the keys of images that are seen once per run, [b]: of a test split, or of cached features.
-
-    Args:
-        rows: numbers of the images.
-        seed: 0 for test images, so that their keys are the same for every run.
-    """
+    """Returns the keys of images that are seen once per run: of cached features, or, with seed 0, of a test split."""
     return jax.vmap(lambda row: jax.random.fold_in(jax.random.PRNGKey(seed), row))(rows)

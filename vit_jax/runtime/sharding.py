@@ -15,22 +15,16 @@ from vit_jax.types import ImageSource
 
 _Tree = TypeVar("_Tree")
 
-_MIN_SHARDED_SIZE = 4096
-"""Smaller arrays are replicated: to gather them would cost more than the memory they take."""
+_MIN_SHARDED_SIZE = 4096  # smaller arrays are replicated: to gather them would cost more than the memory they take
 
 
 def create_mesh(devices: Sequence[jax.Device] | None = None, *, data: int = 0, fsdp: int = 1) -> Mesh:
-    """Creates a mesh of the axes `data` and `fsdp`; batches are split over both, parameters over `fsdp`.
-
-    The axes are of type Auto: under Explicit, JAX's default, Linen modules fail.
+    """Creates a mesh for batches that are split over both axes, and parameters that are split over `fsdp`.
 
     Args:
         devices: to choose from; all devices of all processes by default.
         data: number of copies of the parameters; 0 takes as many as there are devices for.
         fsdp: number of devices that share one copy.
-
-    Raises:
-        UsageError: the devices do not fill the mesh, or one of several processes would have none of them.
     """
     devices = jax.devices() if devices is None else list(devices)
     size = data * fsdp or len(devices)
@@ -39,9 +33,8 @@ def create_mesh(devices: Sequence[jax.Device] | None = None, *, data: int = 0, f
             f"mesh: data {data} × fsdp {fsdp} does not fit {len(devices)} devices; fsdp must divide their number, "
             "data 0 takes the rest, and several processes must use all"
         )
-    return jax.make_mesh(
-        (size // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices[:size]
-    )
+    auto = (AxisType.Auto,) * 2  # under Explicit, JAX's default, Linen modules fail
+    return jax.make_mesh((size // fsdp, fsdp), ("data", "fsdp"), axis_types=auto, devices=devices[:size])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -55,14 +48,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def param_shardings(tree: PyTree, mesh: Mesh) -> PyTree[NamedSharding]:
-    """Returns the shardings of parameters, and of all that has their shapes.
+    """Returns the shardings of parameters, and of all that has their shapes, such as momentum.
 
     An array of at least 4,096 numbers is split over `fsdp` along its longest axis that `fsdp` divides; any other is
-    replicated. The rule depends on shapes only, so that it holds for every model and optimizer.
-
-    Args:
-        tree: arrays, or shapes of arrays.
-        mesh: of `create_mesh`.
+    replicated.
     """
     return jax.tree.map(lambda leaf: _param_sharding(leaf.shape, mesh), tree)
 
@@ -87,28 +76,17 @@ def with_sharding(tree: _Tree, shardings: PyTree[NamedSharding]) -> _Tree:
 
 
 def device_put(tree: Any, shardings: PyTree[NamedSharding]) -> Any:
-    """Shards host arrays over the mesh, in one process or several.
+    """Shards arrays that every process holds whole; takes one sharding for all leaves, or a tree of them."""
 
-    Args:
-        tree: arrays that every process holds whole and equal.
-        shardings: one for all leaves, or a tree of them.
-    """
-    return jax.tree.map(_put, tree, jax.tree.broadcast(shardings, tree))
+    def put(leaf: jax.typing.ArrayLike, sharding: NamedSharding) -> jax.Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-
-def _put(leaf: jax.typing.ArrayLike, sharding: NamedSharding) -> jax.Array:
-    host = np.asarray(leaf)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    return jax.tree.map(put, tree, jax.tree.broadcast(shardings, tree))
 
 
 def shard_rows(images: ImageSource, rows: Int[np.ndarray, " b"], mesh: Mesh) -> UInt8[Array, "b h w 3"]:
-    """Shards some images of a split over all devices; each process reads only its own ones.
-
-    Args:
-        images: uint8 [n h w 3] on the host.
-        rows: which of them; the number of devices divides b.
-        mesh: of `create_mesh`.
-    """
+    """Shards some images of a split over all devices; each process reads only its own ones."""
 
     def read(index: Any) -> np.ndarray:
         return images[rows[index[0]]]
@@ -124,8 +102,7 @@ def shard_local_batch(local: Shaped[np.ndarray, "..."], mesh: Mesh) -> Shaped[Ar
 
 def device_memory(device: jax.Device) -> tuple[int, str]:
     """Returns the bytes that one device may use, and whose figure that is; devices of a CPU share its memory."""
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit:
+    if limit := (device.memory_stats() or {}).get("bytes_limit"):
         return limit, "the device's own figure"
     return resources.total_memory() // jax.local_device_count(), "the machine's memory"
 
