@@ -22,21 +22,14 @@ from vit_jax.types import ImageModel, ImageSource, Params, Split
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Classifier:
-    """A pretrained or fine-tuned classifier, as `vit_jax.load` returns it.
-
-    Attributes:
-        model: Linen module.
-        params: of the model: its whole tree.
-        metadata: class names, image size, normalization.
-        mesh: batches are split over its devices.
-        test_augment: of test images, see `preprocess.prepare`; not "none" only in ablations.
-    """
+    """A pretrained or fine-tuned classifier, as `vit_jax.load` returns it."""
 
     model: ImageModel
     params: Params
-    metadata: ModelMetadata
-    mesh: Mesh
-    test_augment: str = "none"
+    metadata: ModelMetadata  # class names, image size, normalization
+    mesh: Mesh  # batches are split over its devices
+    test_augment: str = "none"  # of test images; another augmentation only in ablations
+    _inferences: dict[tuple[ImageModel, str, int], Inference] = dataclasses.field(default_factory=dict, init=False)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -86,16 +79,12 @@ class Classifier:
 
     def forward(self, params: Params, images: jax.Array) -> jax.Array:
         """Returns logits, float32 [b classes], of uint8 images [b h w 3]: a pure function, for export."""
-        logits: jax.Array = self.model.apply({"params": params}, self.preprocess(images))
-        return logits.astype(jnp.float32)
+        return jnp.asarray(self.model.apply({"params": params}, self.preprocess(images)), jnp.float32)
 
     def evaluate(self, split: Split, *, batch_size: int = 256, prefix: str = "test") -> dict[str, float]:
         """Returns "test/loss", "test/accuracy" and "test/accuracy_top5" over all images, each counted exactly once.
 
-        Args:
-            split: labels are columns of the logits.
-            batch_size: see `predict`.
-            prefix: of the names.
+        The labels of `split` are columns of the logits; `prefix` replaces "test"; `batch_size` is that of `predict`.
         """
         images, inference = self._prepare(self.model, split.images, batch_size=batch_size)
         return metrics.means(jax.device_get(inference.sum_metrics(self._placed, images, split.labels)), prefix=prefix)
@@ -110,9 +99,8 @@ class Classifier:
             images = np.asarray(images)
             if images.ndim not in (3, 4) or images.shape[-1] != 3 or images.dtype != np.uint8:
                 raise ValueError(f"got images {images.dtype} {list(images.shape)}; expected uint8 [n h w 3] or [h w 3]")
-            if images.ndim == 3:
-                one: np.ndarray = self._apply(model, images[None], batch_size=batch_size)[0]
-                return one
+        if len(images.shape) == 3:
+            return self._apply(model, images[None], batch_size=batch_size).squeeze(axis=0)
         if not len(images):
             inputs = self.preprocess(np.zeros((1, 1, 1, 3), np.uint8))
             shape = jax.eval_shape(model.apply, {"params": self.params}, inputs)
@@ -121,22 +109,13 @@ class Classifier:
         return np.asarray(inference.outputs(self._placed, images), np.float32)
 
     def _prepare(self, model: ImageModel, images: ImageSource, *, batch_size: int) -> tuple[ImageSource, Inference]:
-        """Returns images, cropped in an ablation, and the inference for them."""
-        in_memory = not isinstance(images, EncodedImages)
-        images = crop_when_decoded(images, augment=self.test_augment, image_mean=self.metadata.image_mean)
-        augment = preprocess.device_augment(self.test_augment, in_memory=in_memory)
-        return images, self._inference(model, augment, batch_size)
-
-    def _inference(self, model: ImageModel, augment: str, batch_size: int) -> Inference:
+        """Returns images, cropped in an ablation, and the inference for them, which is compiled once."""
+        augment = preprocess.device_augment(self.test_augment, in_memory=not isinstance(images, EncodedImages))
         key = (model, augment, batch_size)
         if key not in self._inferences:
             self._inferences[key] = Inference(self._forward(model, augment), self.mesh, batch_size=batch_size)
-        return self._inferences[key]
-
-    @functools.cached_property
-    def _inferences(self) -> dict[tuple[ImageModel, str, int], Inference]:
-        """Functions that are compiled already."""
-        return {}
+        images = crop_when_decoded(images, augment=self.test_augment, image_mean=self.metadata.image_mean)
+        return images, self._inferences[key]
 
     def _forward(self, model: ImageModel, augment: str = "none") -> ImageForward:
         data = self.metadata
@@ -149,14 +128,7 @@ class Classifier:
 
 
 def load_classifier(name_or_path: str) -> Classifier:
-    """Loads a classifier from a checkpoint that is not a run's.
-
-    Args:
-        name_or_path: a pretrained checkpoint or an export, see `pretrained.read_model`.
-
-    Raises:
-        UserError: it cannot be read, is not a known model, or has no head.
-    """
+    """Loads a classifier from a checkpoint that is not a run's, see `pretrained.read_model`."""
     params, metadata = pretrained.read_model(name_or_path)
     try:
         metadata = metadata or ModelMetadata.from_params(params)
