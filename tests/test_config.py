@@ -170,7 +170,6 @@ def test_reference_results_are_of_the_dataset_of_their_config():
         ("trainable", ("head/(",), "or a tuple of regular expressions"),
         ("trainable", ("a{99999999999999999999}",), "or a tuple of regular expressions"),
         ("trainable", ("(" * 5000 + ")" * 5000,), "or a tuple of regular expressions"),
-        ("trainable", ("[[:alpha:]]",), "or a tuple of regular expressions"),
         ("lora.targets", ("(",), "config.lora.targets is ('(',); expected a tuple of regular expressions"),
         ("seed", 2**31, "expected a non-negative integer below 2^31"),
         ("image_size", 16_385, "expected an integer from 1 to 16,384"),
@@ -194,17 +193,10 @@ def test_check_config_refuses(key, value, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_steps": 1, "warmup_steps": 1}, "num_steps and warmup_steps are 1"),
-        ({"warmup_steps": 50, "ablation.schedule_steps": 49}, "schedule_steps 49 is not above warmup_steps 50"),
-        ({"warmup_steps": 50, "ablation.schedule_steps": 50}, "schedule_steps 50 is not above warmup_steps 50"),
-    ],
-)
-def test_check_config_refuses_a_schedule_that_trains_nothing(changes, message):
-    with pytest.raises(UsageError, match=message):
-        settings.check_config(config_with(**changes))
+@pytest.mark.parametrize("steps", [49, 50])
+def test_check_config_refuses_a_schedule_that_ends_with_the_warmup(steps):
+    with pytest.raises(UsageError, match=f"schedule_steps {steps} is not above warmup_steps 50"):
+        settings.check_config(config_with(**{"warmup_steps": 50, "ablation.schedule_steps": steps}))
 
 
 def test_check_config_names_a_missing_key():

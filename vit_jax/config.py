@@ -6,7 +6,6 @@ import math
 import re
 import sys
 import textwrap
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -39,9 +38,8 @@ def _is_number(value: object, low: float = 0.0, high: float = _FLOAT32_MAX) -> b
 
 def _is_pattern(value: object) -> bool:
     try:
-        with warnings.catch_warnings(action="error", category=FutureWarning):  # "[[:alpha:]]" is not supported
-            return isinstance(value, str) and bool(re.compile(value))
-    except (re.error, OverflowError, RecursionError, FutureWarning):
+        return isinstance(value, str) and bool(re.compile(value))
+    except (re.error, OverflowError, RecursionError):
         return False
 
 
@@ -188,11 +186,7 @@ def check_key(name: str) -> None:
 
 
 def check_config(config: ConfigDict) -> None:
-    """Checks every key's presence, type and range, as far as that needs neither data nor model.
-
-    Raises:
-        UsageError: names the first key that is wrong, what was got and what was expected.
-    """
+    """Raises UsageError for the first key that is missing or wrong, as far as that needs neither data nor model."""
     for complaint in _complaints(config):
         raise UsageError(complaint)
 
@@ -214,27 +208,14 @@ def _complaints(config: ConfigDict) -> Iterator[str]:
         yield f"config.accumulation_steps {config.accumulation_steps} does not divide batch_size {config.batch_size}"
     if config.warmup_steps > config.num_steps:
         yield f"config.warmup_steps {config.warmup_steps} is above num_steps {config.num_steps}"
-    if config.num_steps == config.warmup_steps == 1:
-        yield "config.num_steps and warmup_steps are 1: the only update has learning rate 0; set warmup_steps to 0"
     if 0 < config.ablation.schedule_steps <= config.warmup_steps:
-        limits = f"{config.ablation.schedule_steps} is not above warmup_steps {config.warmup_steps}"
-        yield f"config.ablation.schedule_steps {limits}: no update would follow the peak; raise it, or set it to 0"
+        steps = config.ablation.schedule_steps
+        yield f"config.ablation.schedule_steps {steps} is not above warmup_steps {config.warmup_steps}"
 
 
 def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | None = None) -> None:
-    """Compares a config with the one that a workdir was started with.
-
-    Args:
-        config: to resume with.
-        workdir: of the run.
-        saved: the config in the latest checkpoint, as JSON values; None reads config.json.
-
-    Raises:
-        UsageError: a key that is not `resumable` differs; the message is the difference.
-        UserError: the run's own config cannot be read.
-    """
-    run_config = load_config(workdir) if saved is None else _complete(saved, workdir / "checkpoints")
-    if changes := _changes(run_config, config):
+    """Raises UsageError unless a run can resume with a config; `saved`: see `load_config`."""
+    if changes := _changes(load_config(workdir, saved=saved), config):
         raise UsageError(f"{workdir} is of a run with another config ({changes}); delete it or give another --workdir")
 
 
@@ -253,13 +234,8 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
 def load_config(workdir: Path, *, saved: dict[str, Any] | None = None) -> ConfigDict:
     """Loads the config of a run; keys that are newer than the run get their defaults.
 
-    Args:
-        workdir: of the run.
-        saved: the config in a checkpoint, as JSON values, which is verified and therefore taken: config.json is only
-            compared with it. None reads config.json.
-
-    Raises:
-        UserError: config.json is read, and it cannot be read, or is not a config.
+    `saved` is the config in a checkpoint, as JSON values. It is verified and therefore taken: config.json is only
+    compared with it. None reads config.json, and raises UserError if that fails.
     """
     path = workdir / "config.json"
     config = None if saved is None else _complete(saved, workdir / "checkpoints")
