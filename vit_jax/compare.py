@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) -> list[Row]:
-    """Reads finished runs that were tested on the same images; `join_seeds` averages those that differ in their seed."""
+    """Reads finished runs, tested on the same images; `join_seeds` averages those that differ in their seed alone."""
     rows = [read_row(Path(workdir)) for workdir in workdirs]
     tests = [[str(row.config.dataset[key]) for key in ("name", "test_split", "classes")] for row in rows]
     if any(test != tests[0] for test in tests):

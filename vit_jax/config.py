@@ -214,16 +214,15 @@ def _complaints(config: ConfigDict) -> Iterator[str]:
 
 
 def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | None = None) -> None:
-    """Raises UsageError unless a run can resume with a config; `saved`: see `load_config`."""
-    if changes := _changes(load_config(workdir, saved=saved), config):
-        raise UsageError(f"{workdir} is of a run with another config ({changes}); delete it or give another --workdir")
-
-
-def _changes(old_config: ConfigDict, new_config: ConfigDict) -> str:
-    """Returns the keys that are not `resumable` and differ, with both values."""
-    old, new = (_flatten(json.loads(json.dumps(config.to_dict()))) for config in (old_config, new_config))
+    """Raises UsageError, which names both values, for keys that a run may not be resumed with; see `load_config`."""
+    run_config = load_config(workdir, saved=saved)
+    old, new = (_flatten(json.loads(json.dumps(each.to_dict()))) for each in (run_config, config))
     fixed = sorted((old.keys() | new.keys()) - {key.name for key in KEYS if key.resumable})
-    return "; ".join(f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in fixed if old.get(k) != new.get(k))
+    changes = [f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in fixed if old.get(name) != new.get(name)]
+    if changes:
+        raise UsageError(
+            f"{workdir} is of a run with another config ({'; '.join(changes)}); delete it or give another --workdir"
+        )
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:
@@ -232,32 +231,16 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
 
 
 def load_config(workdir: Path, *, saved: dict[str, Any] | None = None) -> ConfigDict:
-    """Loads the config of a run; keys that are newer than the run get their defaults.
+    """Returns the config of a run; keys that are newer than the run get their defaults.
 
-    `saved` is the config in a checkpoint, as JSON values. It is verified and therefore taken: config.json is only
-    compared with it. None reads config.json, and raises UserError if that fails.
+    `saved` is the config in a checkpoint, as JSON values; None reads config.json, which is not verified.
     """
-    path = workdir / "config.json"
-    config = None if saved is None else _complete(saved, workdir / "checkpoints")
-    try:
-        written = _complete(json.loads(path.read_text()), path)
-    except (OSError, ValueError) as error:
-        if config is None:
-            raise UserError(f"{path} cannot be read: {one_line(error)}; give the --workdir of a run") from error
-        return config
-    if config and (changes := _changes(config, written)):
-        print(f"{path} is not the config of the run ({changes}); the checkpoint's is used", file=sys.stderr)
-    return config or written
-
-
-def _complete(tree: Any, path: Path) -> ConfigDict:
-    """Returns the config that was read from `path`, with defaults for missing keys."""
-    config = get_config()
+    path, config = workdir / ("config.json" if saved is None else "checkpoints"), get_config()
     try:
         with config.unlocked():
-            config.update(tree)
+            config.update(json.loads(path.read_text()) if saved is None else saved)
         check_config(config)
-    except (UsageError, AttributeError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged, or of another version of vit_jax: {one_line(error)}") from error
     return config
 
