@@ -80,6 +80,7 @@ def predict_files(classifier: Classifier, paths: Sequence[str]) -> Iterator[tupl
     Yields (path, float32 probabilities [classes]), or (path, the error) of a file that cannot be read; in order.
     """
     batch_size, size = min(_BATCH_SIZE, len(paths)), classifier.image_size
+    blank = np.zeros((size, size, 3), np.uint8)
     chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
 
     def decode(path: str) -> np.ndarray | UserError:
@@ -92,12 +93,9 @@ def predict_files(classifier: Classifier, paths: Sequence[str]) -> Iterator[tupl
         following = pool.map(decode, chunks[0])
         for chunk, next_chunk in zip(chunks, [*chunks[1:], ()], strict=True):
             decoded, following = list(following), pool.map(decode, next_chunk)
-            # Zero where a file fails, and behind the last file: all batches have one size.
-            images = np.zeros((batch_size, size, size, 3), np.uint8)
-            for i, image in enumerate(decoded):
-                if not isinstance(image, UserError):
-                    images[i] = image
-            probabilities = classifier.predict(images, batch_size=batch_size)
+            images = [blank if isinstance(image, UserError) else image for image in decoded]
+            images += [blank] * (batch_size - len(images))  # a smaller last batch would be compiled again
+            probabilities = classifier.predict(np.stack(images), batch_size=batch_size)
             for path, image, row in zip(chunk, decoded, probabilities, strict=False):
                 yield path, image if isinstance(image, UserError) else row
             bar.update(len(chunk))
