@@ -19,6 +19,8 @@ from vit_jax.training import metrics
 from vit_jax.training.inference import ImageForward, Inference
 from vit_jax.types import ImageModel, ImageSource, Params, Split
 
+_create_inference = functools.lru_cache(maxsize=8)(Inference)  # compiled once for classifiers of the same model
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Classifier:
@@ -29,7 +31,6 @@ class Classifier:
     metadata: ModelMetadata  # class names, image size, normalization
     mesh: Mesh  # batches are split over its devices
     test_augment: str = "none"  # of test images; another augmentation only in ablations
-    _inferences: dict[tuple[ImageModel, str, int], Inference] = dataclasses.field(default_factory=dict, init=False)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -44,10 +45,8 @@ class Classifier:
     def __repr__(self) -> str:
         """Returns one line, without the parameters."""
         names = ", ".join(self.class_names[:3]) + (", …" if len(self.class_names) > 3 else "")
-        return (
-            f"{type(self).__name__}({type(self.model).__name__}, {self.image_size} px, "
-            f"{len(self.class_names)} classes: {names})"
-        )
+        model = f"{type(self.model).__name__}, {self.image_size} px, {len(self.class_names)} classes: {names}"
+        return f"{type(self).__name__}({model})"
 
     def predict(self, images: ImageSource, *, batch_size: int = 256) -> np.ndarray:
         """Returns class probabilities.
@@ -109,13 +108,11 @@ class Classifier:
         return np.asarray(inference.outputs(self._placed, images), np.float32)
 
     def _prepare(self, model: ImageModel, images: ImageSource, *, batch_size: int) -> tuple[ImageSource, Inference]:
-        """Returns images, cropped in an ablation, and the inference for them, which is compiled once."""
+        """Returns images, cropped in an ablation, and the inference for them."""
         augment = preprocess.device_augment(self.test_augment, in_memory=not isinstance(images, EncodedImages))
-        key = (model, augment, batch_size)
-        if key not in self._inferences:
-            self._inferences[key] = Inference(self._forward(model, augment), self.mesh, batch_size=batch_size)
+        inference = _create_inference(self._forward(model, augment), self.mesh, batch_size=batch_size)
         images = crop_when_decoded(images, augment=self.test_augment, image_mean=self.metadata.image_mean)
-        return images, self._inferences[key]
+        return images, inference
 
     def _forward(self, model: ImageModel, augment: str = "none") -> ImageForward:
         data = self.metadata

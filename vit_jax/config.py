@@ -28,12 +28,11 @@ class Check(NamedTuple):
     accepts: Callable[[Any], bool]
 
 
-def _is_integer(value: object, low: int, high: int = _INT32_MAX) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+def _is_number(value: object, low: float = 0.0, high: float = _FLOAT32_MAX, types: Any = int | float) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_number(value: object, low: float = 0.0, high: float = _FLOAT32_MAX) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+_is_integer = partial(_is_number, high=_INT32_MAX, types=int)
 
 
 def _is_pattern(value: object) -> bool:
@@ -51,10 +50,6 @@ def _are_3_numbers(value: object, low: float = 0.0) -> bool:
     return _are(value, partial(_is_number, low=low, high=1), range(3, 4))
 
 
-def _is_result(value: object) -> bool:
-    return isinstance(value, tuple | list) and list(map(type, value)) == [str, str, float]
-
-
 def _one_of(*choices: str) -> Check:
     return Check(f"one of {', '.join(choices)}", choices.__contains__)
 
@@ -69,6 +64,9 @@ _STRINGS = Check("a tuple of strings", partial(_are, check=_STRING.accepts))
 _DTYPE = _one_of("float32", "bfloat16")
 _AUGMENT = _one_of("none", "flip", "pad_crop", "square_crop", "inception")
 _PATTERNS = Check("a tuple of regular expressions", partial(_are, check=_is_pattern, lengths=range(1, _INT32_MAX)))
+_RESULTS = Check(
+    "a tuple of (dataset, label, accuracy)", partial(_are, check=lambda row: [*map(type, row)] == [str, str, float])
+)
 _TRAINABLE = Check(f"one of {', '.join(MODES)}, or {_PATTERNS.expected}", lambda x: x in MODES or _PATTERNS.accepts(x))
 
 
@@ -149,8 +147,7 @@ KEYS = (
     Key("log_every_steps", 10, _POSITIVE, "updates between training lines of metrics.jsonl", resumable=True),
     Key("eval_every_steps", 500, _POSITIVE, "updates between evaluations; always one at the end", resumable=True),
     Key("checkpoint_every_steps", 500, _POSITIVE, "updates; also after each evaluation", resumable=True),
-    Key("reference_results", (), Check("a tuple of (dataset, label, accuracy)", partial(_are, check=_is_result)),
-        "test accuracies of other work, for the report", resumable=True),
+    Key("reference_results", (), _RESULTS, "test accuracies of other work, for the report", resumable=True),
 
     # No ordinary run sets these; they show what a setting is worth.
     Key("ablation.test_augment", "none", _AUGMENT, "of test images, the same at every evaluation"),

@@ -67,8 +67,7 @@ def train_and_evaluate(
         if saved:
             print(f"resuming from step {step:,}")
             state = checkpoints.restore(step, state)
-        main_process = distributed.is_main_process()
-        if main_process:
+        if main_process := distributed.is_main_process():
             save_config(config, workdir)
         train_step = experiment.compile_train_step()
         examples = experiment.load_examples(state)
@@ -98,7 +97,12 @@ def train_and_evaluate(
                     save(step, state, experiment.info, checkpoints, writer, accuracy=results.get("test/accuracy"))
                 if stopping and not last:
                     checkpoints.finish()
-                    return report_interruption(signal.Signals(stopping), step, workdir)
+                    print(
+                        f"stopped by {stopping.name}; saved checkpoint {step} to {workdir}; rerun the command to resume"
+                    )
+                    if stopping == signal.SIGINT:
+                        raise KeyboardInterrupt
+                    return {}
             if config.num_steps == 0:
                 writer.log_evaluation(0, results := experiment.evaluate(state, examples))
                 save(0, state, experiment.info, checkpoints, writer, accuracy=results["test/accuracy"])
@@ -155,12 +159,11 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(known, handler)
 
 
-def stop_requested(signals: list[signal.Signals], *, synchronize: bool) -> int:
-    """Returns the signal that requests a stop, 0 for none; several processes agree on it where they `synchronize`."""
+def stop_requested(signals: list[signal.Signals], *, synchronize: bool) -> signal.Signals | None:
+    """Returns the signal that requests a stop, if any; several processes agree on it where they `synchronize`."""
     number = int(signals[0]) if signals else 0  # one may come at any moment: read once a step
-    if jax.process_count() == 1:
-        return number
-    return distributed.process_max(number) if synchronize else 0
+    number = distributed.process_max(number) if synchronize or jax.process_count() == 1 else 0
+    return signal.Signals(number) if number else None
 
 
 def describe_nonfinite(step: int, checkpoints: Checkpoints) -> str:
@@ -172,14 +175,6 @@ def describe_nonfinite(step: int, checkpoints: Checkpoints) -> str:
         f"the loss or the update was not finite at step {step}; {kept}; "
         "start again in another --workdir with a lower learning_rate, a longer warmup_steps, or optimizer.clip_norm"
     )
-
-
-def report_interruption(number: signal.Signals, step: int, workdir: Path) -> dict[str, float]:
-    """Reports the checkpoint of an interrupted run; raises KeyboardInterrupt again if Ctrl-C interrupted it."""
-    print(f"stopped by {number.name}; saved checkpoint {step} to {workdir}; rerun the same command to resume")
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    return {}
 
 
 @contextlib.contextmanager
