@@ -97,9 +97,7 @@ def train_and_evaluate(
                     save(step, state, experiment.info, checkpoints, writer, accuracy=results.get("test/accuracy"))
                 if stopping and not last:
                     checkpoints.finish()
-                    print(
-                        f"stopped by {stopping.name}; saved checkpoint {step} to {workdir}; rerun the command to resume"
-                    )
+                    print(f"stopped by {stopping.name}; saved checkpoint {step} to {workdir}; rerun to resume")
                     if stopping == signal.SIGINT:
                         raise KeyboardInterrupt
                     return {}
