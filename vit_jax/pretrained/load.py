@@ -35,9 +35,10 @@ def read_model(name_or_path: str) -> tuple[Params, ModelMetadata | None]:
     elif (path / "params").is_dir():
         params, metadata = load_orbax(path)
     elif path.is_dir():
-        run = "is a run directory; give an export of it (python -m vit_jax.export)"
-        nothing = "is neither a run directory nor an export: expected checkpoints/, params/ or model.safetensors in it"
-        raise UserError(f"{path} {run if (path / 'checkpoints').is_dir() else nothing}")
+        if (path / "checkpoints").is_dir():
+            raise UserError(f"{path} is a run directory; give an export of it (python -m vit_jax.export)")
+        expected = "checkpoints/, params/ or model.safetensors in it"
+        raise UserError(f"{path} is neither a run directory nor an orbax or safetensors export: expected {expected}")
     else:
         params, metadata = to_original(load_npz(path)), read_metadata(path)
     infinite = [key for key, leaf in flatten_dict(params, sep="/").items() if not _is_finite(leaf)]
