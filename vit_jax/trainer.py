@@ -165,7 +165,7 @@ def stop_requested(signals: list[signal.Signals], *, synchronize: bool) -> signa
 
 
 def describe_nonfinite(step: int, checkpoints: Checkpoints) -> str:
-    """Returns the message of a run whose loss or update was not finite at a step."""
+    """Waits for the last save; returns the message of a run whose loss or update was not finite at a step."""
     checkpoints.finish()
     saved_step = checkpoints.latest_step()
     kept = f"the last good checkpoint is step {saved_step}" if saved_step else "no checkpoint had been written"
