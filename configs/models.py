@@ -35,28 +35,10 @@ STEM_UNITS = {
 
 
 def get_config(variant: str = "B_16", *, dropout_rate: float = 0.0) -> ConfigDict:
-    """Returns the constructor arguments of a variant.
-
-    Args:
-        variant: a key of `VARIANTS`.
-        dropout_rate: after position embeddings, attention output and in the MLP.
-
-    Raises:
-        ValueError: there is no such variant.
-    """
-    if variant not in VARIANTS:
-        raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}")
-    patch_size, hidden_size, num_layers, num_heads, mlp_dim = VARIANTS[variant]
-    model = ConfigDict(
-        {
-            "patch_size": patch_size,
-            "hidden_size": hidden_size,
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "mlp_dim": mlp_dim,
-            "dropout_rate": dropout_rate,
-        }
-    )
+    """Returns the constructor arguments of a key of `VARIANTS`."""
+    names = ("patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim")
+    model = ConfigDict(dict(zip(names, VARIANTS[variant], strict=True)))
+    model.dropout_rate = dropout_rate
     if variant in STEM_UNITS:
         model.stem_units = STEM_UNITS[variant]
     return model

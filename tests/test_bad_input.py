@@ -133,7 +133,14 @@ def test_train_reports_an_npz_of_images_that_are_not_square(train, npz):
     params["Transformer"]["posembed_input"]["pos_embedding"] = np.ones((1, 19, 24), np.float32)
     pretrained.save_npz(npz, params)
     sizes = [f"--config.model.{name}={value}" for name, value in TINY.items()]
-    assert "of 18 patches, but they are not a square" in train(f"--config.pretrained={npz}", *sizes, code=1)
+    line = train(f"--config.pretrained={npz}", *sizes, code=1)
+    assert "of 18 patches, but they are not a square; commands and configs need a square" in line
+
+
+def test_train_reports_a_run_directory_as_pretrained(train, tmp_path):
+    (tmp_path / "other/checkpoints").mkdir(parents=True)
+    line = train(f"--config.pretrained={tmp_path / 'other'}", code=1)
+    assert f"{tmp_path / 'other'} is a run directory; give an export of it (python -m vit_jax.export)" in line
 
 
 def test_train_reports_a_truncated_npz(train, npz):

@@ -169,7 +169,6 @@ def test_reference_results_are_of_the_dataset_of_their_config():
         ("trainable", ("head/(",), "or a tuple of regular expressions"),
         ("trainable", ("a{99999999999999999999}",), "or a tuple of regular expressions"),
         ("trainable", ("(" * 5000 + ")" * 5000,), "or a tuple of regular expressions"),
-        ("trainable", ("[[:alpha:]]",), "or a tuple of regular expressions"),
         ("lora.targets", ("(",), "config.lora.targets is ('(',); expected a tuple of regular expressions"),
         ("seed", 2**31, "expected a non-negative integer below 2^31"),
         ("image_size", 16_385, "expected an integer from 1 to 16,384"),
@@ -193,17 +192,10 @@ def test_check_config_refuses(key, value, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_steps": 1, "warmup_steps": 1}, "num_steps and warmup_steps are 1"),
-        ({"warmup_steps": 50, "ablation.schedule_steps": 49}, "schedule_steps 49 is not above warmup_steps 50"),
-        ({"warmup_steps": 50, "ablation.schedule_steps": 50}, "schedule_steps 50 is not above warmup_steps 50"),
-    ],
-)
-def test_check_config_refuses_a_schedule_that_trains_nothing(changes, message):
-    with pytest.raises(UsageError, match=message):
-        settings.check_config(config_with(**changes))
+@pytest.mark.parametrize("steps", [49, 50])
+def test_check_config_refuses_a_schedule_that_ends_with_the_warmup(steps):
+    with pytest.raises(UsageError, match=f"schedule_steps {steps} is not above warmup_steps 50"):
+        settings.check_config(config_with(**{"warmup_steps": 50, "ablation.schedule_steps": steps}))
 
 
 def test_check_config_names_a_missing_key():
@@ -273,14 +265,6 @@ def test_resumable_keys_are_those_that_no_result_depends_on():
     ]  # fmt: skip
 
 
-def test_load_config_takes_the_config_of_the_checkpoint_and_names_a_config_json_that_differs(tmp_path, capsys):
-    settings.save_config(config_with(seed=1), tmp_path)
-    assert settings.load_config(tmp_path, saved=config_with(seed=1).to_dict()).seed == 1
-    assert capsys.readouterr().err == ""
-    assert settings.load_config(tmp_path, saved=config_with(seed=2).to_dict()).seed == 2
-    assert "config.json is not the config of the run (seed: 2 → 1); the checkpoint's is used" in capsys.readouterr().err
-
-
 def test_check_same_compares_with_the_checkpoint_rather_than_config_json(tmp_path):
     write_config(tmp_path, seed=7)
     saved = json.loads(config_with().to_json())
@@ -289,13 +273,11 @@ def test_check_same_compares_with_the_checkpoint_rather_than_config_json(tmp_pat
         settings.check_same(config_with(seed=7), tmp_path, saved=saved)
 
 
-def test_load_config_reads_a_checkpoint_where_config_json_is_missing_or_damaged(tmp_path):
-    saved = json.loads(config_with(seed=7).to_json())
-    assert settings.load_config(tmp_path, saved=saved).seed == 7
-    with pytest.raises(UserError, match="config.json cannot be read: .*No such file.*; give the --workdir of a run"):
-        settings.load_config(tmp_path)
-    write_text(tmp_path, "{")
-    assert settings.load_config(tmp_path, saved=saved).seed == 7
+@pytest.mark.parametrize("text", [None, "{", '{"seed": 3}'])
+def test_load_config_takes_the_config_of_the_checkpoint_whatever_config_json_is(tmp_path, text):
+    if text is not None:
+        write_text(tmp_path, text)
+    assert settings.load_config(tmp_path, saved=json.loads(config_with(seed=7).to_json())).seed == 7
 
 
 def test_load_config_gives_a_run_older_than_a_key_its_default(tmp_path):
@@ -312,6 +294,7 @@ def test_load_config_gives_a_run_older_than_a_key_its_default(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
+        "{",
         "[]",
         "3",
         '"config"',
@@ -326,12 +309,6 @@ def test_load_config_refuses_what_is_not_a_config(tmp_path, text):
     with pytest.raises(UserError, match="config.json is damaged, or of another version of vit_jax: ") as error:
         settings.load_config(tmp_path)
     assert error.value.exit_code == 1
-
-
-def test_load_config_refuses_a_damaged_file(tmp_path):
-    write_text(tmp_path, "{")
-    with pytest.raises(UserError, match="config.json cannot be read: "):
-        settings.load_config(tmp_path)
 
 
 # Flags of train.py

@@ -126,15 +126,10 @@ def test_a_run_on_a_dataset_that_is_named_is_what_it_is_on_its_own(tmp_path, cap
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        (["--workdir", "micro"], UsageError, "--workdir micro is a checkpoint, not a run; give a --dataset"),
-        (
-            ["--workdir", "augreg/B_16"],
-            UsageError,
-            "augreg/B_16 is a checkpoint, not a run; give a --dataset",
-        ),
-        (["--workdir", "FILE"], UsageError, "is a checkpoint, not a run; give a --dataset"),
+        (["--workdir", "micro"], UserError, "micro holds no run with a checkpoint; give the --workdir of a run"),
+        (["--workdir", "FILE"], UserError, "holds no run with a checkpoint; give the --workdir of a run"),
         (["--workdir", "a", "--test_split", "val"], UsageError, "--test_split requires --dataset"),
-        (["--workdir", "FILE", "--dataset", "digits", "--step", "3"], UsageError, "--step requires a run"),
+        (["--workdir", "FILE", "--dataset", "digits", "--step", "3"], UserError, "holds no run with a checkpoint"),
         (["--workdir", "FILE", "--dataset", "digits", "--batch_size", "0"], UsageError, "--batch_size is 0"),
         (["--workdir", "FILE", "--dataset", "digits"], UserError, "lacks 10 of the dataset's 10 classes: 0, 1"),
         (["--workdir", "nowhere"], UserError, "nowhere holds no run"),

@@ -1,17 +1,20 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 
 import jax
 import pytest
 
+import vit_jax
 from configs import digits
-from vit_jax import trainer
+from vit_jax import data, trainer
 from vit_jax.run import load_run
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.types import Dataset, Split
 
 
 def small_config(**changes):
@@ -74,6 +77,17 @@ def test_train_and_evaluate_returns_the_last_evaluation(finished):
     assert trainer.train_and_evaluate(small_config(), workdir) == results
 
 
+def test_train_and_evaluate_prints_how_to_evaluate_a_dataset_given_from_python(tmp_path, capsys):
+    full = data.load_dataset("digits", image_size=16)
+    train, test = (Split(split.images[:64], split.labels[:64]) for split in (full.train, full.test))
+    dataset = Dataset(train, test, full.class_names)
+    results = trainer.train_and_evaluate(small_config(num_steps=0, warmup_steps=0), tmp_path, dataset=dataset)
+    (call,) = re.findall("^next.*: (.*)$", capsys.readouterr().out, re.M)
+    assert eval(call, {"vit_jax": vit_jax, "dataset": dataset}) == pytest.approx(results)
+    with pytest.raises(UserError, match="was trained on a dataset given from Python; evaluate it there: vit_jax.load"):
+        load_run(tmp_path).evaluate()
+
+
 @pytest.mark.parametrize(("optimizer", "trainable"), [("adamw", "full"), ("adamw", "head"), ("sgd", "head")])
 def test_load_run_gives_model_and_parameters(tmp_path, optimizer, trainable):
     config = small_config(trainable=trainable, dtype="bfloat16")
@@ -105,7 +119,9 @@ def test_train_and_evaluate_takes_a_missing_config_json_from_the_checkpoint(half
 def test_evaluate_rejects_a_dataset_of_other_classes(finished):
     run = load_run(finished[0])
     other = dataclasses.replace(run, metadata=dataclasses.replace(run.metadata, class_names=("cat", "dog")))
-    with pytest.raises(UserError, match="the run has 2 classes, cat, dog, …; the dataset has 10, 0, 1, 2, 3, 4, …"):
+    with pytest.raises(
+        UserError, match=r"the run has 2 classes \(cat, dog, …\), the dataset 10 classes \(0, 1, 2, 3, 4, …\); give"
+    ):
         other.evaluate()
 
 
@@ -141,14 +157,13 @@ def test_train_and_evaluate_leaves_no_directory_where_it_refuses(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError("no flock")])
-def test_lock_workdir_reports_a_file_system_without_locks(tmp_path, monkeypatch, error):
+def test_lock_workdir_reports_a_file_system_without_locks(tmp_path, monkeypatch):
     def fail(*_, **__):
-        raise error
+        raise OSError(37, "No locks available")
 
     monkeypatch.setattr("filelock.FileLock.acquire", fail)
     with (
-        pytest.raises(UserError, match=r"cannot write to --workdir .*run: .*(locks|flock)"),
+        pytest.raises(UserError, match=r"cannot write to --workdir .*run: No locks available; give another"),
         trainer.lock_workdir(tmp_path / "run"),
     ):
         pass

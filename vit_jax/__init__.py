@@ -6,6 +6,7 @@ The public API: `load` and the `Classifier` it returns, `trainer.train_and_evalu
 """
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,13 +28,11 @@ def load(source: str | os.PathLike[str]) -> "Classifier":
     Raises:
         UserError: there is no model, or it cannot be read.
     """
-    from pathlib import Path
-
-    source = os.fspath(source)
-    if (Path(source) / "checkpoints").is_dir():
+    path = Path(source)
+    if (path / "checkpoints").is_dir():
         from vit_jax.run import load_run
 
-        return load_run(source)
+        return load_run(path)
     from vit_jax.classifier import load_classifier
 
-    return load_classifier(source)
+    return load_classifier(os.fspath(source))

@@ -19,24 +19,18 @@ from vit_jax.training import metrics
 from vit_jax.training.inference import ImageForward, Inference
 from vit_jax.types import ImageModel, ImageSource, Params, Split
 
+_create_inference = functools.lru_cache(maxsize=8)(Inference)  # compiled once for classifiers of the same model
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Classifier:
-    """A pretrained or fine-tuned classifier, as `vit_jax.load` returns it.
-
-    Attributes:
-        model: Linen module.
-        params: of the model: its whole tree.
-        metadata: class names, image size, normalization.
-        mesh: batches are split over its devices.
-        test_augment: of test images, see `preprocess.prepare`; not "none" only in ablations.
-    """
+    """A pretrained or fine-tuned classifier, as `vit_jax.load` returns it."""
 
     model: ImageModel
     params: Params
-    metadata: ModelMetadata
-    mesh: Mesh
-    test_augment: str = "none"
+    metadata: ModelMetadata  # class names, image size, normalization
+    mesh: Mesh  # batches are split over its devices
+    test_augment: str = "none"  # of test images; another augmentation only in ablations
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -51,10 +45,8 @@ class Classifier:
     def __repr__(self) -> str:
         """Returns one line, without the parameters."""
         names = ", ".join(self.class_names[:3]) + (", …" if len(self.class_names) > 3 else "")
-        return (
-            f"{type(self).__name__}({type(self.model).__name__}, {self.image_size} px, "
-            f"{len(self.class_names)} classes: {names})"
-        )
+        model = f"{type(self.model).__name__}, {self.image_size} px, {len(self.class_names)} classes: {names}"
+        return f"{type(self).__name__}({model})"
 
     def predict(self, images: ImageSource, *, batch_size: int = 256) -> np.ndarray:
         """Returns class probabilities.
@@ -86,16 +78,12 @@ class Classifier:
 
     def forward(self, params: Params, images: jax.Array) -> jax.Array:
         """Returns logits, float32 [b classes], of uint8 images [b h w 3]: a pure function, for export."""
-        logits: jax.Array = self.model.apply({"params": params}, self.preprocess(images))
-        return logits.astype(jnp.float32)
+        return jnp.asarray(self.model.apply({"params": params}, self.preprocess(images)), jnp.float32)
 
     def evaluate(self, split: Split, *, batch_size: int = 256, prefix: str = "test") -> dict[str, float]:
         """Returns "test/loss", "test/accuracy" and "test/accuracy_top5" over all images, each counted exactly once.
 
-        Args:
-            split: labels are columns of the logits.
-            batch_size: see `predict`.
-            prefix: of the names.
+        The labels of `split` are columns of the logits; `prefix` replaces "test"; `batch_size` is that of `predict`.
         """
         images, inference = self._prepare(self.model, split.images, batch_size=batch_size)
         return metrics.means(jax.device_get(inference.sum_metrics(self._placed, images, split.labels)), prefix=prefix)
@@ -110,9 +98,8 @@ class Classifier:
             images = np.asarray(images)
             if images.ndim not in (3, 4) or images.shape[-1] != 3 or images.dtype != np.uint8:
                 raise ValueError(f"got images {images.dtype} {list(images.shape)}; expected uint8 [n h w 3] or [h w 3]")
-            if images.ndim == 3:
-                one: np.ndarray = self._apply(model, images[None], batch_size=batch_size)[0]
-                return one
+        if len(images.shape) == 3:
+            return self._apply(model, images[None], batch_size=batch_size).squeeze(axis=0)
         if not len(images):
             inputs = self.preprocess(np.zeros((1, 1, 1, 3), np.uint8))
             shape = jax.eval_shape(model.apply, {"params": self.params}, inputs)
@@ -122,21 +109,10 @@ class Classifier:
 
     def _prepare(self, model: ImageModel, images: ImageSource, *, batch_size: int) -> tuple[ImageSource, Inference]:
         """Returns images, cropped in an ablation, and the inference for them."""
-        in_memory = not isinstance(images, EncodedImages)
+        augment = preprocess.device_augment(self.test_augment, in_memory=not isinstance(images, EncodedImages))
+        inference = _create_inference(self._forward(model, augment), self.mesh, batch_size=batch_size)
         images = crop_when_decoded(images, augment=self.test_augment, image_mean=self.metadata.image_mean)
-        augment = preprocess.device_augment(self.test_augment, in_memory=in_memory)
-        return images, self._inference(model, augment, batch_size)
-
-    def _inference(self, model: ImageModel, augment: str, batch_size: int) -> Inference:
-        key = (model, augment, batch_size)
-        if key not in self._inferences:
-            self._inferences[key] = Inference(self._forward(model, augment), self.mesh, batch_size=batch_size)
-        return self._inferences[key]
-
-    @functools.cached_property
-    def _inferences(self) -> dict[tuple[ImageModel, str, int], Inference]:
-        """Functions that are compiled already."""
-        return {}
+        return images, inference
 
     def _forward(self, model: ImageModel, augment: str = "none") -> ImageForward:
         data = self.metadata
@@ -149,14 +125,7 @@ class Classifier:
 
 
 def load_classifier(name_or_path: str) -> Classifier:
-    """Loads a classifier from a checkpoint that is not a run's.
-
-    Args:
-        name_or_path: a pretrained checkpoint or an export, see `pretrained.read_model`.
-
-    Raises:
-        UserError: it cannot be read, is not a known model, or has no head.
-    """
+    """Loads a classifier from a checkpoint that is not a run's, see `pretrained.read_model`."""
     params, metadata = pretrained.read_model(name_or_path)
     try:
         metadata = metadata or ModelMetadata.from_params(params)

@@ -10,34 +10,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
+from vit_jax.config import load_config
 from vit_jax.runtime.errors import UserError, parse_arguments, run_command
+from vit_jax.training import writer
+from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training.info import RunInfo
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A finished run, or the mean over runs that differ only in their seed.
+    """A finished run, or the mean over runs that differ only in their seed."""
 
-    Attributes:
-        run: name of its directory.
-        config: of the run.
-        num_trainable: number of trainable parameters.
-        results: of the evaluation after the last step.
-        seconds: of training, without evaluation, checkpoints, compilation and the caching of features.
-        images_per_second: median throughput.
-        num_seeds: number of runs; 0 for a run that is not averaged.
-        accuracy_std: of the test accuracy over the seeds (n - 1; 0 for one).
-    """
-
-    run: str
+    run: str  # name of its directory
     config: ConfigDict
-    num_trainable: int
-    results: dict[str, float]
-    seconds: float
-    images_per_second: float
-    num_seeds: int = 0
-    accuracy_std: float = 0.0
+    num_trainable: int  # parameters
+    results: dict[str, float]  # of the evaluation after the last step
+    seconds: float  # of training, without evaluation, checkpoints, compilation and the caching of features
+    images_per_second: float  # median
+    num_seeds: int = 0  # 0 for a run that is not averaged
+    accuracy_std: float = 0.0  # of the test accuracy over the seeds (n - 1; 0 for one)
 
     def cells(self) -> dict[str, str]:
         """Returns the text of each column, by title."""
@@ -68,11 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) -> list[Row]:
-    """Reads finished runs; with `join_seeds`, averages those whose configs differ only in `seed`.
-
-    Raises:
-        UserError: a directory has no finished run, or the runs were not tested on the same images.
-    """
+    """Reads finished runs, tested on the same images; `join_seeds` averages those that differ in their seed alone."""
     rows = [read_row(Path(workdir)) for workdir in workdirs]
     tests = [[str(row.config.dataset[key]) for key in ("name", "test_split", "classes")] for row in rows]
     if any(test != tests[0] for test in tests):
@@ -87,16 +77,7 @@ def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) ->
 
 
 def read_row(workdir: Path) -> Row:
-    """Reads a finished run, without its parameters.
-
-    Raises:
-        UserError: there is no run, it is not finished, or its metrics are missing or damaged.
-    """
-    from vit_jax.config import load_config
-    from vit_jax.training import writer
-    from vit_jax.training.checkpoint import Checkpoints
-    from vit_jax.training.info import RunInfo
-
+    """Reads a finished run, without its parameters; raises UserError if it is not finished, or damaged."""
     with Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.require_step()
         info = RunInfo.from_json(checkpoints.read_metadata(step))
@@ -105,15 +86,14 @@ def read_row(workdir: Path) -> Row:
         raise UserError(f"{workdir} is at step {step} of {config.num_steps}; expected a finished run")
     records, results = writer.read_results(workdir, step, info.metrics_checksum)
     lines = [record for record in records if "images_per_second" in record]
-    starts = [0, *(line["step"] for line in lines)]
-    num_images = [(line["step"] - start) * config.batch_size for start, line in zip(starts, lines, strict=False)]
     speeds = [line["images_per_second"] for line in lines]
+    steps = np.diff([line["step"] for line in lines], prepend=0)
     return Row(
         run=workdir.name,
         config=config,
         num_trainable=info.num_trainable,
         results=results,
-        seconds=sum(number / speed for number, speed in zip(num_images, speeds, strict=True)),
+        seconds=sum(number * config.batch_size / speed for number, speed in zip(steps, speeds, strict=True)),
         images_per_second=statistics.median_high(speeds) if speeds else 0.0,
     )
 

@@ -6,7 +6,6 @@ import math
 import re
 import sys
 import textwrap
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -29,19 +28,17 @@ class Check(NamedTuple):
     accepts: Callable[[Any], bool]
 
 
-def _is_integer(value: object, low: int, high: int = _INT32_MAX) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+def _is_number(value: object, low: float = 0.0, high: float = _FLOAT32_MAX, types: Any = int | float) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_number(value: object, low: float = 0.0, high: float = _FLOAT32_MAX) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+_is_integer = partial(_is_number, high=_INT32_MAX, types=int)
 
 
 def _is_pattern(value: object) -> bool:
     try:
-        with warnings.catch_warnings(action="error", category=FutureWarning):  # "[[:alpha:]]" is not supported
-            return isinstance(value, str) and bool(re.compile(value))
-    except (re.error, OverflowError, RecursionError, FutureWarning):
+        return isinstance(value, str) and bool(re.compile(value))
+    except (re.error, OverflowError, RecursionError):
         return False
 
 
@@ -51,10 +48,6 @@ def _are(value: object, check: Callable[[Any], bool], lengths: range = range(_IN
 
 def _are_3_numbers(value: object, low: float = 0.0) -> bool:
     return _are(value, partial(_is_number, low=low, high=1), range(3, 4))
-
-
-def _is_result(value: object) -> bool:
-    return isinstance(value, tuple | list) and list(map(type, value)) == [str, str, float]
 
 
 def _one_of(*choices: str) -> Check:
@@ -71,6 +64,9 @@ _STRINGS = Check("a tuple of strings", partial(_are, check=_STRING.accepts))
 _DTYPE = _one_of("float32", "bfloat16")
 _AUGMENT = _one_of("none", "flip", "pad_crop", "square_crop", "inception")
 _PATTERNS = Check("a tuple of regular expressions", partial(_are, check=_is_pattern, lengths=range(1, _INT32_MAX)))
+_RESULTS = Check(
+    "a tuple of (dataset, label, accuracy)", partial(_are, check=lambda row: [*map(type, row)] == [str, str, float])
+)
 _TRAINABLE = Check(f"one of {', '.join(MODES)}, or {_PATTERNS.expected}", lambda x: x in MODES or _PATTERNS.accepts(x))
 
 
@@ -151,8 +147,7 @@ KEYS = (
     Key("log_every_steps", 10, _POSITIVE, "updates between training lines of metrics.jsonl", resumable=True),
     Key("eval_every_steps", 500, _POSITIVE, "updates between evaluations; always one at the end", resumable=True),
     Key("checkpoint_every_steps", 500, _POSITIVE, "updates; also after each evaluation", resumable=True),
-    Key("reference_results", (), Check("a tuple of (dataset, label, accuracy)", partial(_are, check=_is_result)),
-        "test accuracies of other work, for the report", resumable=True),
+    Key("reference_results", (), _RESULTS, "test accuracies of other work, for the report", resumable=True),
 
     # No ordinary run sets these; they show what a setting is worth.
     Key("ablation.test_augment", "none", _AUGMENT, "of test images, the same at every evaluation"),
@@ -188,11 +183,7 @@ def check_key(name: str) -> None:
 
 
 def check_config(config: ConfigDict) -> None:
-    """Checks every key's presence, type and range, as far as that needs neither data nor model.
-
-    Raises:
-        UsageError: names the first key that is wrong, what was got and what was expected.
-    """
+    """Raises UsageError for the first key that is missing or wrong, as far as that needs neither data nor model."""
     for complaint in _complaints(config):
         raise UsageError(complaint)
 
@@ -214,35 +205,21 @@ def _complaints(config: ConfigDict) -> Iterator[str]:
         yield f"config.accumulation_steps {config.accumulation_steps} does not divide batch_size {config.batch_size}"
     if config.warmup_steps > config.num_steps:
         yield f"config.warmup_steps {config.warmup_steps} is above num_steps {config.num_steps}"
-    if config.num_steps == config.warmup_steps == 1:
-        yield "config.num_steps and warmup_steps are 1: the only update has learning rate 0; set warmup_steps to 0"
     if 0 < config.ablation.schedule_steps <= config.warmup_steps:
-        limits = f"{config.ablation.schedule_steps} is not above warmup_steps {config.warmup_steps}"
-        yield f"config.ablation.schedule_steps {limits}: no update would follow the peak; raise it, or set it to 0"
+        steps = config.ablation.schedule_steps
+        yield f"config.ablation.schedule_steps {steps} is not above warmup_steps {config.warmup_steps}"
 
 
 def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | None = None) -> None:
-    """Compares a config with the one that a workdir was started with.
-
-    Args:
-        config: to resume with.
-        workdir: of the run.
-        saved: the config in the latest checkpoint, as JSON values; None reads config.json.
-
-    Raises:
-        UsageError: a key that is not `resumable` differs; the message is the difference.
-        UserError: the run's own config cannot be read.
-    """
-    run_config = load_config(workdir) if saved is None else _complete(saved, workdir / "checkpoints")
-    if changes := _changes(run_config, config):
-        raise UsageError(f"{workdir} is of a run with another config ({changes}); delete it or give another --workdir")
-
-
-def _changes(old_config: ConfigDict, new_config: ConfigDict) -> str:
-    """Returns the keys that are not `resumable` and differ, with both values."""
-    old, new = (_flatten(json.loads(json.dumps(config.to_dict()))) for config in (old_config, new_config))
+    """Raises UsageError, which names both values, for keys that a run may not be resumed with; see `load_config`."""
+    run_config = load_config(workdir, saved=saved)
+    old, new = (_flatten(json.loads(json.dumps(each.to_dict()))) for each in (run_config, config))
     fixed = sorted((old.keys() | new.keys()) - {key.name for key in KEYS if key.resumable})
-    return "; ".join(f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in fixed if old.get(k) != new.get(k))
+    changes = [f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in fixed if old.get(name) != new.get(name)]
+    if changes:
+        raise UsageError(
+            f"{workdir} is of a run with another config ({'; '.join(changes)}); delete it or give another --workdir"
+        )
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:
@@ -251,37 +228,16 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
 
 
 def load_config(workdir: Path, *, saved: dict[str, Any] | None = None) -> ConfigDict:
-    """Loads the config of a run; keys that are newer than the run get their defaults.
+    """Returns the config of a run; keys that are newer than the run get their defaults.
 
-    Args:
-        workdir: of the run.
-        saved: the config in a checkpoint, as JSON values, which is verified and therefore taken: config.json is only
-            compared with it. None reads config.json.
-
-    Raises:
-        UserError: config.json is read, and it cannot be read, or is not a config.
+    `saved` is the config in a checkpoint, as JSON values; None reads config.json, which is not verified.
     """
-    path = workdir / "config.json"
-    config = None if saved is None else _complete(saved, workdir / "checkpoints")
-    try:
-        written = _complete(json.loads(path.read_text()), path)
-    except (OSError, ValueError) as error:
-        if config is None:
-            raise UserError(f"{path} cannot be read: {one_line(error)}; give the --workdir of a run") from error
-        return config
-    if config and (changes := _changes(config, written)):
-        print(f"{path} is not the config of the run ({changes}); the checkpoint's is used", file=sys.stderr)
-    return config or written
-
-
-def _complete(tree: Any, path: Path) -> ConfigDict:
-    """Returns the config that was read from `path`, with defaults for missing keys."""
-    config = get_config()
+    path, config = workdir / ("config.json" if saved is None else "checkpoints"), get_config()
     try:
         with config.unlocked():
-            config.update(tree)
+            config.update(json.loads(path.read_text()) if saved is None else saved)
         check_config(config)
-    except (UsageError, AttributeError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged, or of another version of vit_jax: {one_line(error)}") from error
     return config
 

@@ -5,11 +5,15 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+import jax
 import numpy as np
 
-from vit_jax.runtime.errors import UsageError, UserError, parse_arguments, run_command
+import vit_jax
+from vit_jax import data, pretrained
+from vit_jax.run import load_run
+from vit_jax.runtime import sharding
+from vit_jax.runtime.errors import UserError, parse_arguments, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,8 +27,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=256, help="images at once, with --dataset (default: 256)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     arguments = parse_arguments(parser, argv)
-    check_flags(arguments)
-    facts, results = evaluate_run(arguments) if arguments.dataset is None else evaluate_on_dataset(arguments)
+    if arguments.batch_size < 1:
+        parser.error(f"--batch_size is {arguments.batch_size}; expected a positive integer")
+    if arguments.test_split and not arguments.dataset:
+        parser.error("--test_split requires --dataset; give both, or neither for the run's own")
+    facts, results = evaluate_on_dataset(arguments) if arguments.dataset else evaluate_run(arguments)
     if arguments.json:
         print(json.dumps({**facts, **results}))
     else:
@@ -33,32 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check_flags(arguments: argparse.Namespace) -> None:
-    """Raises UsageError for flags that exclude each other."""
-    from vit_jax import pretrained
-
-    workdir, is_run = arguments.workdir, (Path(arguments.workdir) / "checkpoints").is_dir()
-    wrong = {
-        f"--workdir {workdir} is a checkpoint, not a run; give a --dataset to evaluate it on": (
-            arguments.dataset is None and (Path(workdir).is_file() or pretrained.is_name(workdir))
-        ),
-        "--test_split requires --dataset; give both, or neither for the run's own": (
-            arguments.dataset is None and arguments.test_split is not None
-        ),
-        f"--step requires a run; {workdir} holds one model": (
-            arguments.dataset is not None and arguments.step is not None and not is_run
-        ),
-        f"--batch_size is {arguments.batch_size}; expected a positive integer": arguments.batch_size < 1,
-    }
-    for message, holds in wrong.items():
-        if holds:
-            raise UsageError(message)
-
-
 def evaluate_run(arguments: argparse.Namespace) -> tuple[dict[str, int], dict[str, float]]:
     """Returns the step of a run and the results on its test split, without EMA as well where EMA is kept."""
-    from vit_jax.run import load_run
-
     run = load_run(arguments.workdir, step=arguments.step)
     split = run.load_test_split(arguments.data_dir)
     results = run.evaluate(split)
@@ -69,13 +52,6 @@ def evaluate_run(arguments: argparse.Namespace) -> tuple[dict[str, int], dict[st
 
 def evaluate_on_dataset(arguments: argparse.Namespace) -> tuple[dict[str, int], dict[str, float]]:
     """Returns counts and results of any model on any dataset whose classes it has."""
-    import jax
-
-    import vit_jax
-    from vit_jax import data
-    from vit_jax.run import load_run
-    from vit_jax.runtime import sharding
-
     workdir = arguments.workdir
     model = load_run(workdir, step=arguments.step) if arguments.step is not None else vit_jax.load(workdir)
     model.require_trained_head(workdir)
@@ -93,20 +69,10 @@ def evaluate_on_dataset(arguments: argparse.Namespace) -> tuple[dict[str, int], 
 
 
 def match_classes(names: Sequence[str], known: Sequence[str]) -> np.ndarray:
-    """Returns the columns of a model's logits that belong to a dataset's classes.
+    """Returns the columns of a model's logits that belong to a dataset's classes, int32 [classes of the dataset].
 
-    Args:
-        names: of the dataset's classes; for ImageNet's a name or a WordNet ID.
-        known: of the model's, in either form.
-
-    Returns:
-        int32 [classes of the dataset].
-
-    Raises:
-        UserError: the model lacks some of them.
+    Classes of ImageNet are found by name or by WordNet ID on either side.
     """
-    from vit_jax import pretrained
-
     columns = {pretrained.canonical_name(name): column for column, name in enumerate(known)}
     unknown = [name for name in names if pretrained.canonical_name(name) not in columns]
     if unknown:

@@ -5,15 +5,15 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import jax.export
 import numpy as np
 
+from vit_jax import pretrained
+from vit_jax.pretrained import huggingface
+from vit_jax.run import Run, load_run
 from vit_jax.runtime.errors import UserError, parse_arguments, run_command
 from vit_jax.runtime.files import atomic_path
-
-if TYPE_CHECKING:
-    from vit_jax.run import Run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,59 +28,42 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(arguments.out)
     if out.exists():
         raise UserError(f"--out {out} already exists; remove it, or give another path")
-
-    from vit_jax.run import load_run
-
-    run = load_run(arguments.workdir, step=arguments.step, use_ema=not arguments.no_ema)
-    FORMATS[arguments.format](run, out)
+    FORMATS[arguments.format](load_run(arguments.workdir, step=arguments.step, use_ema=not arguments.no_ema), out)
     print(out)
     return 0
 
 
-def export_npz(run: "Run", out: Path) -> None:
+def export_npz(run: Run, out: Path) -> None:
     """Saves a file in the original ViT checkpoint format, for `vit_jax.load(out)` and `config.pretrained`."""
-    import jax
-
-    from vit_jax import pretrained
-
     pretrained.save_npz(out, jax.device_get(run.params), run.metadata)
 
 
-def export_orbax(run: "Run", out: Path) -> None:
+def export_orbax(run: Run, out: Path) -> None:
     """Saves a directory with an Orbax checkpoint: `StandardCheckpointer().restore(out / "params")`."""
-    from vit_jax import pretrained
-
     with atomic_path(out) as directory:
         directory.mkdir()
         pretrained.save_orbax(directory, run.params, run.metadata)
 
 
-def export_safetensors(run: "Run", out: Path) -> None:
+def export_safetensors(run: Run, out: Path) -> None:
     """Saves a directory for Hugging Face's `ViTForImageClassification.from_pretrained`."""
-    from vit_jax.pretrained import huggingface
-
     with atomic_path(out) as directory:
         directory.mkdir()
         huggingface.save_huggingface(directory, run.params, run.metadata)
 
 
-def export_stablehlo(run: "Run", out: Path) -> None:
+def export_stablehlo(run: Run, out: Path) -> None:
     """Saves a program with its weights, uint8 [b h w 3] -> float32 logits [b classes], that needs only JAX."""
-    import jax
-    from jax import export
-
-    from vit_jax import pretrained
-
-    images = export.symbolic_args_specs(np.zeros((1, run.image_size, run.image_size, 3), np.uint8), "batch, ...")
+    images = jax.export.symbolic_args_specs(np.zeros((1, run.image_size, run.image_size, 3), np.uint8), "batch, ...")
     forward = jax.jit(functools.partial(run.forward, jax.device_get(run.params)))
-    exported = export.export(forward, platforms=("cpu", "cuda", "tpu"))(images)
+    exported = jax.export.export(forward, platforms=("cpu", "cuda", "tpu"))(images)
     with atomic_path(out) as directory:
         directory.mkdir()
         (directory / "model.stablehlo").write_bytes(exported.serialize())
         pretrained.save_metadata(directory, run.metadata, run.params)
 
 
-FORMATS: dict[str, Callable[["Run", Path], None]] = {
+FORMATS: dict[str, Callable[[Run, Path], None]] = {
     "npz": export_npz,
     "orbax": export_orbax,
     "safetensors": export_safetensors,

@@ -8,14 +8,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vit_jax.runtime.errors import UsageError, UserError, one_line, parse_arguments, run_command
-
-if TYPE_CHECKING:
-    from vit_jax.classifier import Classifier
+import vit_jax
+from vit_jax.classifier import Classifier
+from vit_jax.data import IMAGE_SUFFIXES, decode_image
+from vit_jax.runtime import resources
+from vit_jax.runtime.errors import UserError, one_line, parse_arguments, run_command
+from vit_jax.runtime.progress import progress_bar
 
 _BATCH_SIZE = 128
 
@@ -33,11 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object per image")
     arguments = parse_arguments(parser, argv)
     if arguments.top < 1:
-        raise UsageError(f"--top is {arguments.top}; expected at least 1")
+        parser.error(f"--top is {arguments.top}; expected at least 1")
     paths = list_images(arguments.images)
-
-    import vit_jax
-
     classifier = vit_jax.load(arguments.model)
     classifier.require_trained_head(arguments.model)
     num_failed = 0
@@ -59,16 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def list_images(words: Sequence[str]) -> list[str]:
-    """Returns the paths of image files.
-
-    Args:
-        words: files, directories (searched recursively), glob patterns, "-" for paths on standard input.
-
-    Raises:
-        UserError: a directory or pattern has no images.
-    """
-    from vit_jax.data import IMAGE_SUFFIXES
-
+    """Returns image files: words are files, directories (searched recursively), glob patterns, or - for stdin."""
     paths: list[str] = []
     for word in words:
         found = [word]
@@ -85,21 +74,13 @@ def list_images(words: Sequence[str]) -> list[str]:
     return paths
 
 
-def predict_files(classifier: "Classifier", paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray | UserError]]:
-    """Classifies image files; decodes the next batch while the current one is on the device.
+def predict_files(classifier: Classifier, paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray | UserError]]:
+    """Classifies image files of any size; decodes the next batch while the current one is on the device.
 
-    Args:
-        classifier: see `vit_jax.load`.
-        paths: image files of any size and mode; resized to the square that the model sees.
-
-    Yields:
-        (path, probabilities, float32 [classes]), or (path, the error) of a file that cannot be read; in order.
+    Yields (path, float32 probabilities [classes]), or (path, the error) of a file that cannot be read; in order.
     """
-    from vit_jax.data import decode_image
-    from vit_jax.runtime import resources
-    from vit_jax.runtime.progress import progress_bar
-
     batch_size, size = min(_BATCH_SIZE, len(paths)), classifier.image_size
+    blank = np.zeros((size, size, 3), np.uint8)
     chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
 
     def decode(path: str) -> np.ndarray | UserError:
@@ -112,13 +93,9 @@ def predict_files(classifier: "Classifier", paths: Sequence[str]) -> Iterator[tu
         following = pool.map(decode, chunks[0])
         for chunk, next_chunk in zip(chunks, [*chunks[1:], ()], strict=True):
             decoded, following = list(following), pool.map(decode, next_chunk)
-            images = np.zeros(
-                (batch_size, size, size, 3), np.uint8
-            )  # stay zero: files that fail, the last chunk's rest
-            for i, image in enumerate(decoded):
-                if not isinstance(image, UserError):
-                    images[i] = image
-            probabilities = classifier.predict(images, batch_size=batch_size)
+            images = [blank if isinstance(image, UserError) else image for image in decoded]
+            images += [blank] * (batch_size - len(images))  # a smaller last batch would be compiled again
+            probabilities = classifier.predict(np.stack(images), batch_size=batch_size)
             for path, image, row in zip(chunk, decoded, probabilities, strict=False):
                 yield path, image if isinstance(image, UserError) else row
             bar.update(len(chunk))

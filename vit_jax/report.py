@@ -6,17 +6,16 @@ import json
 import platform
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
 
 from vit_jax.compare import Row, read_row
+from vit_jax.run import Run, load_run
 from vit_jax.runtime.errors import parse_arguments, run_command
 from vit_jax.runtime.files import write_atomically
 from vit_jax.types import Split
-
-if TYPE_CHECKING:
-    from vit_jax.run import Run
+from vit_jax.visualization import html
 
 _CAPTIONS = {
     "curves": "Curves. Overfitting: the test loss rises while the training loss falls.",
@@ -43,8 +42,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def write_report_of_finished_run(workdir: Path) -> None:
     """Writes the page of a run that has just finished, unless it exists; with several processes, prints the command."""
-    import jax
-
     if jax.process_count() > 1:
         print(f"for a report, run in one process: python -m vit_jax.report --workdir {workdir}")
         return
@@ -55,18 +52,12 @@ def write_report_of_finished_run(workdir: Path) -> None:
 
 
 def write_report(workdir: Path, *, data_dir: str | None = None) -> Path:
-    """Writes `workdir/report.html`: results, settings, command, figures, config.
+    """Writes `workdir/report.html`: results, settings, command, figures, config; UserError if it is not finished.
 
-    Args:
-        workdir: directory of a finished run.
-        data_dir: directory of the dataset; None takes that of the config.
-
-    Raises:
-        UserError: the run is not finished, its metrics are missing or damaged, or its dataset cannot be read.
+    `data_dir` is the directory of the dataset; None takes that of the config.
     """
-    from vit_jax import visualize
-    from vit_jax.run import load_run
-    from vit_jax.visualization import html, plotting
+    from vit_jax import visualize  # matplotlib takes long to import
+    from vit_jax.visualization import plotting
 
     row, run = read_row(workdir), load_run(workdir)
     test = run.load_test_split(data_dir)
@@ -93,26 +84,23 @@ def write_report(workdir: Path, *, data_dir: str | None = None) -> Path:
     return workdir / "report.html"
 
 
-def describe_run(run: "Run", row: Row, test: Split) -> list[tuple[str, str]]:
+def describe_run(run: Run, row: Row, test: Split) -> list[tuple[str, str]]:
     """Returns the settings and circumstances of a run as names and values."""
-    import jax
-
     config, names = run.config, run.class_names
     per_class = np.bincount(test.labels, minlength=len(names))
     model = ", ".join(f"{key} {value}" for key, value in config.model.to_dict().items())
     finished = datetime.datetime.fromtimestamp((run.workdir / "metrics.jsonl").stat().st_mtime)
-    seconds = datetime.timedelta(seconds=round(row.seconds))
-    smallest, largest = per_class.min(), per_class.max()
+    cells = row.cells()
     return [
         ("dataset", f"{config.dataset.name}, {config.dataset.train_split} → {config.dataset.test_split}"),
         ("training images", f"{run.info.dataset.num_train:,}"),
-        ("test images", f"{len(test):,}; {smallest:,} to {largest:,} per class"),
+        ("test images", f"{len(test):,}; {per_class.min():,} to {per_class.max():,} per class"),
         ("classes", f"{len(names)}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"),
         ("model", f"{config.architecture}: {model or 'sizes of the checkpoint'}"),
         ("pretrained", config.pretrained or "no"),
-        ("trainable", f"{row.cells()['trainable']}; {row.num_trainable:,} parameters"),
+        ("trainable", f"{cells['trainable']}; {cells['parameters']} parameters"),
         ("training", f"{config.num_steps:,} steps × {config.batch_size} images of {config.image_size} px"),
-        ("duration", f"{seconds} at {row.images_per_second:,.0f} images/s, without evaluation"),
+        ("duration", f"{cells['time']} at {cells['images/s']} images/s, without evaluation"),
         ("finished", f"{finished:%Y-%m-%d %H:%M}"),
         ("versions", f"vit_jax {run.metadata.vit_jax}, jax {jax.__version__}, Python {platform.python_version()}"),
     ]

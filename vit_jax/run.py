@@ -17,30 +17,17 @@ from vit_jax.types import Split
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Run(Classifier):
-    """A finished or interrupted run: a classifier with its config.
-
-    Attributes:
-        workdir: run directory.
-        config: see `vit_jax.config`.
-        step: of the checkpoint.
-        info: facts of the run.
-    """
+    """A finished or interrupted run: a classifier with its config."""
 
     workdir: Path
     config: ConfigDict
-    step: int
+    step: int  # of the checkpoint
     info: RunInfo
 
     def evaluate(
         self, split: Split | None = None, *, batch_size: int | None = None, prefix: str = "test"
     ) -> dict[str, float]:
-        """Returns the results on every test image; see `Classifier.evaluate`.
-
-        Args:
-            split: labels are columns of the logits; None loads the run's test split.
-            batch_size: upper bound of images at once; None takes the config's.
-            prefix: of the names.
-        """
+        """Returns the results as `Classifier.evaluate` does, by default on the run's own test split."""
         split = self.load_test_split() if split is None else split
         return super().evaluate(split, batch_size=batch_size or self.config.eval_batch_size, prefix=prefix)
 
@@ -58,34 +45,28 @@ class Run(Classifier):
                 f"{self.workdir} was trained on a dataset given from Python; "
                 "evaluate it there: vit_jax.load(workdir).evaluate(split)"
             )
-        config = self.config
+        config = self.config.copy_and_resolve_references()
         if data_dir is not None:
-            config = config.copy_and_resolve_references()
             config.dataset.data_dir = data_dir
         # A run that streamed its images is evaluated so, whatever memory is available now; the pixels are the same.
         storage = "stream" if self.info.storage == "stream" else config.dataset.storage
         split, class_names = experiment.load_test_split(config, storage=storage)
         if class_names != self.class_names:
+            ours, theirs = (
+                f"{len(names)} classes ({', '.join(names[:5])}, …)" for names in (self.class_names, class_names)
+            )
             raise UserError(
-                f"the run has {len(self.class_names)} classes, {', '.join(self.class_names[:5])}, …; the dataset has "
-                f"{len(class_names)}, {', '.join(class_names[:5])}, …; give the --data_dir that the run was trained on"
+                f"the run has {ours}, the dataset {theirs}; give the --data_dir that the run was trained on"
             )
         return split
 
 
 def load_run(workdir: str | Path, *, step: int | None = None, use_ema: bool = True) -> Run:
-    """Loads config, model and parameters of a run from its directory alone.
+    """Loads a run from its directory alone; raises UserError if it has no such checkpoint, or a damaged one.
 
-    Args:
-        workdir: run directory.
-        step: of the checkpoint; None takes the latest.
-        use_ema: whether EMA parameters, where the run kept them, replace what they average.
-
-    Raises:
-        UserError: there is no run, no such checkpoint, or a damaged one.
+    `step` is the latest by default. With `use_ema`, EMA parameters, where the run kept them, replace what they average.
     """
-    workdir = Path(workdir)
-    mesh = sharding.create_mesh()
+    workdir, mesh = Path(workdir), sharding.create_mesh()
     with Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.require_step(step)
         params, metadata = checkpoints.restore_params(step, sharding.replicated(mesh), use_ema=use_ema)

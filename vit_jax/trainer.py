@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import signal
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 from vit_jax.config import check_config, check_same, save_config
 from vit_jax.data.preprocess import Augment
 from vit_jax.runtime import distributed
-from vit_jax.runtime.errors import UserError, one_line
+from vit_jax.runtime.errors import UserError
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.experiment import Optimizer, create_experiment
 from vit_jax.training.info import RunInfo
@@ -66,8 +67,7 @@ def train_and_evaluate(
         if saved:
             print(f"resuming from step {step:,}")
             state = checkpoints.restore(step, state)
-        main_process = distributed.is_main_process()
-        if main_process:
+        if main_process := distributed.is_main_process():
             save_config(config, workdir)
         train_step = experiment.compile_train_step()
         examples = experiment.load_examples(state)
@@ -87,8 +87,7 @@ def train_and_evaluate(
                 if logging or saving:
                     metrics, nonfinite_step = fetch((metrics, state.first_nonfinite_step))
                     if nonfinite_step:
-                        checkpoints.finish()
-                        raise UserError(describe_nonfinite(nonfinite_step, checkpoints.latest_step()))
+                        raise UserError(describe_nonfinite(nonfinite_step, checkpoints))
                 if logging:
                     writer.log_training(step, metrics, batch_size=config.batch_size)
                 results = experiment.evaluate(state, examples) if evaluating else {}
@@ -98,7 +97,10 @@ def train_and_evaluate(
                     save(step, state, experiment.info, checkpoints, writer, accuracy=results.get("test/accuracy"))
                 if stopping and not last:
                     checkpoints.finish()
-                    return report_interruption(signal.Signals(stopping), step, workdir)
+                    print(f"stopped by {stopping.name}; saved checkpoint {step} to {workdir}; rerun to resume")
+                    if stopping == signal.SIGINT:
+                        raise KeyboardInterrupt
+                    return {}
             if config.num_steps == 0:
                 writer.log_evaluation(0, results := experiment.evaluate(state, examples))
                 save(0, state, experiment.info, checkpoints, writer, accuracy=results["test/accuracy"])
@@ -107,13 +109,7 @@ def train_and_evaluate(
 
 
 def save(
-    step: int,
-    state: TrainState,
-    info: RunInfo,
-    checkpoints: Checkpoints,
-    writer: Writer,
-    *,
-    accuracy: float | None,
+    step: int, state: TrainState, info: RunInfo, checkpoints: Checkpoints, writer: Writer, *, accuracy: float | None
 ) -> None:
     """Saves a checkpoint, which must not outlive its metrics: they are written to disk before."""
     writer.flush()
@@ -128,19 +124,14 @@ def fetch(tree: Any) -> Any:
 
 
 def check_resumable(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> RunInfo | None:
-    """Returns the facts of the run that `workdir` holds, None if it would start.
-
-    Raises:
-        UsageError: the run was started with another config.
-        UserError: its files are damaged.
-    """
-    step = checkpoints.latest_step()
+    """Returns the facts of the run that is resumed, None for a new one; UserError if its config or files do not fit."""
+    step, metrics = checkpoints.latest_step(), workdir / "metrics.jsonl"
     saved = None if step is None else RunInfo.from_json(checkpoints.read_metadata(step))
     if saved or (workdir / "config.json").exists():
         check_same(config, workdir, saved=saved.config if saved else None)
-    read_records(workdir / "metrics.jsonl")  # raises here, before compilation, if a line is damaged
-    if saved and checksum_of(read_records(workdir / "metrics.jsonl", last_step=step)) != saved.metrics_checksum:
-        print(f"{workdir / 'metrics.jsonl'} was changed since step {step}", file=sys.stderr)
+    read_records(metrics)  # raises here, before compilation, if a line is damaged
+    if saved and checksum_of(read_records(metrics, last_step=step)) != saved.metrics_checksum:
+        print(f"{metrics} was changed since step {step}", file=sys.stderr)
     distributed.sync_processes("every process has seen where the run stands")
     return saved
 
@@ -166,29 +157,22 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(known, handler)
 
 
-def stop_requested(signals: list[signal.Signals], *, synchronize: bool) -> int:
-    """Returns the signal that requests a stop, 0 for none; several processes agree on it where they `synchronize`."""
+def stop_requested(signals: list[signal.Signals], *, synchronize: bool) -> signal.Signals | None:
+    """Returns the signal that requests a stop, if any; several processes agree on it where they `synchronize`."""
     number = int(signals[0]) if signals else 0  # one may come at any moment: read once a step
-    if jax.process_count() == 1:
-        return number
-    return distributed.process_max(number) if synchronize else 0
+    number = distributed.process_max(number) if synchronize or jax.process_count() == 1 else 0
+    return signal.Signals(number) if number else None
 
 
-def describe_nonfinite(step: int, saved_step: int | None) -> str:
-    """Returns the message of a run whose loss or update was not finite at a step."""
+def describe_nonfinite(step: int, checkpoints: Checkpoints) -> str:
+    """Waits for the last save; returns the message of a run whose loss or update was not finite at a step."""
+    checkpoints.finish()
+    saved_step = checkpoints.latest_step()
     kept = f"the last good checkpoint is step {saved_step}" if saved_step else "no checkpoint had been written"
     return (
         f"the loss or the update was not finite at step {step}; {kept}; "
         "start again in another --workdir with a lower learning_rate, a longer warmup_steps, or optimizer.clip_norm"
     )
-
-
-def report_interruption(number: signal.Signals, step: int, workdir: Path) -> dict[str, float]:
-    """Reports the checkpoint of an interrupted run; raises KeyboardInterrupt again if Ctrl-C interrupted it."""
-    print(f"stopped by {number.name}; saved checkpoint {step} to {workdir}; rerun the same command to resume")
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    return {}
 
 
 @contextlib.contextmanager
@@ -197,9 +181,6 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
 
     The lock is the operating system's, which releases it when the process ends, even by SIGKILL. Of several processes,
     the first one holds it.
-
-    Raises:
-        UserError: another run holds the lock, or the directory cannot be written or locked.
     """
     if not distributed.is_main_process():
         yield
@@ -211,9 +192,8 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise UserError(f"{workdir} is in use by another run; wait for it, or give another --workdir") from error
-    except (OSError, NotImplementedError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-        raise UserError(f"cannot write to --workdir {workdir}: {reason}; give another") from error
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}; give another") from error
     try:
         yield
     finally:
@@ -225,11 +205,7 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
 
 
 def summarize(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> dict[str, float]:
-    """Plots the curves of a finished run, prints its results and what to type next; returns the results.
-
-    Raises:
-        UserError: metrics.jsonl is missing or damaged.
-    """
+    """Plots the curves of a finished run, prints its results and what to type next; returns the results."""
     if not distributed.is_main_process():
         return {}
     from vit_jax.visualization import plotting  # matplotlib takes long to import
@@ -237,22 +213,23 @@ def summarize(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> di
     info = RunInfo.from_json(checkpoints.read_metadata(config.num_steps))
     records, results = read_results(workdir, config.num_steps, info.metrics_checksum)
     plotting.plot_curves(records, title=workdir.name).savefig(workdir / "curves.png", dpi=120)
-    speeds = sorted(record["images_per_second"] for record in records if "images_per_second" in record)
-    rows = [
-        ("test accuracy", f"{results['test/accuracy']:.2%}"),
-        ("top-5 accuracy", f"{results['test/accuracy_top5']:.2%}"),
-        ("test loss", f"{results['test/loss']:.4f}"),
-        *([("without EMA", f"{results['test_raw/accuracy']:.2%}")] if "test_raw/accuracy" in results else []),
-        ("steps", f"{config.num_steps:,} × {config.batch_size} images"),
-        ("images/s, median", format_number(speeds[len(speeds) // 2]) if speeds else "–"),
-        ("checkpoints", str(workdir / "checkpoints")),
-        ("metrics", str(workdir / "metrics.jsonl")),
-        ("curves", str(workdir / "curves.png")),
-        ("TensorBoard events", str(workdir)),
-    ]
-    print("\n" + "\n".join(f"{name:<22}{value}" for name, value in rows))
-    python = Path(sys.executable)
-    if python.is_relative_to(Path.cwd()):
-        python = python.relative_to(Path.cwd())
-    print(f"\nnext: {python} -m vit_jax.evaluate --workdir {workdir}")
+    speeds = [record["images_per_second"] for record in records if "images_per_second" in record]
+    rows = {
+        "test accuracy": f"{results['test/accuracy']:.2%}",
+        "top-5 accuracy": f"{results['test/accuracy_top5']:.2%}",
+        "test loss": f"{results['test/loss']:.4f}",
+        **({"without EMA": f"{results['test_raw/accuracy']:.2%}"} if "test_raw/accuracy" in results else {}),
+        "steps": f"{config.num_steps:,} × {config.batch_size} images",
+        "images/s, median": format_number(statistics.median_high(speeds)) if speeds else "–",
+        "checkpoints": workdir / "checkpoints",
+        "metrics": workdir / "metrics.jsonl",
+        "curves": workdir / "curves.png",
+        "TensorBoard events": workdir,
+    }
+    print("\n" + "\n".join(f"{name:<22}{value}" for name, value in rows.items()) + "\n")
+    if "dataset" in info.custom:  # given from Python: no command can load it
+        print(f"next, in Python: vit_jax.load({str(workdir)!r}).evaluate(dataset.test)")
+    else:
+        python = sys.executable.removeprefix(f"{Path.cwd()}/")
+        print(f"next: {python} -m vit_jax.evaluate --workdir {workdir}")
     return {key: value for key, value in results.items() if key != "step"}

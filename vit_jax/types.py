@@ -1,7 +1,7 @@
 """Types that the packages hand to each other."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -34,23 +34,16 @@ class ImageSource(Protocol):
 
 
 @runtime_checkable
-class ImageModel(Protocol):
+class ImageModel(Hashable, Protocol):
     """A Linen module that maps images to class logits: `VisionTransformer`, `ResNet`."""
 
-    @property
-    def num_classes(self) -> int | None:
-        """Width of the head; None has no head and gives the features before it."""
+    num_classes: int | None  # width of the head; None has no head and gives the features before it
+    dtype: Any  # of the computation
+    head_init: str  # a key of `models.HEAD_INITS`
 
     @property
-    def dtype(self) -> Any:
-        """Of the computation."""
-
-    @property
-    def head_init(self) -> str:
-        """A key of `models.HEAD_INITS`."""
-
-    def __hash__(self) -> int:
-        """Of all arguments."""
+    def pixels_per_patch(self) -> int:
+        """Side in pixels of one output position, such as a token."""
 
     def init(self, rngs: Any, images: Any) -> Mapping[str, Params]:
         """Initializes {"params": …}."""
@@ -59,20 +52,16 @@ class ImageModel(Protocol):
         """[b h w 3], preprocessed -> logits [b num_classes]."""
 
     def clone(self, *, num_classes: int | None) -> "ImageModel":
-        """The same module with another head, or none."""
-
-    @property
-    def pixels_per_patch(self) -> int:
-        """Side in pixels of one output position, such as a token."""
+        """Returns the same module with another head, or none."""
 
     def layer_index(self, path: str) -> int:
-        """Layer of a parameter, for layer-wise learning rate decay; UsageError where there is none."""
+        """Returns the layer of a parameter, for layer-wise learning rate decay; UsageError where there is none."""
 
     def validate(self, image_size: int | None = None) -> None:
         """Raises UsageError where the sizes do not fit each other or the image size, in pixels."""
 
     def create_head(self, num_classes: int, name: str | None = None) -> Any:
-        """The layer [b d] -> [b num_classes], for use apart from the model on cached features."""
+        """Returns the layer [b d] -> [b num_classes], for use apart from the model on cached features."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -12,14 +11,12 @@ from matplotlib.figure import Figure
 
 from vit_jax.data import decode_image
 from vit_jax.models import VisionTransformer
-from vit_jax.runtime.errors import UsageError, parse_arguments, run_command
+from vit_jax.run import Run, load_run
+from vit_jax.runtime.errors import parse_arguments, run_command
 from vit_jax.runtime.files import write_atomically
 from vit_jax.training.writer import read_records
-from vit_jax.types import ImageModel, Split
+from vit_jax.types import Split
 from vit_jax.visualization import analysis, plotting
-
-if TYPE_CHECKING:
-    from vit_jax.run import Run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,42 +32,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data_dir", help="directory of the dataset, if it moved since the run")
     arguments = parse_arguments(parser, argv)
     if arguments.num_images < 1:
-        raise UsageError(f"--num_images is {arguments.num_images}; expected at least 1")
-
-    from vit_jax.run import load_run
-
+        parser.error(f"--num_images is {arguments.num_images}; expected at least 1")
+    if arguments.head is not None and arguments.layer is None:
+        parser.error("--head needs --layer: give both, or neither for all")
     run = load_run(arguments.workdir, step=arguments.step)
-    check_layer_and_head(run.model, arguments.layer, arguments.head)
-    images = {path: read_image(path, run.image_size) for path in arguments.images}
-    test, num_images = run.load_test_split(arguments.data_dir), arguments.num_images
-    out = Path(arguments.out)
+    for flag, value, attribute in (("layer", arguments.layer, "num_layers"), ("head", arguments.head, "num_heads")):
+        size = getattr(run.model, attribute, 0)  # a ResNet has no attention
+        if value is not None and not 0 <= value < size:
+            parser.error(f"--{flag} is {value}; this {type(run.model).__name__} has {size}, counted from 0")
+    options = {"num_images": arguments.num_images, "layer": arguments.layer, "head": arguments.head}
+    square = (run.image_size, run.image_size)
+    images = {path: np.asarray(decode_image(Path(path), size=square)) for path in arguments.images}
+    test, out = run.load_test_split(arguments.data_dir), Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    for name, figure in draw_all(
-        run, test, images=images, num_images=num_images, layer=arguments.layer, head=arguments.head
-    ):
+    for name, figure in draw_all(run, test, images=images, **options):
         write_atomically(out / f"{name}.png", plotting.to_png(figure))
         print(out / f"{name}.png", flush=True)
     return 0
 
 
-def check_layer_and_head(model: ImageModel, layer: int | None, head: int | None) -> None:
-    """Raises UsageError if the model has no such layer or head."""
-    if head is not None and layer is None:
-        raise UsageError("--head needs --layer: give both, or neither for all")
-    has_attention = isinstance(model, VisionTransformer)
-    for flag, value, attribute in (("--layer", layer, "num_layers"), ("--head", head, "num_heads")):
-        size = getattr(model, attribute) if has_attention else 0
-        if value is not None and not 0 <= value < size:
-            raise UsageError(f"{flag} is {value}; this {type(model).__name__} has {size}, counted from 0")
-
-
-def read_image(path: str | Path, image_size: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads an image file, resized to the square that the model sees."""
-    return np.asarray(decode_image(Path(path), size=(image_size, image_size)))
-
-
 def draw_all(
-    run: "Run",
+    run: Run,
     test: Split | None = None,
     *,
     images: Mapping[str, UInt8[np.ndarray, "h w 3"]] | None = None,
@@ -78,30 +60,20 @@ def draw_all(
     layer: int | None = None,
     head: int | None = None,
 ) -> Iterator[tuple[str, Figure]]:
-    """Plots all figures of a run: curves, parameters, predictions, attention.
+    """Plots all figures of a run: curves, parameters, predictions, attention; for a ResNet the first and third alone.
 
-    Args:
-        run: see `load_run`.
-        test: test images; None loads those of the run's config.
-        images: name -> image to plot attention on; None or none at all takes a random sample of `test`.
-        num_images: size of that sample.
-        layer: plots the attention of this layer instead of that of all.
-        head: plots the attention of this head instead of the mean over the heads of the layer.
-
-    Yields:
-        (name, figure). Without metrics there are no curves, for a ResNet no parameters and no attention.
+    Attention is that of all layers (rollout) and heads, or of one `layer`: the mean over its heads, or one `head`. It
+    is plotted on `images`, by name, or on a random sample of `num_images` of `test`, by default the run's test split.
     """
-    records = read_records(run.workdir / "metrics.jsonl", last_step=run.step)
-    if records:
+    if records := read_records(run.workdir / "metrics.jsonl", last_step=run.step):
         yield "curves", plotting.plot_curves(records, title=run.workdir.name)
-    else:
-        print(f"{run.workdir} has no metrics up to step {run.step}: no curves are plotted", file=sys.stderr)
-    if isinstance(run.model, VisionTransformer):
+    is_vit = isinstance(run.model, VisionTransformer)
+    if is_vit:
         yield from draw_parameters(run)
     test = run.load_test_split() if test is None else test
     probabilities = run.predict(test.images)
     yield from draw_predictions(run, test, probabilities)
-    if not isinstance(run.model, VisionTransformer):
+    if not is_vit:
         print(f"a {type(run.model).__name__} has no attention, positions or patches to plot")
         return
     if images:
@@ -111,13 +83,12 @@ def draw_all(
         chosen = np.random.default_rng(run.config.seed).permutation(len(test))[:num_images]
         names, shown = [run.class_names[i] for i in test.labels[chosen]], np.stack([test.images[i] for i in chosen])
         predictions = probabilities[chosen].argmax(axis=-1)
-    titles = [
-        f"{Path(name).name}\nclassified as {run.class_names[i]}" for name, i in zip(names, predictions, strict=True)
-    ]
+    classes = [run.class_names[i] for i in predictions]
+    titles = [f"{Path(name).name}\nclassified as {found}" for name, found in zip(names, classes, strict=True)]
     yield from draw_attention(run, shown, titles, layer=layer, head=head)
 
 
-def draw_parameters(run: "Run") -> Iterator[tuple[str, Figure]]:
+def draw_parameters(run: Run) -> Iterator[tuple[str, Figure]]:
     """Plots the position embeddings, and the filters of the patch embedding or of a hybrid's root."""
     assert isinstance(run.model, VisionTransformer)
     embeddings = np.asarray(run.params["Transformer"]["posembed_input"]["pos_embedding"])
@@ -128,7 +99,7 @@ def draw_parameters(run: "Run") -> Iterator[tuple[str, Figure]]:
     yield "patch_filters", plotting.plot_filters(*analysis.filter_components(np.asarray(filters)))
 
 
-def draw_predictions(run: "Run", test: Split, probabilities: Float[np.ndarray, "n c"]) -> Iterator[tuple[str, Figure]]:
+def draw_predictions(run: Run, test: Split, probabilities: Float[np.ndarray, "n c"]) -> Iterator[tuple[str, Figure]]:
     """Plots the confusion matrix and the most confident errors."""
     names, predictions = run.class_names, probabilities.argmax(axis=-1)
     counts = analysis.confusion_matrix(test.labels, predictions, num_classes=len(names))
@@ -141,7 +112,7 @@ def draw_predictions(run: "Run", test: Split, probabilities: Float[np.ndarray, "
 
 
 def draw_attention(
-    run: "Run", images: UInt8[np.ndarray, "b h w 3"], titles: Sequence[str], *, layer: int | None, head: int | None
+    run: Run, images: UInt8[np.ndarray, "b h w 3"], titles: Sequence[str], *, layer: int | None, head: int | None
 ) -> Iterator[tuple[str, Figure]]:
     """Plots attention rollout and the maps of all heads, or the attention of one layer or head; see `draw_all`."""
     assert isinstance(run.model, VisionTransformer)

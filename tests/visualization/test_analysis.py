@@ -95,11 +95,6 @@ def test_pooling_weights_sum_to_one(pool):
     assert analysis.pooling_weights(model.clone(pool="cls"), params, images) is None
 
 
-def test_to_grid_refuses_patches_that_do_not_form_a_square():
-    with pytest.raises(ValueError, match="6 patches do not form a square grid"):
-        analysis.to_grid(np.zeros((2, 6)))
-
-
 def test_position_similarity_is_a_cosine_without_the_class_token():
     embeddings = np.array([[[9.0, 9.0], [1.0, 0.0], [0.0, 5.0], [-2.0, 0.0], [3.0, 3.0]]])
     half = np.sqrt(0.5)

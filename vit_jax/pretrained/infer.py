@@ -86,7 +86,10 @@ def find_grid(num_patches: int, grid: Grid | None = None, *, name: str = "grid")
     rows, columns = grid or (math.isqrt(max(0, num_patches)),) * 2
     if rows * columns != num_patches or rows < 1:
         given = f"{name} is {rows} × {columns}" if grid else "they are not a square"
-        raise UserError(f"position embeddings are of {num_patches} patches, but {given}; give {name}=(rows, columns)")
+        raise UserError(
+            f"position embeddings are of {num_patches} patches, but {given}; commands and configs need a square, "
+            f"in Python pretrained.adapt_params takes {name}=(rows, columns)"
+        )
     return rows, columns
 
 

@@ -33,6 +33,11 @@ def read_model(name_or_path: str) -> tuple[Params, ModelMetadata | None]:
         params, metadata = load_huggingface(path)
     elif (path / "params").is_dir():
         params, metadata = load_orbax(path)
+    elif path.is_dir():
+        if (path / "checkpoints").is_dir():
+            raise UserError(f"{path} is a run directory; give an export of it (python -m vit_jax.export)")
+        expected = "checkpoints/, params/ or model.safetensors in it"
+        raise UserError(f"{path} is neither a run directory nor an orbax or safetensors export: expected {expected}")
     else:
         params, metadata = to_original(load_npz(path)), read_metadata(path)
     try:

@@ -20,15 +20,9 @@ if TYPE_CHECKING:
 def attention_weights(
     model: "VisionTransformer", params: Params, images: Float[np.ndarray | Array, "b h w 3"]
 ) -> Float[np.ndarray, "l b k n n"]:
-    """Returns the attention weights of all layers and heads.
+    """Returns the attention weights of all layers and heads for preprocessed images, float32.
 
-    Args:
-        model: without dropout.
-        params: of the model.
-        images: preprocessed as for the model.
-
-    Returns:
-        float32 [l b k n n]; each row, the weights of one token on all, sums to 1. Token 0 is the class token, if any.
+    Each row, the weights of one token on all, sums to 1. Token 0 is the class token, if any.
     """
     blocks = _intermediates(model, params, images)["Transformer"]
     layers = [
@@ -41,11 +35,9 @@ def attention_weights(
 def pooling_weights(
     model: "VisionTransformer", params: Params, images: Float[np.ndarray | Array, "b h w 3"]
 ) -> Float[np.ndarray, "b n"] | None:
-    """Returns the weight of each patch in the input of the head; arguments as above.
+    """Returns the weight of each patch in the input of the head, float32; None for a model with a class token.
 
-    Returns:
-        float32 [b n]: equal weights for mean pooling, the probe's attention averaged over heads for attention pooling;
-        None for a model with a class token.
+    Mean pooling has equal weights; attention pooling those of the probe, averaged over heads.
     """
     if model.pool == "cls":
         return None
@@ -66,34 +58,20 @@ def _intermediates(model: "VisionTransformer", params: Params, images: np.ndarra
 def attention_maps(
     weights: Float[np.ndarray, "l b k n n"], *, class_token: bool = True
 ) -> Float[np.ndarray, "l b k g g"]:
-    """Returns each head's attention to the patches: the class token's, or the mean over all patches without one.
-
-    Raises:
-        ValueError: the patches do not form a square.
-    """
+    """Returns each head's attention to the patches: the class token's, or the mean over all patches without one."""
     return to_grid(weights[..., 0, 1:] if class_token else weights.mean(axis=-2))
 
 
 def attention_rollout(
     weights: Float[np.ndarray, "l b k n n"], pooling: Float[np.ndarray, "b n"] | None = None
 ) -> Float[np.ndarray, "b g g"]:
-    """Returns the attention to each patch accumulated over all layers.
+    """Returns the attention to each patch accumulated over all layers, float32.
 
     Each layer contributes 0.5 · A + 0.5 · I, where A is the mean over heads and I the skip connection, with rows
-    normalized to 1. The row of the class token in the product of these matrices is the result.
+    normalized to 1. The result is the class token's row of the product of these matrices, which sums to less than 1 as
+    the token's own weight is left out; or the mean of all rows, weighted by `pooling`.
 
-    Args:
-        weights: see `attention_weights`.
-        pooling: see `pooling_weights`; averages the rows of the product with these weights; None takes token 0.
-
-    Returns:
-        float32 [b g g]; with a class token, the sum is below 1 by the weight of that token itself.
-
-    Raises:
-        ValueError: the patches do not form a square.
-
-    Source:
-        Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers", section 3.
+    Source: Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers", section 3.
     """
     layers = 0.5 * weights.mean(axis=2) + 0.5 * np.eye(weights.shape[-1])  # [l b n n]
     layers = layers / layers.sum(axis=-1, keepdims=True)
@@ -103,31 +81,17 @@ def attention_rollout(
 
 
 def to_grid(patches: Float[np.ndarray, "*batch n"]) -> Float[np.ndarray, "*batch g g"]:
-    """Reshapes [… g·g] to [… g g].
-
-    Raises:
-        ValueError: the patches do not form a square.
-    """
+    """Reshapes patches of a square image, [… g·g], to [… g g]."""
     side = math.isqrt(patches.shape[-1])
-    if side * side != patches.shape[-1]:
-        raise ValueError(f"{patches.shape[-1]} patches do not form a square grid")
     return patches.reshape(*patches.shape[:-1], side, side)
 
 
 def position_similarity(
     embeddings: Float[np.ndarray, "1 n d"], *, class_token: bool = True
 ) -> Float[np.ndarray, "patches patches"]:
-    """Returns the cosine similarity between the position embeddings of all patches.
+    """Returns the cosine similarity between the position embeddings of all patches, without that of a class token.
 
-    Args:
-        embeddings: position embeddings.
-        class_token: the first one is that of the class token, and left out.
-
-    Returns:
-        float32, from -1 to 1.
-
-    Source:
-        Dosovitskiy et al. 2021, figure 7 (centre).
+    Source: Dosovitskiy et al. 2021, figure 7 (centre).
     """
     vectors = np.array(embeddings[0, int(class_token) :], np.float64)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
@@ -137,17 +101,9 @@ def position_similarity(
 def filter_components(
     kernel: Float[np.ndarray, "p p 3 d"], *, count: int = 28
 ) -> tuple[Float[np.ndarray, "components p p 3"], Float[np.ndarray, " components"]]:
-    """Returns the principal components of the patch embedding's filters, or of those of a hybrid's root.
+    """Returns the first principal components of d filters, and the fraction of the variance that each explains.
 
-    Args:
-        kernel: d filters.
-        count: number of components; fewer where the filters have fewer dimensions.
-
-    Returns:
-        (components of length 1, the largest entry positive; fraction of the variance that each explains, falling).
-
-    Source:
-        Dosovitskiy et al. 2021, figure 7 (left).
+    Components have length 1, the largest entry positive. Source: Dosovitskiy et al. 2021, figure 7 (left).
     """
     filters = np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1]).T  # [d p·p·3]
     _, scales, components = np.linalg.svd(filters - filters.mean(axis=0), full_matrices=False)

@@ -7,19 +7,14 @@ import string
 from collections.abc import Mapping, Sequence
 
 Rows = Sequence[tuple[str, str]]
+"""Names and values."""
 
 
 def format_report(texts: Mapping[str, str], *, results: Rows, settings: Rows, figures: Mapping[str, bytes]) -> str:
-    """Fills `assets/report.html`.
+    """Fills `assets/report.html`; escapes everything.
 
-    Args:
-        texts: "title", "accuracy", "summary", "command" and "config"; escaped here.
-        results: name and value.
-        settings: the same.
-        figures: caption, "Title. Explanation." -> PNG, in the order of the page.
-
-    Returns:
-        The HTML.
+    The keys of `texts` are "title", "accuracy", "summary", "command" and "config"; the keys of `figures`, PNG files in
+    the order of the page, are captions, "Title. Explanation."
     """
     template = importlib.resources.files("vit_jax").joinpath("assets/report.html").read_text(encoding="utf-8")
     return string.Template(template).substitute(

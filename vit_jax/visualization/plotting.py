@@ -44,12 +44,7 @@ def plot_curves(records: Records, *, title: str = "") -> Figure:
 
 
 def plot_accuracies(runs: Mapping[str, Records], *, title: str = "") -> Figure:
-    """Plots test accuracy over the steps, a line for each run.
-
-    Args:
-        runs: name -> records.
-        title: of the figure.
-    """
+    """Plots test accuracy over the steps, a line for each run, by name."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for i, (name, records) in enumerate(runs.items()):
@@ -73,17 +68,10 @@ def _plot_metric(axes: Axes, records: Records, key: str, *, label: str, color: s
 def plot_attention(
     images: UInt8[np.ndarray, "b h w 3"], maps: Float[np.ndarray, "b g g"], titles: Sequence[str], *, title: str
 ) -> Figure:
-    """Plots images, and below each a heat map of attention over its grey version.
-
-    Args:
-        images: any size.
-        maps: attention weights of the patches; each map has its own color scale, given in numbers below it.
-        titles: of the images, [b].
-        title: of the figure.
-    """
+    """Plots images, and below each a heat map of attention over its grey version; each map has its own color scale."""
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
-    figure, panels = _create_panels(2 * rows, columns, panel_size=(1.7, 1.85), title=title)
+    figure, panels = _create_panels(2 * rows, columns, size=(1.7, 1.85), title=title)
     for i, (image, weights, name) in enumerate(zip(images, maps, titles, strict=True)):
         above, below = panels[2 * (i // columns) : 2 * (i // columns) + 2, i % columns]
         above.imshow(image)
@@ -153,16 +141,11 @@ def _plot_similarity(image: np.ndarray, title: str) -> tuple[Figure, Axes]:
 
 
 def plot_filters(components: Float[np.ndarray, "n p p 3"], explained: Float[np.ndarray, " n"]) -> Figure:
-    """Plots principal components of the patch filters as colors, each scaled to its own range.
-
-    Args:
-        components: see `analysis.filter_components`.
-        explained: fractions of the variance.
-    """
+    """Plots what `analysis.filter_components` returns: components as colors, each scaled to its own range."""
     columns = min(7, len(components))
     rows = -(-len(components) // columns)
     title = "Patch filters: principal components and explained variance"
-    figure, panels = _create_panels(rows, columns, panel_size=(1.25, 1.45), title=title)
+    figure, panels = _create_panels(rows, columns, size=(1.25, 1.45), title=title)
     for axes, component, fraction in zip(panels.flat, components, explained, strict=False):
         axes.imshow(0.5 + 0.5 * component / max(np.abs(component).max(), 1e-12), interpolation="nearest")
         axes.set_title(f"{fraction:.1%}", fontsize=8)
@@ -172,15 +155,8 @@ def plot_filters(components: Float[np.ndarray, "n p p 3"], explained: Float[np.n
 def plot_confusion(
     counts: Int[np.ndarray, "c c"], pairs: Sequence[tuple[int, int, int]], class_names: Sequence[str], *, title: str
 ) -> Figure:
-    """Plots the confusion matrix as fractions of each row, and lists the most frequent confusions.
-
-    Args:
-        counts: see `analysis.confusion_matrix`. Rows of classes without images are grey.
-        pairs: see `analysis.most_frequent_confusions`.
-        class_names: [c].
-        title: of the figure.
-    """
-    totals, classes = counts.sum(axis=1, keepdims=True), range(len(counts))
+    """Plots the confusion matrix as fractions of each row, grey without images, and the most frequent confusions."""
+    totals, names = counts.sum(axis=1, keepdims=True), [_shorten(name) for name in class_names]
     fractions = np.where(totals, counts / np.maximum(totals, 1), np.nan)
     side = min(7.0, 3.2 + 0.36 * len(counts))  # inches
     figure = Figure(figsize=(1.2 * side + 3, side), layout="constrained")
@@ -189,20 +165,16 @@ def plot_confusion(
     shown = left.imshow(fractions, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
     left.set(title=title, xlabel="predicted class", ylabel="true class")
     if len(counts) <= 20:
-        left.set_xticks(classes, map(_shorten, class_names), rotation=45, ha="right", rotation_mode="anchor")
-        left.set_yticks(classes, map(_shorten, class_names))
+        left.set_xticks(range(len(counts)), names, rotation=45, ha="right", rotation_mode="anchor")
+        left.set_yticks(range(len(counts)), names)
         for i, j in np.argwhere(counts):
             color = "black" if fractions[i, j] > 0.5 else "white"
             left.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", fontsize=9, color=color)
     figure.colorbar(shown, ax=left, label="fraction of the images of a class", fraction=0.046)
     right.set_axis_off()
     right.set_title("Most frequent confusions", loc="left")
-    lines = [
-        f"{number:,} × {_shorten(class_names[i])} classified as {_shorten(class_names[j])}" for i, j, number in pairs
-    ]
-    right.text(
-        0, 0.98, "\n".join(lines) or "no errors", va="top", fontsize=9, linespacing=1.6, transform=right.transAxes
-    )
+    text = "\n".join(f"{number:,} × {names[i]} classified as {names[j]}" for i, j, number in pairs) or "no errors"
+    right.text(0, 0.98, text, va="top", fontsize=9, linespacing=1.6, transform=right.transAxes)
     return figure
 
 
@@ -212,30 +184,20 @@ def plot_errors(
     predictions: Sequence[str],
     probabilities: Float[np.ndarray, " b"],
 ) -> Figure:
-    """Plots misclassified images with their true class, predicted class and its probability.
-
-    Args:
-        images: in the order of the panels.
-        labels: names of the true classes, [b].
-        predictions: names of the predicted classes, [b].
-        probabilities: of the predicted classes.
-    """
+    """Plots misclassified images with their true class, predicted class and its probability."""
     rows = max(1, -(-len(images) // 5))
     title = "Most confident errors" if len(images) else "No errors"
-    figure, panels = _create_panels(rows, 5, panel_size=(2.1, 2.6), title=title)
-    for axes, image, label, prediction, probability in zip(
-        panels.flat, images, labels, predictions, probabilities, strict=False
-    ):
+    figure, panels = _create_panels(rows, 5, size=(2.1, 2.6), title=title)
+    shown = zip(panels.flat, images, labels, predictions, probabilities, strict=False)
+    for axes, image, label, prediction, probability in shown:
         axes.imshow(image)
         axes.set_title(f"{_shorten(label)}\nclassified as {_shorten(prediction)}, {probability:.0%}", fontsize=8)
     return figure
 
 
-def _create_panels(
-    rows: int, columns: int, *, panel_size: tuple[float, float], title: str
-) -> tuple[Figure, np.ndarray]:
-    """Returns a figure and its grid of axes [rows columns], which are hidden; sizes in inches."""
-    width, height = panel_size
+def _create_panels(rows: int, columns: int, *, size: tuple[float, float], title: str) -> tuple[Figure, np.ndarray]:
+    """Returns a figure and its grid of panels [rows columns], axes that are hidden; the size of each is in inches."""
+    width, height = size
     figure = Figure(figsize=(max(6.5, width * columns + 0.4), height * rows + 0.6), layout="constrained")  # title fits
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes in panels.flat:
