@@ -177,7 +177,7 @@ def test_restore_does_not_take_lack_of_memory_for_damage(two_steps, monkeypatch)
     def fail(*_):
         raise MemoryError("cannot allocate")
 
-    monkeypatch.setattr(checkpoint, "_load_arrays", fail)
+    monkeypatch.setattr(checkpoint, "mismatches", fail)
     with Checkpoints(two_steps, read_only=True) as checkpoints:
         with pytest.raises(UserError, match="out of memory while reading .*/2/params: cannot allocate$"):
             checkpoints.restore_params(2, replicated())
