@@ -14,7 +14,6 @@ from vit_jax import data, models
 from vit_jax.runtime import distributed, sharding
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.training import experiment, optim
-from vit_jax.training.features import Storage
 from vit_jax.training.info import RunInfo
 
 SIZES = {"patch_size": 4, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "mlp_dim": 40}
@@ -52,7 +51,7 @@ def plan(config, *, num_devices=8, num_images=1437):
 )
 def test_plan_experiment_caches_features_where_the_backbone_is_a_fixed_function(changes, cached):
     planned = plan(config_with(**changes))
-    assert planned.storage == (Storage.FEATURES if cached else Storage.MEMORY)
+    assert planned.storage == ("features" if cached else "memory")
     assert planned.abstract_batch.inputs.shape == ((10 * 64, 24) if cached else (64, 8, 8, 3))
 
 

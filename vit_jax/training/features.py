@@ -1,7 +1,6 @@
 """Cached features: where the backbone is a fixed function, it is applied once and the head trains on what it gives."""
 
 import dataclasses
-import enum
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +18,8 @@ _MAX_EXAMPLES = 2**15
 """Examples per dispatch."""
 
 
-class Storage(enum.StrEnum):
-    """Where the training examples are."""
-
-    MEMORY = "memory"
-    STREAM = "stream"
-    FEATURES = "features"
-
-
 def abstract_batch(forward: ImageForward, params: Params, images: jax.ShapeDtypeStruct, *, max_updates: int) -> Batch:
-    """Returns the shapes of a batch of cached features, for several updates.
-
-    Args:
-        forward: of the full model.
-        params: shapes of its parameters.
-        images: shape of a batch of images.
-        max_updates: largest number of updates per batch.
-    """
+    """Returns the shapes of a batch of cached features, for several updates, each of as many examples as `images`."""
     size = images.shape[0]
     backbone = _backbone(forward)
     inputs = jax.eval_shape(backbone.preprocess, jax.ShapeDtypeStruct((size, 2), jnp.uint32), images)
@@ -54,16 +38,7 @@ def compute_features(
     num_views: int = 1,
     seed: int = 0,
 ) -> jax.Array:
-    """Applies the backbone to every image.
-
-    Args:
-        forward: of the full model.
-        params: of the model, on the mesh.
-        images: uint8 [n h w 3], on the host.
-        mesh: batches are split over its devices.
-        augment: see `preprocess.prepare`.
-        num_views: number of times that every image is augmented.
-        seed: of the augmentation.
+    """Applies the backbone to every image on the host, augmented `num_views` times.
 
     Returns:
         [views · n d], on every device: all images once, then all of them again.

@@ -21,11 +21,8 @@ from vit_jax.types import ImageModel, ImageSource, Params
 class Forward(Protocol):
     """Maps stored examples to logits: uint8 images through the whole model, or cached features through its head."""
 
-    def augment_and_preprocess(self, keys: jax.Array, examples: jax.Array) -> jax.Array:
-        """Returns the inputs [b …] of a training batch; keys [b]."""
-
-    def preprocess(self, keys: jax.Array, examples: jax.Array) -> jax.Array:
-        """Returns the inputs [b …] of an evaluation batch; keys [b]."""
+    def preprocess(self, keys: jax.Array, examples: jax.Array, *, train: bool = False) -> jax.Array:
+        """Returns the inputs [b …] of a batch, augmented in training; keys [b]."""
 
     def logits(self, params: Params, inputs: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
         """Returns logits [b classes]; without keys [b], dropout is off."""
@@ -33,38 +30,26 @@ class Forward(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ImageForward:
-    """Preprocesses uint8 images on the device and applies the full model.
-
-    Attributes:
-        model: Linen module.
-        image_size: pixels, square.
-        image_mean: of the channels, from 0 to 1.
-        image_std: of the channels, on the same scale.
-        augment: of training images, see `preprocess.prepare`.
-        test_augment: of test images, sampled in the same way at every evaluation.
-        dropout: whether the model's dropout is on in training.
-    """
+    """Preprocesses uint8 images on the device and applies the full model."""
 
     model: ImageModel
     image_size: int
     image_mean: tuple[float, ...] = preprocess.HALF
     image_std: tuple[float, ...] = preprocess.HALF
     augment: Augment = "none"
-    test_augment: str = "none"
-    dropout: bool = False
+    test_augment: str = "none"  # sampled in the same way at every evaluation
+    dropout: bool = False  # whether the model's dropout is on in training
 
-    def _prepare(self, keys: jax.Array, images: jax.Array, augment: Augment) -> jax.Array:
+    def preprocess(self, keys: jax.Array, examples: jax.Array, *, train: bool = False) -> jax.Array:
+        """uint8 [b h w 3] -> float32 [b s s 3]."""
         return preprocess.prepare(
-            keys, images, image_size=self.image_size, augment=augment, mean=self.image_mean, std=self.image_std
+            keys,
+            examples,
+            image_size=self.image_size,
+            augment=self.augment if train else self.test_augment,
+            mean=self.image_mean,
+            std=self.image_std,
         )
-
-    def augment_and_preprocess(self, keys: jax.Array, examples: jax.Array) -> jax.Array:
-        """uint8 [b h w 3] -> float32 [b s s 3]."""
-        return self._prepare(keys, examples, self.augment)
-
-    def preprocess(self, keys: jax.Array, examples: jax.Array) -> jax.Array:
-        """uint8 [b h w 3] -> float32 [b s s 3]."""
-        return self._prepare(keys, examples, self.test_augment)
 
     def logits(self, params: Params, inputs: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
         """float32 [b s s 3] -> [b classes]."""
@@ -87,11 +72,9 @@ class FeatureForward:
 
     model: ImageModel
 
-    def augment_and_preprocess(self, keys: jax.Array, examples: jax.Array) -> jax.Array:
+    def preprocess(self, keys: jax.Array, examples: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns the features."""
         return examples
-
-    preprocess = augment_and_preprocess
 
     def logits(self, params: Params, inputs: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
         """[b d] -> [b classes]."""
@@ -101,12 +84,9 @@ class FeatureForward:
 
 
 class Inference:
-    """Applies a model to images in batches, on all devices of a mesh.
+    """Applies a model to images in batches, split over all devices of a mesh.
 
-    Args:
-        forward: from examples to logits.
-        mesh: batches are split over its devices.
-        batch_size: upper bound, rounded up to a multiple of the number of devices.
+    The batch size is an upper bound, rounded up to a multiple of the number of devices.
     """
 
     def __init__(self, forward: Forward, mesh: Mesh, *, batch_size: int):
@@ -118,12 +98,9 @@ class Inference:
     def sum_metrics(
         self, params: Params, images: ImageSource | jax.Array, labels: np.ndarray | jax.Array
     ) -> metrics.Sums:
-        """Returns loss and accuracy as sums over all examples, each counted exactly once; see `metrics.means`.
+        """Returns the sums of `metrics.masked_sums` over all examples, each counted exactly once.
 
-        Args:
-            params: of the model, on the mesh.
-            images: examples [n …], on every device or on the host.
-            labels: int32 [n].
+        Examples [n …] are on every device, or on the host; labels are int32 [n].
         """
         batch_size = sharding.pad_to_devices(self.batch_size, len(labels), self.mesh)
         batches = evaluation_batches(images, labels, self.mesh, batch_size=batch_size)
@@ -139,32 +116,25 @@ class Inference:
         return {name: sums[name] + value for name, value in batch_sums.items()}
 
     def outputs(self, params: Params, images: ImageSource, *, num_views: int = 1, seed: int = 0) -> jax.Array:
-        """Applies the model to every image.
+        """Applies the model to every image, uint8 [n h w 3] on the host, n > 0.
 
-        Args:
-            params: of the model, on the mesh.
-            images: uint8 [n h w 3], on the host; at least one.
-            num_views: number of times that every image is preprocessed, each time with another key.
-            seed: of the keys, see `rng.row_keys`.
-
-        Returns:
-            [views · n d], on every device: all images once, then all of them again.
+        Every image is preprocessed `num_views` times, with keys of `rng.row_keys` and the seed. Returns
+        [views · n d] on every device: all images once, then all of them again.
         """
+        num_rows = num_views * len(images)
         batch_size = sharding.pad_to_devices(self.batch_size, len(images), self.mesh)
-        num_batches = -(-num_views * len(images) // batch_size)
+        num_batches = -(-num_rows // batch_size)
+        batch = Batch.abstract(jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), jnp.uint8))
+        shape = jax.eval_shape(self._outputs, params, batch)
+        zeros = functools.partial(jnp.zeros, (num_batches * batch_size, *shape.shape[1:]), shape.dtype)
+        buffer: jax.Array = jax.jit(zeros, out_shardings=self._replicated)()
+        position = sharding.device_put(np.int32(0), self._replicated)
         labels = np.zeros(len(images), np.int32)
         batches = evaluation_batches(images, labels, self.mesh, batch_size=batch_size, num_views=num_views)
-        buffer: jax.Array | None = None
-        position = sharding.device_put(np.int32(0), self._replicated)
         for batch in progress_bar(batches, total=num_batches, desc="images", unit="batch"):
-            if buffer is None:
-                shape = jax.eval_shape(functools.partial(self._outputs, seed=seed), params, batch)
-                zeros = functools.partial(jnp.zeros, (num_batches * batch_size, *shape.shape[1:]), shape.dtype)
-                buffer = jax.jit(zeros, out_shardings=self._replicated)()
             previous, (buffer, position) = position, self._append(buffer, position, params, batch, seed)
             jax.block_until_ready(previous)
-        assert buffer is not None, "no images"
-        return buffer[: num_views * len(images)]
+        return buffer[:num_rows]
 
     def _append_outputs(
         self, buffer: jax.Array, position: jax.Array, params: Params, batch: Batch, seed: int
@@ -175,6 +145,5 @@ class Inference:
 
     def _outputs(self, params: Params, batch: Batch, *, seed: int = 0) -> jax.Array:
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            return self.forward.logits(
-                params, self.forward.preprocess(rng.row_keys(batch.rows, seed=seed), batch.inputs)
-            )
+            inputs = self.forward.preprocess(rng.row_keys(batch.rows, seed=seed), batch.inputs)
+            return self.forward.logits(params, inputs)
