@@ -18,13 +18,7 @@ _NOT_IN_SHAPES = ("gelu_approximate", "layer_norm_epsilon")
 
 
 class Pretrained(NamedTuple):
-    """A pretrained checkpoint.
-
-    Attributes:
-        name: its name or path.
-        params: named as in the original checkpoints.
-        metadata: None where it has none.
-    """
+    """A pretrained checkpoint: its name or path, parameters, and metadata if it has any."""
 
     name: str
     params: Params
@@ -39,11 +33,6 @@ def load_pretrained(name_or_path: str) -> Pretrained | None:
 def model_arguments(arguments: Mapping[str, Any], architecture: str, source: Pretrained | None) -> dict[str, Any]:
     """Returns constructor arguments of a model; sizes that are not given are those of the pretrained checkpoint.
 
-    Args:
-        arguments: that are given.
-        architecture: a key of `models.ARCHITECTURES`.
-        source: pretrained checkpoint; None: from scratch.
-
     Raises:
         UsageError: there are no sizes, or others than those of the checkpoint.
     """
@@ -57,13 +46,15 @@ def model_arguments(arguments: Mapping[str, Any], architecture: str, source: Pre
     except UserError as error:
         raise UserError(f"{source.name}: {error}") from error
     sizes = {key: value for key, value in sizes.items() if key not in ("num_classes", "representation_size")}
-    differ = [key for key in sizes if given.get(key, sizes[key]) != sizes[key]]
-    if found != architecture or differ:
-        wrong = [f"{key} {given[key]} (checkpoint: {sizes[key]})" for key in differ if found == architecture]
+    wrong = [
+        f"{key} {given[key]} (checkpoint: {sizes[key]})" for key in sizes if given.get(key, sizes[key]) != sizes[key]
+    ]
+    if found != architecture:
+        wrong = [f"{architecture} (checkpoint: {found})"]
+    if wrong:
         raise UsageError(
-            f"the model does not fit {source.name}, which is another one: "
-            f"{', '.join(wrong) or f'{architecture} (checkpoint: {found})'}; "
-            "correct one of the two, or leave config.model empty to take the sizes of the checkpoint"
+            f"the model does not fit {source.name}, which is another one: {', '.join(wrong)}; correct one of the two, "
+            "or leave config.model empty to take the sizes of the checkpoint"
         )
     in_metadata = source.metadata.model if source.metadata else {}
     return {key: in_metadata[key] for key in _NOT_IN_SHAPES if key in in_metadata} | sizes | given
@@ -99,13 +90,10 @@ def has_dropout(model: ImageModel) -> bool:
 
 
 def check_gradients(trainable: Params, frozen: Params, model: ImageModel) -> None:
-    """Refuses a choice of trainable parameters that a zero above them keeps without gradients.
+    """Raises UsageError if a zero that stays frozen keeps other trainable parameters without gradients.
 
-    The head of a run is new. Where its kernel starts at zero and stays frozen, the logits never depend on the features.
-    A LoRA product whose `b` stays frozen at zero never changes either.
-
-    Raises:
-        UsageError: names what to add.
+    The head of a run is new: while its kernel is zero, the logits do not depend on the features. While `b` of a LoRA
+    product is zero, the product does not change.
     """
     paths = flatten_dict(trainable, sep="/").keys()
     if model.head_init == "zeros" and not paths & {"head/kernel", "lora/head/kernel/b"}:
