@@ -1,6 +1,7 @@
-# make train                 installs into .venv, then runs CONFIG (configs/digits.py unless given)
-# make test, make test-slow  installs with the test extra, then lint and tests, or the long tests
-# make … PYTHON=python3.12   takes another interpreter, with an environment of its own
+# make train                  installs into .venv, then trains CONFIG (configs/digits.py unless given)
+# make train ARGS="…"         passes flags on, such as ARGS="--config.num_steps=100 --noreport"
+# make test, make test-slow   installs with the test extra, then runs lint and the quick tests, or the long tests
+# make … PYTHON=python3.12    uses another interpreter, with an environment of its own
 
 PYTHON ?= python3
 CONFIG ?= configs/digits.py
@@ -10,10 +11,10 @@ BIN := $(VENV)/bin
 .PHONY: train test test-slow lint install clean
 
 train: $(VENV)/installed
-	$(BIN)/python train.py --config $(CONFIG) $(if $(WORKDIR),--workdir $(WORKDIR))
+	$(BIN)/python train.py --config $(CONFIG) $(if $(WORKDIR),--workdir $(WORKDIR)) $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-slow: $(VENV)/installed-test $(VENV)-aot/installed $(VENV)-interop/installed
 	$(BIN)/python -m pytest -m slow --ignore tests/test_aot.py --ignore tests/pretrained/test_interop.py
@@ -30,7 +31,7 @@ install: $(VENV)/installed
 $(VENV)/installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "error: Python %d.%d is too old; expected 3.11 or later: make … PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV): JAX and what comes with it, a minute or three …"
+	@echo "installing into $(VENV): JAX and its dependencies, one to three minutes …"
 	@$(BIN)/python -m pip install -qq --upgrade pip
 	@$(BIN)/python -m pip install -qq --editable .
 	@touch $@
@@ -39,14 +40,14 @@ $(VENV)/installed-test: $(VENV)/installed
 	@$(BIN)/python -m pip install -qq --editable '.[test]'
 	@touch $@
 
-# JAX's CUDA plugin has an environment of its own: without a GPU it complains at every start.
+# JAX's CUDA plugin has an environment of its own: without a GPU it warns at every start.
 $(VENV)-aot/installed: $(VENV)/installed
 	$(PYTHON) -m venv $(VENV)-aot
 	@$(VENV)-aot/bin/python -m pip install -qq --upgrade pip
 	@$(VENV)-aot/bin/python -m pip install -qq --editable '.[aot,test]'
 	@touch $@
 
-# Hugging Face's transformers have one, too: torch is large. One release of it, for a range may bring CUDA's libraries.
+# So have Hugging Face's transformers: torch is large. It is pinned because other releases install CUDA's libraries.
 $(VENV)-interop/installed: $(VENV)/installed
 	$(PYTHON) -m venv $(VENV)-interop
 	@$(VENV)-interop/bin/python -m pip install -qq --upgrade pip

@@ -1,4 +1,4 @@
-"""The commands of the README, run as they stand there."""
+"""The commands and examples of the README and the docs."""
 
 import io
 import json
@@ -16,36 +16,50 @@ from PIL import Image
 
 from vit_jax import pretrained
 
-README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TEXT = "\n".join(PAGES.values())
 
 
-def commands() -> list[list[str]]:
-    """The README's Python commands, each as the words behind `.venv/bin/python`."""
-    blocks = "\n".join(block for kind, block in re.findall(r"```(\w*)\n(.*?)```", README, re.S) if not kind)
+def commands(text: str = TEXT) -> list[list[str]]:
+    """The Python commands of a text, each as the words after `.venv/bin/python`."""
+    blocks = "\n".join(block for kind, block in re.findall(r"```(\w*)\n(.*?)```", text, re.S) if not kind)
     blocks = blocks.replace("\\\n", " ")
     prefix = ".venv/bin/python "
     return [shlex.split(line.removeprefix(prefix)) for line in blocks.splitlines() if line.startswith(prefix)]
 
 
 def command_with(*words: str) -> list[str]:
-    (command,) = [command for command in commands() if all(any(word in part for part in command) for word in words)]
-    return command
+    """The first command in which every word occurs."""
+    return next(command for command in commands() if all(any(word in part for part in command) for word in words))
 
 
-def test_every_file_that_the_readme_names_is_there():
-    for name in re.findall(r"(?:configs|benchmarks|notebooks|vit_jax)/[\w/]+\.\w+", README):
+def scripts(text: str = TEXT) -> list[str]:
+    """The Python examples of a text."""
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_pages_link_to_files_that_exist(page):
+    for name in re.findall(r"(?<![\w/])(?:configs|benchmarks|notebooks|vit_jax)/[\w/]+\.\w+", PAGES[page]):
         assert (ROOT / name).exists(), name
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", PAGES[page]):
+        assert (page.parent / link).exists(), link
 
 
-def test_every_config_stands_in_the_readme():
+def test_pages_name_every_config():
     for path in (ROOT / "configs").glob("*.py"):
         if path.stem not in ("__init__", "base", "models"):
-            assert f"`configs/{path.name}" in README, path.name
+            assert f"`configs/{path.name}" in PAGES[ROOT / "docs/configs.md"], path.name
+
+
+def test_readme_links_to_every_page():
+    for path in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{path.name})" in PAGES[ROOT / "README.md"], path.name
 
 
 @pytest.fixture(scope="module")
 def released_file(tmp_path_factory) -> Path:
-    """A full-size file of the released layout, of random numbers: for loading, never for an accuracy."""
+    """A full-size checkpoint in the original format, of random numbers: for loading, never for an accuracy."""
     shapes = reference.released_shapes(
         **reference.B_16, representation_size=768, num_classes=21843, num_tokens=1 + 14 * 14
     )
@@ -58,7 +72,7 @@ def released_file(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def cifar100_archive(tmp_path) -> Path:
-    """An archive of CIFAR-100's layout, with noise for pictures."""
+    """An archive in the format of CIFAR-100, with noise for images."""
     rng = np.random.default_rng(0)
     names = "".join(f"class{i:02}\n" for i in range(100)).encode()
     files = {"fine_label_names.txt": names, "coarse_label_names.txt": names}
@@ -79,7 +93,7 @@ FEW_STEPS = ["--config.num_steps=1", "--config.batch_size=2", "--config.warmup_s
 
 
 @pytest.mark.slow
-def test_the_real_run_takes_steps(run_command, released_file, cifar100_archive, tmp_path):
+def test_fine_tuning_vit_b16_takes_steps(run_command, released_file, cifar100_archive, tmp_path):
     command = [
         word.replace("/data/ViT-B_16.npz", str(released_file)).replace(
             "/data/cifar-100-binary.tar.gz", str(cifar100_archive)
@@ -93,7 +107,7 @@ def test_the_real_run_takes_steps(run_command, released_file, cifar100_archive, 
     assert "test accuracy" in result.stdout
 
 
-def test_the_dry_run_of_the_real_one(run_command, tmp_path):
+def test_dry_run_downloads_nothing(run_command, tmp_path):
     result = run_command(*command_with("--dry_run"), env={"VIT_JAX_CACHE": str(tmp_path)})
     assert result.returncode == 0, result.stderr
     assert "76,900  of 85,875,556" in result.stdout
@@ -101,15 +115,15 @@ def test_the_dry_run_of_the_real_one(run_command, tmp_path):
 
 
 @pytest.mark.slow
-def test_own_pictures_train(run_command, released_file, tmp_path):
+def test_own_images_train(run_command, released_file, tmp_path):
     rng = np.random.default_rng(0)
     for split, name, size in [("train", "cat", 40), ("train", "dog", 50), ("test", "cat", 60), ("test", "dog", 70)]:
-        folder = tmp_path / "pictures" / split / name
-        folder.mkdir(parents=True)
+        directory = tmp_path / "images" / split / name
+        directory.mkdir(parents=True)
         for i in range(2):
-            Image.fromarray(rng.integers(0, 256, (size, size + i, 3)).astype(np.uint8)).save(folder / f"{i}.jpg")
+            Image.fromarray(rng.integers(0, 256, (size, size + i, 3)).astype(np.uint8)).save(directory / f"{i}.jpg")
     command = [
-        word.replace("folder:DIR", f"folder:{tmp_path}/pictures") for word in command_with("cifar100.py", "folder:DIR")
+        word.replace("folder:DIR", f"folder:{tmp_path}/images") for word in command_with("cifar100.py", "folder:DIR")
     ]
     command[command.index("--workdir") + 1] = str(tmp_path / "run")
     result = run_command(*command, f"--config.pretrained={released_file}", *FEW_STEPS, timeout=600)
@@ -118,7 +132,7 @@ def test_own_pictures_train(run_command, released_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_default_config_reaches_what_the_readme_says(run_command, tmp_path):
+def test_digits_reach_the_accuracy_in_the_readme(run_command, tmp_path):
     accuracies = {}
     for config in ("configs/digits.py", "configs/digits.py:scratch"):
         workdir = tmp_path / config.rpartition("/")[2]
@@ -130,7 +144,7 @@ def test_the_default_config_reaches_what_the_readme_says(run_command, tmp_path):
         result = run_command(*evaluation, "--json")
         assert result.returncode == 0, result.stderr
         accuracies[config] = json.loads(result.stdout.splitlines()[-1])["test/accuracy"]
-    (script,) = re.findall(r"```python\n([^`]*LogisticRegression.*?)```", README, re.S)
+    (script,) = [script for script in scripts() if "LogisticRegression" in script]
     result = run_command("-c", script.replace("runs/digits", str(tmp_path / "digits.py")))
     assert result.returncode == 0, result.stderr
     assert float(result.stdout.splitlines()[-1]) >= 0.95
@@ -140,37 +154,47 @@ def test_the_default_config_reaches_what_the_readme_says(run_command, tmp_path):
     assert accuracies["configs/digits.py"] >= accuracies["configs/digits.py:scratch"] + 0.02
 
 
-def use_the_model(run_command, workdir, folder):
-    """Every command and script of the README's "Use the model", on the run that it names."""
-    (folder / "FOLDER").mkdir()
-    for place in ("PICTURE.png", "FOLDER/a.jpg", "b.jpg"):
-        Image.fromarray(np.full((9, 7, 3), 200, np.uint8)).save(folder / place)
-    here = {
+def use_the_model(run_command, workdir, directory):
+    """Runs every command and example of prediction and export on a run."""
+    (directory / "DIR").mkdir()
+    for name in ("IMAGE.png", "DIR/a.jpg", "b.jpg"):
+        Image.fromarray(np.full((9, 7, 3), 200, np.uint8)).save(directory / name)
+    paths = {
         "runs/digits": workdir,
-        "PICTURE": folder / "PICTURE.png",
-        "FOLDER": folder / "FOLDER",
-        "*.jpg": folder / "*.jpg",
+        "IMAGE": directory / "IMAGE.png",
+        "DIR": directory / "DIR",
+        "*.jpg": directory / "*.jpg",
     }
-    verbs = {"vit_jax.predict", "vit_jax.export"}
-    used = [command for command in commands() if "runs/digits" in command and verbs & set(command)]
+    used = [
+        command
+        for command in commands(PAGES[ROOT / "docs/inference.md"])
+        if "runs/digits" in command and {"vit_jax.predict", "vit_jax.export"} & set(command)
+    ]
     assert len(used) == 6
     for command in used:
-        words = [str(here.get(word, folder / word if word.startswith("digits") else word)) for word in command]
+        words = [str(paths.get(word, directory / word if word.startswith("digits") else word)) for word in command]
         result = run_command(*words)
         assert result.returncode == 0, result.stderr
         assert len(result.stdout.splitlines()) == (3 if "--top" in words else 1)
-    scripts = re.findall(r"```python\n((?:[^`]*)(?:vit_jax.load|deserialize)[^`]*?)```", README, re.S)
-    assert len(scripts) == 2
-    for script in scripts:
+    examples = [script for script in scripts() if "probabilities" in script or "deserialize" in script]
+    assert len(examples) == 2
+    for script in examples:
         script = script.replace("runs/digits", str(workdir)).replace(
-            "digits_stablehlo", str(folder / "digits_stablehlo")
+            "digits_stablehlo", f"{directory}/digits_stablehlo"
         )
         result = run_command("-c", script)
         assert result.returncode == 0, result.stderr
 
 
-def test_a_released_file_with_a_head_answers_without_training(run_command, tmp_path):
-    """Its commands, with a micro-width file of random numbers in the cache under the name that they give."""
+def test_training_on_own_arrays_runs(run_command, tmp_path):
+    (script,) = [script for script in scripts() if "Dataset(" in script]
+    result = run_command("-c", script.replace("runs/arrays", str(tmp_path / "run")))
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(r"[\d.]+%", result.stdout.splitlines()[-1])
+
+
+def test_released_checkpoint_with_head_predicts_without_training(run_command, tmp_path):
+    """With a narrow checkpoint of random numbers in the cache, under the released name."""
     shapes = reference.released_shapes(
         patch_size=8,
         hidden_size=24,
@@ -191,10 +215,10 @@ def test_a_released_file_with_a_head_answers_without_training(run_command, tmp_p
             Image.fromarray(rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)).save(
                 tmp_path / "DIR" / split / name / "0.png"
             )
-    here = {"PICTURE": str(tmp_path / "DIR/test/tench/0.png"), "folder:DIR": f"folder:{tmp_path}/DIR"}
+    paths = {"IMAGE": str(tmp_path / "DIR/test/tench/0.png"), "folder:DIR": f"folder:{tmp_path}/DIR"}
     outputs = []
     for verb in ("vit_jax.predict", "vit_jax.evaluate"):
-        command = [here.get(word, word) for word in command_with(verb, "imagenet21k+imagenet2012")]
+        command = [paths.get(word, word) for word in command_with(verb, "imagenet21k+imagenet2012")]
         result = run_command(*command, env={"VIT_JAX_CACHE": str(tmp_path)})
         assert result.returncode == 0, result.stderr
         outputs.append(result.stdout)
@@ -202,8 +226,8 @@ def test_a_released_file_with_a_head_answers_without_training(run_command, tmp_p
     assert "images                2" in outputs[1] and "test/accuracy" in outputs[1]
 
 
-def test_the_shipped_file_was_made_as_the_readme_says():
-    """The micro file is in the original format, and has the sizes of the config that made it."""
+def test_micro_checkpoint_has_the_sizes_of_its_config():
+    """The micro checkpoint is in the original format, and has the sizes of the config that trained it."""
     from configs import cifar10_micro
 
     params = pretrained.load_npz(pretrained.resolve("micro"))
@@ -217,7 +241,7 @@ def test_the_shipped_file_was_made_as_the_readme_says():
 
 
 @pytest.mark.slow
-def test_the_config_of_the_shipped_file_learns_on_real_pictures(run_command, cifar10_archive, tmp_path):
+def test_config_of_the_micro_checkpoint_learns_on_real_images(run_command, cifar10_archive, tmp_path):
     few = ["--config.num_steps=60", "--config.warmup_steps=10", "--config.dataset.test_split=test[:1000]"]
     workdir = tmp_path / "run"
     (config,) = [command for command in commands() if command[-1] == "configs/cifar10_micro.py"]
