@@ -6,6 +6,7 @@ pretrained checkpoints, and LoRA weights), `ema` (EMA parameters, if any), `trai
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import shutil
@@ -144,11 +145,11 @@ class Checkpoints:
                 )
         items = self._read_arrays(step, items, content)
         flat = flatten_dict(items["params"])
-        trainable, frozen = (
-            unflatten_dict({path: flat[path] for path in flatten_dict(part)})
-            for part in (abstract_state.trainable, abstract_state.frozen)
-        )
-        return TrainState(trainable=trainable, frozen=frozen, ema=items.get("ema", {}), **items["training"])
+        restored = {
+            name: unflatten_dict({path: flat[path] for path in flatten_dict(getattr(abstract_state, name))})
+            for name in ("trainable", "frozen")
+        }
+        return TrainState(**restored, ema=items.get("ema", {}), **items["training"])
 
     def restore_params(
         self, step: int, sharding: NamedSharding, *, use_ema: bool = True
@@ -220,17 +221,17 @@ class Checkpoints:
             raise UserError(f"{path / item} is damaged ({one_line(error)[:200]}); {advice}") from error
 
 
+@dataclasses.dataclass
 class _LatestAndBest:
     """Keeps the latest checkpoint and the one of the highest accuracy, the later of equals."""
 
-    def __init__(self, accuracies: Mapping[int, float | None]):
-        self._accuracies = accuracies
+    accuracies: Mapping[int, float | None]  # of steps
 
     def should_preserve(
         self, checkpoints: Sequence[managers.PolicyCheckpointInfo], *, context: object
     ) -> Sequence[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]  # ascending
-        measured = [(self._accuracies[step], step) for step in steps if self._accuracies[step] is not None]
+        measured = [(self.accuracies[step], step) for step in steps if self.accuracies[step] is not None]
         best = max(measured)[1] if measured else steps[-1]
         return [step in (steps[-1], best) for step in steps]
 

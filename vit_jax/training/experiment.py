@@ -5,7 +5,7 @@ import functools
 import shlex
 import sys
 from collections.abc import Callable, Generator
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +24,11 @@ from vit_jax.data.streaming import BatchReader
 from vit_jax.pretrained import ModelMetadata
 from vit_jax.runtime import distributed, rng, sharding
 from vit_jax.runtime.errors import UsageError, UserError
-from vit_jax.training import lora, metrics, optim, steps
+from vit_jax.training import initialize, lora, metrics, optim, steps
 from vit_jax.training.features import abstract_batch, compute_features
 from vit_jax.training.inference import FeatureForward, ImageForward, Inference
 from vit_jax.training.info import RunInfo
-from vit_jax.training.initialize import (
-    Pretrained,
-    check_gradients,
-    create_params,
-    has_dropout,
-    init_params,
-    load_pretrained,
-    model_arguments,
-)
+from vit_jax.training.initialize import Pretrained
 from vit_jax.training.steps import TrainState, TrainStep, run_train_steps
 from vit_jax.types import Dataset, ImageModel, ImageSource, Params, Split
 
@@ -47,8 +39,7 @@ _STEP_OPTIONS = ("batch_size", "accumulation_steps", "label_smoothing", "mixup_a
 """Keys of the config that are attributes of `TrainStep`."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Examples:
+class Examples(NamedTuple):
     """The examples of a run [n …]: on every device, or streamed images on the host; int32 labels [n] where they are."""
 
     train_inputs: jax.Array | ImageSource
@@ -106,18 +97,20 @@ class Experiment(Plan):
     def load_examples(self, state: TrainState) -> Examples:
         """Puts images on the devices, or computes the features that the frozen backbone gives for them."""
         config, train, test = self.config, self.dataset.train, self.dataset.test
-        to_device = functools.partial(sharding.device_put, shardings=sharding.replicated(self.mesh))
         augment, test_augment = config.augment, config.ablation.test_augment
         if self.storage == "features":
             params = optim.merge_params(state.trainable, state.frozen)
             compute = functools.partial(compute_features, self.image_forward, params, mesh=self.mesh)
-            train_features = compute(train.images, augment=augment, num_views=config.feature_views, seed=config.seed)
-            test_features = compute(test.images, augment=test_augment)
-            return Examples(train_features, to_device(train.labels), test_features, to_device(test.labels))
-        test_images = batches.crop_when_decoded(test.images, augment=test_augment, image_mean=config.image_mean)
+            train_inputs = compute(train.images, augment=augment, num_views=config.feature_views, seed=config.seed)
+            test_inputs: ImageSource = compute(test.images, augment=test_augment)
+        else:
+            train_inputs = train.images
+            test_inputs = batches.crop_when_decoded(test.images, augment=test_augment, image_mean=config.image_mean)
+        examples = Examples(train_inputs, train.labels, test_inputs, test.labels)
         if self.storage == "stream":
-            return Examples(train.images, train.labels, test_images, test.labels)
-        return Examples(*map(to_device, (train.images, train.labels, test_images, test.labels)))
+            return examples
+        on_device: Examples = sharding.device_put(examples, sharding.replicated(self.mesh))
+        return on_device
 
     def train_batches(self, examples: Examples, first_step: int) -> Generator[tuple[int, Batch], None, None]:
         """Yields (finished updates after the batch, batch), from the update after `first_step` on."""
@@ -192,7 +185,7 @@ def create_experiment(
     with distributed.main_process_first():
         storage = saved.storage if saved else config.dataset.storage
         dataset = load_dataset(config, storage=storage) if dataset is None else data.check_dataset(dataset)
-        source = load_pretrained(config.pretrained) if saved is None else None
+        source = initialize.load_pretrained(config.pretrained) if saved is None else None
     if distributed.process_max(not dataset.train.in_memory) and dataset.train.in_memory:
         dataset = load_dataset(config, storage="stream")  # another process has less memory
     fingerprint = data.fingerprint(dataset)
@@ -222,7 +215,7 @@ def create_experiment(
     experiment = Experiment(**vars(plan), dataset=dataset, info=info)
     if saved:
         return experiment, plan.abstract_state
-    params = create_params(model, source, image_size=config.image_size, seed=config.seed)
+    params = initialize.create_params(model, source, image_size=config.image_size, seed=config.seed)
     return experiment, plan.init_state(sharding.device_put(params, sharding.param_shardings(params, mesh)))
 
 
@@ -246,16 +239,16 @@ def plan_experiment(
     tx, schedule = create_optimizer(config, model, optimizer)
 
     def init_state(params: Params) -> TrainState:
-        if lora.is_requested(params, patterns):
+        if any("lora" in pattern for pattern in patterns):
             key = jax.random.fold_in(jax.random.PRNGKey(config.seed), rng.Stream.LORA)
             params = lora.add_lora_weights(key, params, rank=config.lora.rank, targets=config.lora.targets)
         return steps.create_train_state(
             params, patterns=patterns, tx=tx, seed=config.seed, use_ema=config.ema_decay > 0
         )
 
-    abstract_params = jax.eval_shape(lambda: init_params(model, image_size=config.image_size, seed=config.seed))
-    state = jax.eval_shape(init_state, abstract_params)
-    check_gradients(state.trainable, state.frozen, model)
+    init_params = functools.partial(initialize.init_params, model, image_size=config.image_size, seed=config.seed)
+    state = jax.eval_shape(init_state, jax.eval_shape(init_params))
+    initialize.check_gradients(state.trainable, state.frozen, model)
     state_shardings = sharding.param_shardings(state, mesh)
     params = optim.merge_params(state.trainable, state.frozen)
     print(optim.describe_trainable(params, patterns))
@@ -268,7 +261,7 @@ def plan_experiment(
         image_std=tuple(config.image_std),
         augment=augment or preprocess.device_augment(config.augment, in_memory=info.in_memory),
         test_augment=preprocess.device_augment(config.ablation.test_augment, in_memory=info.in_memory),
-        dropout=has_dropout(model) and (config.ablation.frozen_dropout or not head_only),
+        dropout=initialize.has_dropout(model) and (config.ablation.frozen_dropout or not head_only),
     )
     storage = "memory" if info.in_memory else "stream"
     images = jax.ShapeDtypeStruct((config.batch_size, *info.image_shape), jnp.uint8)
@@ -371,7 +364,7 @@ def create_model(
         num_classes = arguments.pop("num_classes")
     else:
         architecture = config.architecture
-        arguments = model_arguments(config.model.to_dict(), architecture, source)
+        arguments = initialize.model_arguments(config.model.to_dict(), architecture, source)
         arguments["head_init"] = config.ablation.head_init
     model = models.create_model(
         architecture, arguments, num_classes=num_classes, dtype=config.dtype, remat=config.remat

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from vit_jax.data import EncodedImages, preprocess
@@ -37,12 +38,8 @@ def compute_features(
     augment: str,
     num_views: int = 1,
     seed: int = 0,
-) -> jax.Array:
-    """Applies the backbone to every image on the host, augmented `num_views` times.
-
-    Returns:
-        [views · n d], on every device: all images once, then all of them again.
-    """
+) -> np.ndarray:
+    """Returns the backbone's features [views · n d] of images on the host: of all once, then of all again."""
     cropped = crop_when_decoded(images, augment=augment, image_mean=forward.image_mean, num_views=num_views, seed=seed)
     on_device = preprocess.device_augment(augment, in_memory=not isinstance(images, EncodedImages))
     backbone = dataclasses.replace(_backbone(forward), test_augment=on_device)

@@ -1,11 +1,9 @@
 """Batched inference on all devices: the one way from images to logits, features and metrics."""
 
 import dataclasses
-import functools
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -93,7 +91,7 @@ class Inference:
         self.forward, self.mesh, self.batch_size = forward, mesh, batch_size
         self._replicated = sharding.replicated(mesh)
         self._eval_step = jax.jit(self.eval_step, out_shardings=self._replicated)
-        self._append = jax.jit(self._append_outputs, static_argnums=4, donate_argnums=0, out_shardings=self._replicated)
+        self._apply = jax.jit(self.apply, static_argnames="seed", out_shardings=self._replicated)
 
     def sum_metrics(
         self, params: Params, images: ImageSource | jax.Array, labels: np.ndarray | jax.Array
@@ -112,38 +110,26 @@ class Inference:
 
     def eval_step(self, params: Params, batch: Batch, sums: metrics.Sums) -> metrics.Sums:
         """Adds the metrics of a batch to sums; examples with the label -1 do not count."""
-        batch_sums = metrics.masked_sums(self._outputs(params, batch), batch.labels, batch.labels >= 0)
+        batch_sums = metrics.masked_sums(self.apply(params, batch), batch.labels, batch.labels >= 0)
         return {name: sums[name] + value for name, value in batch_sums.items()}
 
-    def outputs(self, params: Params, images: ImageSource, *, num_views: int = 1, seed: int = 0) -> jax.Array:
+    def outputs(self, params: Params, images: ImageSource, *, num_views: int = 1, seed: int = 0) -> np.ndarray:
         """Applies the model to every image, uint8 [n h w 3] on the host, n > 0.
 
         Every image is preprocessed `num_views` times, with keys of `rng.row_keys` and the seed. Returns
-        [views · n d] on every device: all images once, then all of them again.
+        [views · n d], on the host: all images once, then all of them again.
         """
-        num_rows = num_views * len(images)
+        num_rows, labels = num_views * len(images), np.zeros(len(images), np.int32)
         batch_size = sharding.pad_to_devices(self.batch_size, len(images), self.mesh)
-        num_batches = -(-num_rows // batch_size)
-        batch = Batch.abstract(jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), jnp.uint8))
-        shape = jax.eval_shape(self._outputs, params, batch)
-        zeros = functools.partial(jnp.zeros, (num_batches * batch_size, *shape.shape[1:]), shape.dtype)
-        buffer: jax.Array = jax.jit(zeros, out_shardings=self._replicated)()
-        position = sharding.device_put(np.int32(0), self._replicated)
-        labels = np.zeros(len(images), np.int32)
         batches = evaluation_batches(images, labels, self.mesh, batch_size=batch_size, num_views=num_views)
-        for batch in progress_bar(batches, total=num_batches, desc="images", unit="batch"):
-            previous, (buffer, position) = position, self._append(buffer, position, params, batch, seed)
-            jax.block_until_ready(previous)
-        return buffer[:num_rows]
+        outputs: list[jax.Array] = []
+        for batch in progress_bar(batches, total=-(-num_rows // batch_size), desc="images", unit="batch"):
+            outputs.append(self._apply(params, batch, seed=seed))
+            jax.block_until_ready(outputs[-2:-1])
+        return np.concatenate(jax.device_get(outputs))[:num_rows]
 
-    def _append_outputs(
-        self, buffer: jax.Array, position: jax.Array, params: Params, batch: Batch, seed: int
-    ) -> tuple[jax.Array, jax.Array]:
-        outputs = self._outputs(params, batch, seed=seed)
-        buffer = jax.lax.dynamic_update_slice_in_dim(buffer, outputs, position, axis=0)
-        return buffer, position + len(outputs)
-
-    def _outputs(self, params: Params, batch: Batch, *, seed: int = 0) -> jax.Array:
+    def apply(self, params: Params, batch: Batch, *, seed: int = 0) -> jax.Array:
+        """Returns the outputs for a batch, whose images are preprocessed with keys of `rng.row_keys` and the seed."""
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             inputs = self.forward.preprocess(rng.row_keys(batch.rows, seed=seed), batch.inputs)
             return self.forward.logits(params, inputs)

@@ -16,21 +16,6 @@ from vit_jax.runtime.errors import UsageError
 from vit_jax.types import Params
 
 
-def is_requested(params: Params, patterns: Sequence[str]) -> bool:
-    """Returns whether a pattern of trainable parameters names LoRA weights.
-
-    It does if it matches `lora/<kernel>/a` or `lora/<kernel>/b` for some kernel, and would not match with another word
-    in the place of `lora`: `lora/.*` and `(lora|head)/.*` name them, `.*` and `.*/MlpBlock_3/.*` do not.
-    """
-    kernels = [path for path in flatten_dict(params, sep="/") if path.endswith("/kernel")]
-    return any(
-        re.fullmatch(pattern, f"lora/{kernel}/{factor}") and not re.fullmatch(pattern, f"xxxx/{kernel}/{factor}")
-        for pattern in patterns
-        for kernel in kernels
-        for factor in "ab"
-    )
-
-
 def add_lora_weights(key: jax.Array, params: Params, *, rank: int, targets: Sequence[str]) -> Params:
     """Adds "lora" to a tree: `a` (*inputs, rank) and `b` (rank, *outputs) of kernels that the targets match.
 
