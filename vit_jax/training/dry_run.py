@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from vit_jax.data.batches import Batch
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
-from vit_jax.training import metrics, steps
+from vit_jax.training import steps
 from vit_jax.training.experiment import Plan, create_model, describe_dataset, plan_experiment
 from vit_jax.training.inference import Inference
 from vit_jax.training.initialize import load_pretrained, needs_pretrained
@@ -93,16 +93,14 @@ def measure(compiled: jax.stages.Compiled, num_devices: int, num_images: int) ->
 
 def lower_evaluation(plan: Plan, batch_size: int) -> jax.stages.Lowered:
     """Traces the evaluation of a batch of images by the whole model."""
-    mesh, forward = plan.mesh, plan.image_forward
+    mesh = plan.mesh
     evaluated_params = functools.partial(steps.evaluated_params, lora_alpha=plan.config.lora.alpha)
     params = jax.eval_shape(evaluated_params, plan.abstract_state)
     batch = Batch.abstract(jax.ShapeDtypeStruct((batch_size, *plan.dataset_info.image_shape), jnp.uint8))
-    sums = jax.eval_shape(metrics.zero_sums)
-    eval_step = jax.jit(Inference(forward, mesh, batch_size=batch_size).eval_step)
+    eval_step = jax.jit(Inference(plan.image_forward, mesh, batch_size=batch_size).eval_step)
     return eval_step.lower(
         sharding.with_sharding(params, sharding.param_shardings(params, mesh)),
         sharding.with_sharding(batch, sharding.batch_sharding(mesh)),
-        sharding.with_sharding(sums, sharding.replicated(mesh)),
     )
 
 

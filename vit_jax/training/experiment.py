@@ -152,7 +152,7 @@ class Experiment(Plan):
             if use_ema or state.ema:
                 params = steps.evaluated_params(state, use_ema=use_ema, lora_alpha=self.config.lora.alpha)
                 sums = self.inference.sum_metrics(params, examples.test_inputs, examples.test_labels)
-                results |= metrics.means(jax.device_get(sums), prefix=prefix)
+                results |= metrics.means(sums, prefix=prefix)
         return results
 
 

@@ -1,6 +1,7 @@
 """Batched inference on all devices: the one way from images to logits, features and metrics."""
 
 import dataclasses
+import functools
 from typing import Protocol
 
 import jax
@@ -89,35 +90,39 @@ class Inference:
 
     def __init__(self, forward: Forward, mesh: Mesh, *, batch_size: int):
         self.forward, self.mesh, self.batch_size = forward, mesh, batch_size
-        self._replicated = sharding.replicated(mesh)
-        self._eval_step = jax.jit(self.eval_step, out_shardings=self._replicated)
-        self._apply = jax.jit(self.apply, static_argnames="seed", out_shardings=self._replicated)
+        self._apply = jax.jit(self.apply, static_argnames="seed", out_shardings=sharding.replicated(mesh))
+        self._eval_step = jax.jit(self.eval_step, out_shardings=sharding.replicated(mesh))
+
+    def apply(self, params: Params, batch: Batch, *, seed: int = 0) -> jax.Array:
+        """Returns the outputs for a batch, whose images are preprocessed with keys of `rng.row_keys` and the seed."""
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            inputs = self.forward.preprocess(rng.row_keys(batch.rows, seed=seed), batch.inputs)
+            return self.forward.logits(params, inputs)
+
+    def eval_step(self, params: Params, batch: Batch) -> metrics.Sums:
+        """Returns the metrics of a batch as sums; examples with the label -1 do not count."""
+        return metrics.masked_sums(self.apply(params, batch), batch.labels, batch.labels >= 0)
 
     def sum_metrics(
         self, params: Params, images: ImageSource | jax.Array, labels: np.ndarray | jax.Array
-    ) -> metrics.Sums:
+    ) -> dict[str, float]:
         """Returns the sums of `metrics.masked_sums` over all examples, each counted exactly once.
 
         Examples [n …] are on every device, or on the host; labels are int32 [n].
         """
         batch_size = sharding.pad_to_devices(self.batch_size, len(labels), self.mesh)
         batches = evaluation_batches(images, labels, self.mesh, batch_size=batch_size)
-        sums: metrics.Sums = sharding.device_put(metrics.zero_sums(), self._replicated)
+        sums: list[metrics.Sums] = []
         for batch in progress_bar(batches, total=-(-len(labels) // batch_size), desc="test", unit="batch"):
-            previous, sums = sums, self._eval_step(params, batch, sums)
-            jax.block_until_ready(previous)  # keeps the bar accurate; the device already has the next batch
-        return sums
-
-    def eval_step(self, params: Params, batch: Batch, sums: metrics.Sums) -> metrics.Sums:
-        """Adds the metrics of a batch to sums; examples with the label -1 do not count."""
-        batch_sums = metrics.masked_sums(self.apply(params, batch), batch.labels, batch.labels >= 0)
-        return {name: sums[name] + value for name, value in batch_sums.items()}
+            sums.append(self._eval_step(params, batch))
+            jax.block_until_ready(sums[-2:-1])  # keeps the bar accurate; the device already has the next batch
+        total: dict[str, float] = functools.reduce(functools.partial(jax.tree.map, np.add), jax.device_get(sums))
+        return total
 
     def outputs(self, params: Params, images: ImageSource, *, num_views: int = 1, seed: int = 0) -> np.ndarray:
-        """Applies the model to every image, uint8 [n h w 3] on the host, n > 0.
+        """Applies the model to every image, uint8 [n h w 3] on the host, n > 0, as often as there are views.
 
-        Every image is preprocessed `num_views` times, with keys of `rng.row_keys` and the seed. Returns
-        [views · n d], on the host: all images once, then all of them again.
+        Returns [views · n d], on the host: the outputs for all images, then those for the next view of all.
         """
         num_rows, labels = num_views * len(images), np.zeros(len(images), np.int32)
         batch_size = sharding.pad_to_devices(self.batch_size, len(images), self.mesh)
@@ -127,9 +132,3 @@ class Inference:
             outputs.append(self._apply(params, batch, seed=seed))
             jax.block_until_ready(outputs[-2:-1])
         return np.concatenate(jax.device_get(outputs))[:num_rows]
-
-    def apply(self, params: Params, batch: Batch, *, seed: int = 0) -> jax.Array:
-        """Returns the outputs for a batch, whose images are preprocessed with keys of `rng.row_keys` and the seed."""
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            inputs = self.forward.preprocess(rng.row_keys(batch.rows, seed=seed), batch.inputs)
-            return self.forward.logits(params, inputs)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-Sums = dict[str, jax.Array]
+Sums = dict[str, jax.Array]  # "loss", "correct", "correct_top5", "count"
 
 
 def cross_entropy(
@@ -35,12 +35,6 @@ def masked_sums(logits: Float[Array, "b classes"], labels: Int[Array, " b"], mas
         "correct_top5": jnp.sum(hits, dtype=jnp.int32),
         "count": jnp.sum(mask, dtype=jnp.int32),
     }
-
-
-def zero_sums() -> Sums:
-    """Returns the sums over no images."""
-    zero = jnp.zeros((), jnp.int32)
-    return {"loss": jnp.zeros(()), "correct": zero, "correct_top5": zero, "count": zero}
 
 
 def means(sums: Mapping[str, float], *, prefix: str = "test") -> dict[str, float]:
