@@ -171,9 +171,7 @@ class Checkpoints:
     def _manager(self) -> ocp.CheckpointManager:
         """Saves, and deletes all but the latest and the best; opened late, as it creates its directory."""
         options = ocp.CheckpointManagerOptions(preservation_policy=_LatestAndBest(self._accuracies))
-        arrays, metadata = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
-        handlers = {"params": arrays(), "ema": arrays(), "training": arrays(), "metadata": metadata()}
-        return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+        return ocp.CheckpointManager(self._directory, options=options)
 
     def _read_content(self, step: int) -> _Content:
         with self._reading(step, "metadata"):
