@@ -1,5 +1,4 @@
 import json
-import re
 import shutil
 
 import jax
@@ -108,22 +107,11 @@ def test_plan_experiment_adds_lora_weights_where_a_pattern_names_them(changes, h
     assert ("lora" in state.frozen) == (has_lora and changes["trainable"][0].endswith("/b"))
 
 
-ZERO_HEAD = "does not match head/kernel, which starts at zero, so that no parameter below the head"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"trainable": ("lora/.*",)}, ZERO_HEAD),
-        ({"trainable": (".*/MlpBlock_3/.*",)}, ZERO_HEAD),
-        ({"trainable": (".*/bias",)}, ZERO_HEAD),
-        ({"trainable": ("lora/.*/a", "head/.*")}, "trainable matches no LoRA weight 'lora/…/b'"),
-        ({"trainable": ("(head|lora/.*/MlpBlock_3)/.*",)}, "trainable matches no LoRA weight 'lora/…/b'"),
-    ],
-)
-def test_plan_experiment_rejects_parameters_without_gradients(changes, message):
-    with pytest.raises(UsageError, match=re.escape(message)):
-        plan(config_with(**changes))
+@pytest.mark.parametrize("pattern", ["lora/.*", ".*/MlpBlock_3/.*", ".*/bias"])
+def test_plan_experiment_rejects_parameters_without_gradients(pattern):
+    message = "does not match head/kernel, which starts at zero, so that no parameter below the head"
+    with pytest.raises(UsageError, match=message):
+        plan(config_with(trainable=(pattern,)))
 
 
 def test_plan_experiment_accepts_a_frozen_head_that_is_not_zero():

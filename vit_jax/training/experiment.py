@@ -248,7 +248,7 @@ def plan_experiment(
 
     init_params = functools.partial(initialize.init_params, model, image_size=config.image_size, seed=config.seed)
     state = jax.eval_shape(init_state, jax.eval_shape(init_params))
-    initialize.check_gradients(state.trainable, state.frozen, model)
+    initialize.check_head(state.trainable, model)
     state_shardings = sharding.param_shardings(state, mesh)
     params = optim.merge_params(state.trainable, state.frozen)
     print(optim.describe_trainable(params, patterns))

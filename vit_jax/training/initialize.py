@@ -89,21 +89,11 @@ def has_dropout(model: ImageModel) -> bool:
     return any(value > 0 for name, value in vars(model).items() if name.endswith("_rate"))
 
 
-def check_gradients(trainable: Params, frozen: Params, model: ImageModel) -> None:
-    """Raises UsageError if a zero that stays frozen keeps other trainable parameters without gradients.
-
-    The head of a run is new: while its kernel is zero, the logits do not depend on the features. While `b` of a LoRA
-    product is zero, the product does not change.
-    """
+def check_head(trainable: Params, model: ImageModel) -> None:
+    """Raises UsageError if the kernel of the head is zero and frozen: no parameter below it would get a gradient."""
     paths = flatten_dict(trainable, sep="/").keys()
     if model.head_init == "zeros" and not paths & {"head/kernel", "lora/head/kernel/b"}:
         raise UsageError(
             "trainable does not match head/kernel, which starts at zero, so that no parameter below the head would get "
             "a gradient; add 'head/.*', or set ablation.head_init to 'xavier'"
-        )
-    has_lora = "lora" in trainable or "lora" in frozen
-    if has_lora and not any(path.startswith("lora/") and path.endswith("/b") for path in paths):
-        raise UsageError(
-            "trainable matches no LoRA weight 'lora/…/b', which all start at zero; "
-            "add 'lora/.*', or name the same kernels in lora.targets"
         )
