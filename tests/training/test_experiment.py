@@ -228,7 +228,7 @@ def test_create_experiment_resumes_without_the_pretrained_checkpoint(tmp_path):
     created, state = experiment.create_experiment(config)
     config.pretrained = str(tmp_path / "moved.npz")
     resumed, abstract_state = experiment.create_experiment(config, saved=created.info)
-    assert resumed.model == created.model
+    assert resumed.image_forward.model == created.image_forward.model
     assert jax.tree.map(lambda leaf: leaf.shape, abstract_state) == jax.tree.map(lambda leaf: leaf.shape, state)
 
 

@@ -129,11 +129,7 @@ class Checkpoints:
         return self._read_content(step)["metadata"]
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
-        """Reads a whole state onto the devices of `abstract_state`, whose leaves are `jax.ShapeDtypeStruct`.
-
-        Raises:
-            UserError: the checkpoint is damaged, or has arrays of other names, dtypes or shapes.
-        """
+        """Reads a whole state onto the devices of `abstract_state`, whose leaves are `jax.ShapeDtypeStruct`."""
         content, items = self._read_content(step), _items(abstract_state)
         for name, expected in _types(items).items():
             found = content["types"].get(name, ["missing"])

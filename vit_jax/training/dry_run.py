@@ -34,13 +34,9 @@ class Cost:
 
 
 def dry_run(config: ConfigDict) -> None:
-    """Prints trainable parameters, arithmetic and memory of a run.
+    """Prints trainable parameters, arithmetic and memory of a run; UserError if a device has less memory.
 
     The pretrained checkpoint is loaded only where `config.model` leaves sizes out.
-
-    Raises:
-        UsageError: the config is wrong.
-        UserError: the run needs more memory than a device has.
     """
     mesh = sharding.create_mesh(**config.mesh)
     info = describe_dataset(config)

@@ -54,7 +54,6 @@ class Plan:
 
     config: ConfigDict
     mesh: Mesh
-    model: ImageModel
     dataset_info: DatasetInfo
     storage: str  # of the training examples: "memory", "stream" or "features"
     abstract_state: TrainState  # shapes, dtypes and shardings, as below
@@ -169,10 +168,6 @@ def create_experiment(
     The user's own dataset, augmentation of training images and optimizer replace those of the config. Of a resumed run,
     whose facts are `saved`, the dataset must be the same and is stored as it was, no pretrained parameters are loaded,
     and the state is abstract: shapes, dtypes and shardings.
-
-    Raises:
-        UsageError: the config does not fit the data, the model or the devices.
-        UserError: data or pretrained parameters cannot be loaded, or the dataset has changed since the run was started.
     """
     given = {"dataset": dataset, "augment": augment, "optimizer": optimizer}
     custom = tuple(name for name, value in given.items() if value is not None)
@@ -228,12 +223,7 @@ def plan_experiment(
     augment: Augment | None = None,
     optimizer: Optimizer | None = None,
 ) -> Plan:
-    """Builds an experiment from shapes alone: nothing is loaded, and the devices of the mesh need not exist.
-
-    Raises:
-        UsageError: the batch does not divide or is larger than the data, no parameter would be trained, or features
-            cannot be cached.
-    """
+    """Builds an experiment from shapes alone: nothing is loaded, and the devices of the mesh need not exist."""
     check_batch(config, num_shards=mesh.size, num_images=info.num_train)
     patterns = optim.trainable_patterns(config.trainable)
     tx, schedule = create_optimizer(config, model, optimizer)
@@ -273,7 +263,6 @@ def plan_experiment(
     return Plan(
         config=config,
         mesh=mesh,
-        model=model,
         dataset_info=info,
         storage=storage,
         abstract_state=sharding.with_sharding(state, state_shardings),
@@ -386,11 +375,7 @@ def check_batch(config: ConfigDict, *, num_shards: int, num_images: int) -> None
 
 
 def caches_features(config: ConfigDict, *, head_only: bool, dropout: bool, own_augment: bool) -> bool:
-    """Returns whether features are cached: where they are the same at every step, or if the config says so.
-
-    Raises:
-        UsageError: the config asks for cached features, and they would not be the same at every step.
-    """
+    """Returns whether features are cached; raises UsageError if they should be and are not the same at every step."""
     obstacles = {
         f"trainable {config.trainable!r} trains more than the head": not head_only,
         "frozen_dropout samples them again at every step": dropout,

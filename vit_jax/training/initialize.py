@@ -31,11 +31,7 @@ def load_pretrained(name_or_path: str) -> Pretrained | None:
 
 
 def model_arguments(arguments: Mapping[str, Any], architecture: str, source: Pretrained | None) -> dict[str, Any]:
-    """Returns constructor arguments of a model; sizes that are not given are those of the pretrained checkpoint.
-
-    Raises:
-        UsageError: there are no sizes, or others than those of the checkpoint.
-    """
+    """Returns constructor arguments of a model: those given, which must fit the pretrained checkpoint, and its own."""
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     if source is None:
         if not given:

@@ -21,9 +21,6 @@ def add_lora_weights(key: jax.Array, params: Params, *, rank: int, targets: Sequ
 
     A kernel is taken as a matrix from its inputs to its outputs: [d, (k h)] for queries, keys and values, whose heads
     are outputs; [(…), d] for any other. `a` is sampled from a normal distribution of variance 1 / inputs, `b` is zero.
-
-    Raises:
-        UsageError: a target matches nothing, or something that is not a kernel.
     """
     flat = flatten_dict(params, sep="/")
     for target in targets:

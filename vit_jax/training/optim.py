@@ -36,9 +36,6 @@ def split_params(params: Params, patterns: Sequence[str]) -> tuple[Params, Param
 
     Only trainable parameters are differentiated and have optimizer state, so frozen ones cost nothing and stay
     bit-identical. (`optax.masked` alone would pass the other gradients through unchanged.)
-
-    Raises:
-        UsageError: a pattern matches no parameter.
     """
     flat = flatten_dict(params, sep="/")
     for pattern in patterns:

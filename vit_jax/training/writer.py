@@ -51,8 +51,7 @@ def _lines(records: Iterable[Record]) -> bytes:
 def read_results(workdir: Path, step: int, checksum: str) -> tuple[list[Record], Record]:
     """Reads the metrics of a finished run: all lines, and that of the evaluation after the last step.
 
-    Raises:
-        UserError: metrics.jsonl is missing or was changed: it has not the checksum in the checkpoint of that step.
+    The checksum is that in the last checkpoint; UserError if the lines have another one.
     """
     path = workdir / "metrics.jsonl"
     records = read_records(path, last_step=step)
