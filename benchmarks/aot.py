@@ -1,21 +1,21 @@
-"""Compiles the training step for H200s that are not there, and checks what the compiled program holds and sends.
+"""Compiles the training step for absent H200s, and checks memory and collectives of the compiled program.
 
     pip install 'jax[cuda12-local]'          (or '.[aot]': the plugin alone, without NVIDIA's libraries)
     python benchmarks/aot.py                 (H/14 compiles for minutes; --variants B_16 --devices 1 8 is short)
 
-Use an environment of its own: the plugin makes JAX complain at every start on a machine without a GPU.
+Use a separate environment: with the plugin, JAX warns at every start on a machine without a GPU.
 
-`configs/cifar100.py`: momentum SGD, all parameters train, bfloat16, 224 px. Per mesh of devices the table has
+`configs/cifar100.py`: momentum SGD, all parameters, bfloat16, 224 px. Per mesh of devices the table has
 
     arguments, state, temporaries   GiB per device; the state is that part of the arguments that is updated in place
     all-gather … all-to-all         instructions of the compiled program, in which XLA has joined small ones
     per block                       gathers + reduce-scatters + all-reduces that one more block adds, none joined
 
 and the program exits with 1 and names what failed unless
-    nothing is sent from all to all: activations stay where their pictures are;
-    the state per device is the large arrays' share and the small arrays, to 2 %;
+    there is no all-to-all: activations stay on the devices of their images;
+    the state per device is the device's fraction of the large arrays plus the small arrays, within 2 %;
     a block adds the same collectives at every depth, no more than its parameters need;
-    ViT-B/16 at 64 pictures on one device takes at most 7 GiB of temporaries.
+    ViT-B/16 with 64 images on one device takes at most 7 GiB of temporaries.
 """
 
 import argparse
@@ -88,7 +88,7 @@ class Measured:
         variant: of `configs/models.py`.
         data: copies of the parameters.
         fsdp: devices that share a copy.
-        batch: pictures per device.
+        batch: images per device.
         arguments: bytes per device, as are the next three.
         state: of the arguments, what is updated in place.
         expected_state: what it should be.
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile the training step for H200s that are not there.")
     parser.add_argument("--variants", nargs="+", default=["B_16", "H_14"], choices=models.VARIANTS, metavar="NAME")
     parser.add_argument("--devices", nargs="+", type=int, default=[1, 8, 64], metavar="N", help="up to 8, or 8 × hosts")
-    parser.add_argument("--batch", type=int, default=64, help="pictures per device")
+    parser.add_argument("--batch", type=int, default=64, help="images per device")
     args = parse_arguments(parser, argv)
     for num_devices in args.devices:
         if num_devices < 1 or (num_devices > 8 and num_devices % 8):
@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     jax.config.update("jax_platforms", "cpu")  # the plugin serves as a compiler alone
     jax.config.update("jax_enable_compilation_cache", False)
-    print(f"jax {jax.__version__}, jax-cuda12-plugin {plugin}, {args.batch} pictures per device\n")
+    print(f"jax {jax.__version__}, jax-cuda12-plugin {plugin}, {args.batch} images per device\n")
     heads = ("variant", "data × fsdp", "arguments", "state", "temporaries", *KINDS, "per block".rjust(11), "seconds")
     print("| " + " | ".join(heads) + " |\n|" + "|".join("-" * (len(head) + 2) for head in heads) + "|")
     failed = []

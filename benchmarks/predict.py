@@ -1,11 +1,11 @@
-"""How fast `predict` answers for picture files, beside `evaluate` on the same pictures in memory.
+"""Measures the speed of `predict` on image files, relative to `evaluate` on the same images in memory.
 
     python benchmarks/predict.py                                  crops of scikit-learn's two photographs
-    VIT_JAX_CIFAR10=ARCHIVE python benchmarks/predict.py          test pictures of CIFAR-10 (cifar-10-binary.tar.gz)
+    VIT_JAX_CIFAR10=ARCHIVE python benchmarks/predict.py          test images of CIFAR-10 (cifar-10-binary.tar.gz)
 
-The micro ViT at 32 px; 1,000 files, PNG and JPEG by turns, of 32 × 32 pixels (`--size` for others), in one call. Both
-are run once to compile, then by turns; start-up is not counted. The program prints pictures per second of each turn,
-the medians, their ratio, and that of the CPU's seconds; it exits with 1 where the first ratio is below 0.8.
+The micro ViT at 32 px on 1,000 files of 32 × 32 pixels (`--size`), alternately PNG and JPEG, in one call. Both run once
+to compile, then in alternating rounds; start-up is not counted. Prints images/s of each round, the medians, their ratio
+and the ratio of CPU seconds. Exits with 1 if the first ratio is below 0.8.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from vit_jax.classifier import Classifier
 from vit_jax.runtime.errors import UsageError, UserError, parse_arguments, run_command
 from vit_jax.types import Split
 
-LEAST_RATIO = 0.8
+MIN_RATIO = 0.8
 
 
-def load_pictures(number: int, size: int) -> np.ndarray:
-    """Real pictures, uint8 [n h w 3]."""
+def load_images(number: int, size: int) -> np.ndarray:
+    """Returns natural images, uint8 [n h w 3]."""
     from PIL import Image
 
     archive = os.environ.get("VIT_JAX_CIFAR10")
@@ -53,11 +53,11 @@ def load_pictures(number: int, size: int) -> np.ndarray:
     return np.stack(crops)
 
 
-def write_pictures(images: np.ndarray, folder: Path) -> list[str]:
-    """Files of the pictures, PNG and JPEG by turns."""
+def write_images(images: np.ndarray, directory: Path) -> list[str]:
+    """Writes images as files, alternately PNG and JPEG, and returns their paths."""
     from PIL import Image
 
-    paths = [folder / f"{i:06}{('.png', '.jpg')[i % 2]}" for i in range(len(images))]
+    paths = [directory / f"{i:06}{('.png', '.jpg')[i % 2]}" for i in range(len(images))]
     for path, image in zip(paths, images, strict=True):
         Image.fromarray(image).save(path)
     return [str(path) for path in paths]
@@ -70,7 +70,7 @@ def make_evaluate(classifier: Classifier, images: np.ndarray) -> Callable[[], ob
 
 
 def measure(run: Callable[[], object]) -> tuple[float, float]:
-    """Seconds on the clock, and of all cores together: the latter do not count what else the machine does."""
+    """Returns wall-clock seconds, and CPU seconds of this process, which do not include other load on the machine."""
     started, started_working = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - started, time.process_time() - started_working
@@ -78,18 +78,18 @@ def measure(run: Callable[[], object]) -> tuple[float, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints and checks."""
-    parser = argparse.ArgumentParser(description="Speed of predict beside that of evaluate.")
-    parser.add_argument("--pictures", type=int, default=1000, metavar="N")
+    parser = argparse.ArgumentParser(description="Speed of predict relative to evaluate.")
+    parser.add_argument("--num_images", type=int, default=1000, metavar="N")
     parser.add_argument("--size", type=int, default=32, metavar="PIXELS", help="of the files (32)")
-    parser.add_argument("--turns", type=int, default=7, metavar="N")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N")
     arguments = parse_arguments(parser, argv)
-    if min(arguments.pictures, arguments.turns) < 1 or not 1 <= arguments.size <= 400:
-        raise UsageError("expected at least one picture and turn, and --size from 1 to 400")
+    if min(arguments.num_images, arguments.rounds) < 1 or not 1 <= arguments.size <= 400:
+        raise UsageError("expected at least one image and round, and --size from 1 to 400")
 
     classifier = vit_jax.load("micro")
-    images = load_pictures(arguments.pictures, arguments.size)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = write_pictures(images, Path(folder))
+    images = load_images(arguments.num_images, arguments.size)
+    with tempfile.TemporaryDirectory() as directory:
+        paths = write_images(images, Path(directory))
         runs: dict[str, Callable[[], object]] = {
             "evaluate": make_evaluate(classifier, images),
             "predict": lambda: list(predict.predict_files(classifier, paths)),
@@ -97,20 +97,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         for run in runs.values():
             run()
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-        for _ in range(arguments.turns):
+        for _ in range(arguments.rounds):
             for name, run in runs.items():
                 seconds[name].append(measure(run))
-    print(f"jax {jax.__version__}, {len(paths):,} files of {arguments.size} × {arguments.size} pixels, pictures/s")
+    print(f"jax {jax.__version__}, {len(paths):,} files of {arguments.size} × {arguments.size} pixels, images/s")
     medians, working = {}, {}
     for name, pairs in seconds.items():
         speeds = [len(paths) / clock for clock, _ in pairs]
         medians[name], working[name] = statistics.median(speeds), statistics.median(work for _, work in pairs)
         numbers = " ".join(f"{speed:6,.0f}" for speed in speeds)
-        print(f"{name:<10}{numbers}   median {medians[name]:,.0f}; {working[name]:.2f} s of CPU a turn")
+        print(f"{name:<10}{numbers}   median {medians[name]:,.0f}; {working[name]:.2f} s of CPU per round")
     ratio = medians["predict"] / medians["evaluate"]
     print(f"ratio {ratio:.2f}; by CPU {working['evaluate'] / working['predict']:.2f}")
-    if ratio < LEAST_RATIO:
-        raise UserError(f"predict runs at {ratio:.2f} of evaluate's speed, expected at least {LEAST_RATIO}")
+    if ratio < MIN_RATIO:
+        raise UserError(f"predict runs at {ratio:.2f} of evaluate's speed, expected at least {MIN_RATIO}")
     return 0
 
 

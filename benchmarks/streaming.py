@@ -1,10 +1,10 @@
-"""How fast a streamed run trains beside one whose pictures lie on the device, and how fast its pictures are decoded.
+"""Measures decoding by worker processes, and streamed training relative to training from device memory.
 
-    python benchmarks/streaming.py               decoding alone: JPEG files of 500 × 375 pixels, cropped to 224
-    python benchmarks/streaming.py FOLDER        the micro ViT at 32 px on a folder as for `folder:DIR`, both ways
+    python benchmarks/streaming.py               decoding only: JPEG files of 500 × 375 pixels, cropped to 224
+    python benchmarks/streaming.py DIR           also training of the micro ViT at 32 px on `folder:DIR`, both ways
 
-Crops are "inception"'s. The two ways take turns; start-up and compilation are not counted. Speeds are pictures per
-second, with those of each turn, and their ratio.
+Images are cropped by "inception". The two ways alternate in rounds; start-up and compilation are not counted. Prints
+images/s of each round, medians and their ratio.
 """
 
 import argparse
@@ -28,31 +28,31 @@ from vit_jax.runtime.errors import UsageError, parse_arguments, run_command
 from vit_jax.training.experiment import create_experiment
 from vit_jax.types import Split
 
-_READY_BATCHES = 8  # at least as many as lie ready: the first ones are not timed
+_READY_BATCHES = 8  # not timed: as many may be prefetched
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description="Speed of streamed training.")
-    parser.add_argument("folder", nargs="?")
+    parser.add_argument("directory", nargs="?", metavar="DIR")
     parser.add_argument("--batch_size", type=int, default=128, metavar="N")
-    parser.add_argument("--num_steps", type=int, default=50, metavar="N", help="of each turn")
+    parser.add_argument("--num_steps", type=int, default=50, metavar="N", help="of each round")
     parser.add_argument("--num_workers", type=int, default=1, metavar="N")
-    parser.add_argument("--turns", type=int, default=3, metavar="N")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N")
     arguments = parse_arguments(parser, argv)
-    if min(arguments.batch_size, arguments.num_steps, arguments.num_workers, arguments.turns) < 1:
+    if min(arguments.batch_size, arguments.num_steps, arguments.num_workers, arguments.rounds) < 1:
         raise UsageError("expected positive integers")
-    if arguments.folder is None:
-        with tempfile.TemporaryDirectory() as folder:
-            report("decoding", [time_decoding(write_photographs(Path(folder)), arguments)])
+    if arguments.directory is None:
+        with tempfile.TemporaryDirectory() as directory:
+            report("decoding", [time_decoding(write_images(Path(directory)), arguments)])
         return 0
 
-    whole = data.load_dataset(f"folder:{arguments.folder}", image_size=32, storage="stream")
+    whole = data.load_dataset(f"folder:{arguments.directory}", image_size=32, storage="stream")
     report("decoding", [time_decoding(whole.train, arguments)])
     speeds: dict[str, list[float]] = {"memory": [], "stream": []}
     with contextlib.ExitStack() as stack:
         steppers = {storage: stack.enter_context(open_run(storage, arguments)) for storage in speeds}
-        for _ in range(arguments.turns):
+        for _ in range(arguments.rounds):
             for storage, step in steppers.items():
                 speeds[storage].append(time_calls(step, arguments))
     medians = {storage: report(storage, values) for storage, values in speeds.items()}
@@ -61,30 +61,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(name: str, speeds: Sequence[float]) -> float:
-    """Prints pictures per second of each turn, and returns their median."""
+    """Prints images/s of each round, and returns their median."""
     median = statistics.median(speeds)
     print(f"{name:<10}{' '.join(f'{speed:6,.0f}' for speed in speeds)}   median {median:,.0f}")
     return median
 
 
-def write_photographs(folder: Path) -> Split:
-    """JPEG files of 500 × 375 pixels, cut out of scikit-learn's photographs."""
+def write_images(directory: Path) -> Split:
+    """Writes JPEG files of 500 × 375 pixels, crops of scikit-learn's sample images."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
     rng = np.random.default_rng(0)
     for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
         for split, count in (("train", 256), ("test", 1)):
-            (folder / split / name).mkdir(parents=True)
+            (directory / split / name).mkdir(parents=True)
             for i in range(count):
                 top, left = rng.integers(427 - 375), rng.integers(640 - 500)
                 part = photograph[top : top + 375, left : left + 500]
-                Image.fromarray(part).save(folder / split / name / f"{i:03}.jpg", quality=90)
-    return data.load_dataset(f"folder:{folder}", image_size=224, storage="stream").train
+                Image.fromarray(part).save(directory / split / name / f"{i:03}.jpg", quality=90)
+    return data.load_dataset(f"folder:{directory}", image_size=224, storage="stream").train
 
 
 def time_decoding(split: Split, arguments: argparse.Namespace) -> float:
-    """Pictures per second that the worker processes hand over where nothing else is done."""
+    """Returns the images/s that the worker processes decode while nothing else runs."""
     read = BatchReader(
         split, augment="inception", margin_color=(127, 127, 127), batch_size=arguments.batch_size, seed=0
     )
@@ -98,10 +98,10 @@ def time_decoding(split: Split, arguments: argparse.Namespace) -> float:
 
 @contextlib.contextmanager
 def open_run(storage: str, arguments: argparse.Namespace) -> Iterator[Callable[[], object]]:
-    """A function that takes one training step and waits for it."""
+    """Yields a function that runs one training step and waits for it."""
     config = digits.get_config("scratch")
     config.update(image_size=32, batch_size=arguments.batch_size, augment="inception", num_steps=10**6)
-    config.dataset.update(name=f"folder:{arguments.folder}", storage=storage, num_workers=arguments.num_workers)
+    config.dataset.update(name=f"folder:{arguments.directory}", storage=storage, num_workers=arguments.num_workers)
     experiment, state = create_experiment(config)
     train_step = experiment.compile_train_step()
     batches = experiment.train_batches(experiment.load_examples(state), 0)
@@ -119,7 +119,7 @@ def open_run(storage: str, arguments: argparse.Namespace) -> Iterator[Callable[[
 
 
 def time_calls(call: Callable[[], object], arguments: argparse.Namespace) -> float:
-    """Pictures per second of as many batches as a turn has."""
+    """Returns the images/s of one round."""
     start = time.perf_counter()
     for _ in range(arguments.num_steps):
         call()
