@@ -89,13 +89,11 @@ class Checkpoints:
     def require_step(self, step: int | None = None) -> int:
         """Returns `step`, or the latest; raises UserError if there is no such checkpoint."""
         steps = self.steps()
-        if not steps:
-            raise UserError(
-                f"{self._workdir} holds no run with a checkpoint; give the --workdir of a run that has saved one"
-            )
-        if step is not None and step not in steps:
-            raise UserError(f"{self._workdir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-        return steps[-1] if step is None else step
+        if steps and step in (None, *steps):
+            return steps[-1] if step is None else step
+        found = f"has no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
+        nothing = "holds no run with a checkpoint; give the --workdir of a run that has saved one"
+        raise UserError(f"{self._workdir} {found if steps else nothing}")
 
     def save(self, step: int, state: TrainState, metadata: dict[str, Json], *, accuracy: float | None) -> None:
         """Saves a state, whose arrays may be donated afterwards, and any metadata; `finish` waits until it is on disk.
@@ -208,14 +206,15 @@ class Checkpoints:
         path = self._directory / str(step)
         try:
             yield
-        except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            raise UserError(f"out of memory while reading {path / item}: {one_line(error)[:200]}") from error
         except Exception as error:
             others = [other for other in self.steps() if other != step]
             advice = "there is no other checkpoint; start again in another --workdir"
             if others:
                 advice = f"delete {path} and rerun to resume from step {others[-1]}"
-            raise UserError(f"{path / item} is damaged ({one_line(error)[:200]}); {advice}") from error
+            message = f"{path / item} is damaged ({one_line(error)[:200]}); {advice}"
+            if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
+                message = f"out of memory while reading {path / item}: {one_line(error)[:200]}"
+            raise UserError(message) from error
 
 
 @dataclasses.dataclass

@@ -110,9 +110,8 @@ def bytes_of_examples(plan: Plan) -> int:
     return (views * info.num_train + info.num_test) * example + 4 * (info.num_train + info.num_test)  # int32 labels
 
 
-def _bytes_per_device(tree: Any) -> int:
-    """Returns the bytes per device of abstract arrays with shardings."""
-    leaves = jax.tree.leaves(tree)
+def _bytes_per_device(batch: Batch) -> int:
+    leaves = jax.tree.leaves(batch)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
