@@ -150,7 +150,8 @@ def set_keys(config: ConfigDict, changes: dict[str, object]) -> ConfigDict:
 
 def edit_run(workdir: Path, changes: dict[str, object], *, metrics: str | None = None) -> None:
     """Changes the config in all checkpoints of a run, and metrics.jsonl, as if it had been trained so."""
-    from vit_jax.training import checkpoint, writer
+    from vit_jax.runtime import checksums
+    from vit_jax.training import writer
 
     if metrics is not None:
         (workdir / "metrics.jsonl").write_text(metrics)
@@ -163,7 +164,7 @@ def edit_run(workdir: Path, changes: dict[str, object], *, metrics: str | None =
         records = writer.read_records(workdir / "metrics.jsonl", last_step=content["step"])
         info["metrics_checksum"] = writer.checksum_of(records)
         del content["crc32"]
-        path.write_text(json.dumps({**content, "crc32": checkpoint._crc32(content)}))
+        path.write_text(json.dumps({**content, "crc32": checksums.checksum_json(content)}))
         (workdir / "config.json").write_text(json.dumps(info["config"]))
 
 

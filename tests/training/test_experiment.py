@@ -1,5 +1,4 @@
 import json
-import re
 import shutil
 
 import jax
@@ -14,7 +13,6 @@ from vit_jax import data, models
 from vit_jax.runtime import distributed, sharding
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.training import experiment, optim
-from vit_jax.training.features import Storage
 from vit_jax.training.info import RunInfo
 
 SIZES = {"patch_size": 4, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "mlp_dim": 40}
@@ -52,7 +50,7 @@ def plan(config, *, num_devices=8, num_images=1437):
 )
 def test_plan_experiment_caches_features_where_the_backbone_is_a_fixed_function(changes, cached):
     planned = plan(config_with(**changes))
-    assert planned.storage == (Storage.FEATURES if cached else Storage.MEMORY)
+    assert planned.storage == ("features" if cached else "memory")
     assert planned.abstract_batch.inputs.shape == ((10 * 64, 24) if cached else (64, 8, 8, 3))
 
 
@@ -109,22 +107,11 @@ def test_plan_experiment_adds_lora_weights_where_a_pattern_names_them(changes, h
     assert ("lora" in state.frozen) == (has_lora and changes["trainable"][0].endswith("/b"))
 
 
-ZERO_HEAD = "does not match head/kernel, which starts at zero, so that no parameter below the head"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"trainable": ("lora/.*",)}, ZERO_HEAD),
-        ({"trainable": (".*/MlpBlock_3/.*",)}, ZERO_HEAD),
-        ({"trainable": (".*/bias",)}, ZERO_HEAD),
-        ({"trainable": ("lora/.*/a", "head/.*")}, "trainable matches no LoRA weight 'lora/…/b'"),
-        ({"trainable": ("(head|lora/.*/MlpBlock_3)/.*",)}, "trainable matches no LoRA weight 'lora/…/b'"),
-    ],
-)
-def test_plan_experiment_rejects_parameters_without_gradients(changes, message):
-    with pytest.raises(UsageError, match=re.escape(message)):
-        plan(config_with(**changes))
+@pytest.mark.parametrize("pattern", ["lora/.*", ".*/MlpBlock_3/.*", ".*/bias"])
+def test_plan_experiment_rejects_parameters_without_gradients(pattern):
+    message = "does not match head/kernel, which starts at zero, so that no parameter below the head"
+    with pytest.raises(UsageError, match=message):
+        plan(config_with(trainable=(pattern,)))
 
 
 def test_plan_experiment_accepts_a_frozen_head_that_is_not_zero():
@@ -241,7 +228,7 @@ def test_create_experiment_resumes_without_the_pretrained_checkpoint(tmp_path):
     created, state = experiment.create_experiment(config)
     config.pretrained = str(tmp_path / "moved.npz")
     resumed, abstract_state = experiment.create_experiment(config, saved=created.info)
-    assert resumed.model == created.model
+    assert resumed.image_forward.model == created.image_forward.model
     assert jax.tree.map(lambda leaf: leaf.shape, abstract_state) == jax.tree.map(lambda leaf: leaf.shape, state)
 
 

@@ -1,3 +1,4 @@
+import functools
 import json
 
 import jax
@@ -17,7 +18,7 @@ from vit_jax.pretrained import ModelMetadata
 from vit_jax.run import load_run
 from vit_jax.runtime import sharding
 from vit_jax.training import experiment, initialize
-from vit_jax.training.steps import RepeatedTrainStep
+from vit_jax.training.steps import run_train_steps
 
 
 def head_config(**changes):
@@ -101,14 +102,14 @@ def test_train_and_evaluate_learns_from_augmented_views(tmp_path):
     assert records[-1]["test/accuracy"] > 0.3  # one in ten is right by chance
 
 
-def test_repeated_train_step_makes_the_updates_one_by_one():
+def test_run_train_steps_makes_the_updates_one_by_one():
     def train_step(state, batch):
         return state + batch.inputs.sum(), {"loss": batch.inputs[0] * 1.0}
 
     train_step.batch_size = 2
     labels = jnp.array([0, 0, 0, 0, 0, 0, -1, -1])
     batch = Batch(jnp.arange(8.0), labels, labels)
-    state, scalars = jax.jit(RepeatedTrainStep(train_step))(jnp.array(0.0), batch)
+    state, scalars = jax.jit(functools.partial(run_train_steps, train_step))(jnp.array(0.0), batch)
     assert float(state) == 15.0 and float(scalars["loss"]) == 4.0  # three updates, the loss of the third
 
 

@@ -5,7 +5,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from vit_jax.runtime.errors import UserError
-from vit_jax.training.writer import Writer, checksum_of, read_records, read_results
+from vit_jax.training.writer import Writer, read_records, read_results
 
 
 def test_read_records_ignores_a_truncated_last_line(tmp_path):
@@ -19,9 +19,6 @@ def test_read_records_ignores_a_truncated_last_line(tmp_path):
     [
         b'{"step": 2, "tr',
         b'{"train/loss": 1.0}',
-        b'{"step": 2, "train/loss": "1.0"}',
-        b'{"step": true}',
-        b'{"step": 0}',
         b"[2]",
         b"\0\xff",
         b"",
@@ -31,23 +28,15 @@ def test_read_records_names_a_damaged_line(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
     with pytest.raises(
-        UserError, match=r"^line 2 of .*metrics.jsonl is .*; expected a JSON object of numbers, .*; delete that"
+        UserError, match=r"^line 2 of .*metrics.jsonl is .*; expected a JSON object with .step.; delete that"
     ):
         read_records(path)
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        (None, "metrics.jsonl is missing"),
-        ('{"step": 4, "test/accuracy": 0.5}\n{"step": 8, "train/loss": 1}\n', "has no evaluation of that step"),
-    ],
-)
-def test_read_results_says_how_to_measure_a_finished_run_again(tmp_path, text, reason):
-    if text is not None:
-        (tmp_path / "metrics.jsonl").write_text(text)
-    with pytest.raises(UserError, match=rf"finished at step 8, but .*{reason}; python -m vit_jax.evaluate --workdir"):
-        read_results(tmp_path, 8, checksum_of(read_records(tmp_path / "metrics.jsonl")))
+def test_read_results_says_how_to_measure_a_finished_run_again(tmp_path):
+    message = "finished at step 8, but metrics.jsonl is missing; python -m vit_jax.evaluate --workdir"
+    with pytest.raises(UserError, match=message):
+        read_results(tmp_path, 8, "12345678")
 
 
 def test_read_results_rejects_metrics_that_were_changed(tmp_path):

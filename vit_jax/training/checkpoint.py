@@ -6,31 +6,29 @@ pretrained checkpoints, and LoRA weights), `ema` (EMA parameters, if any), `trai
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import shutil
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict, cast
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 from orbax.checkpoint import checkpoint_managers as managers
 
 from vit_jax.runtime import distributed
-from vit_jax.runtime.checksums import checksums, mismatches
+from vit_jax.runtime.checksums import checksum_json, checksums, mismatches
 from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.runtime.event_loops import patient_event_loops
 from vit_jax.training import optim
 from vit_jax.training.steps import TrainState
 from vit_jax.types import Json, Params
 
-_Types = dict[str, list[Json]]
-"""Name of an array, "<item>/<path>" -> [dtype, shape]."""
+_Types = dict[str, list[Json]]  # name of an array, "<item>/<path>" -> [dtype, shape]
 
 
 class _Content(TypedDict):
@@ -44,14 +42,11 @@ class _Content(TypedDict):
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager.
+    """The checkpoints of one run; a context manager. Damaged files and failed saves raise UserError.
 
     Args:
         workdir: run directory; the first save creates `workdir/checkpoints`.
         read_only: whether nothing is saved; remains of a killed save are kept.
-
-    Raises:
-        UserError: the metadata of a checkpoint is damaged (unless `read_only`), so that the best one is not known.
     """
 
     def __init__(self, workdir: Path, *, read_only: bool = False):
@@ -67,7 +62,7 @@ class Checkpoints:
         distributed.sync_processes("half-written checkpoints are gone")
         self._accuracies = {step: self._read_content(step)["accuracy"] for step in self.steps()}
         if self._accuracies:
-            with _naming_errors(self._explain_failure):
+            with self._saving():
                 _ = self._manager  # now rather than after the run has trained
 
     def __enter__(self) -> "Checkpoints":
@@ -92,38 +87,27 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def require_step(self, step: int | None = None) -> int:
-        """Returns the step of a checkpoint that exists: the given one, or the latest.
-
-        Raises:
-            UserError: there is no checkpoint, or none of that step.
-        """
+        """Returns `step`, or the latest; raises UserError if there is no such checkpoint."""
         steps = self.steps()
-        if step in steps or (step is None and steps):
+        if steps and step in (None, *steps):
             return steps[-1] if step is None else step
         found = f"has no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
         nothing = "holds no run with a checkpoint; give the --workdir of a run that has saved one"
         raise UserError(f"{self._workdir} {found if steps else nothing}")
 
     def save(self, step: int, state: TrainState, metadata: dict[str, Json], *, accuracy: float | None) -> None:
-        """Saves a state in the background; `finish` waits for it.
+        """Saves a state, whose arrays may be donated afterwards, and any metadata; `finish` waits until it is on disk.
 
-        Args:
-            step: of the state.
-            state: its arrays may be donated as soon as this returns.
-            metadata: any JSON object, which `read_metadata` returns.
-            accuracy: on the test split, if it was measured; decides which checkpoint is the best.
-
-        Raises:
-            UserError: this save or the one before it failed.
+        The accuracy on the test split, if it was measured, decides which checkpoint is the best.
         """
         items = _items(state)
         content = _Content(
             step=step, accuracy=accuracy, types=_types(items), checksums=checksums(items), metadata=metadata
         )
         saves = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
-        saves["metadata"] = ocp.args.JsonSave({**content, "crc32": _crc32(content)})
+        saves["metadata"] = ocp.args.JsonSave({**content, "crc32": checksum_json(content)})
         self._accuracies[step] = accuracy
-        with _naming_errors(self._explain_failure):
+        with self._saving():
             manager = self._manager
             needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self._directory).free
             if free < needed:  # a full disk would take the metrics with it
@@ -132,34 +116,18 @@ class Checkpoints:
             self._unfinished = {step}
 
     def finish(self) -> None:
-        """Waits until the last save is on disk.
-
-        Raises:
-            UserError: it failed.
-        """
+        """Waits until the last save is on disk."""
         if "_manager" in self.__dict__:
-            with _naming_errors(self._explain_failure):
+            with self._saving():
                 self._manager.wait_until_finished()
             self._unfinished = set()
 
     def read_metadata(self, step: int) -> dict[str, Json]:
-        """Returns the metadata given to `save`.
-
-        Raises:
-            UserError: it is damaged.
-        """
+        """Returns the metadata given to `save`."""
         return self._read_content(step)["metadata"]
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
-        """Reads a whole state onto any number of devices, however many saved it.
-
-        Args:
-            step: of the checkpoint.
-            abstract_state: leaves are `jax.ShapeDtypeStruct` with shardings.
-
-        Raises:
-            UserError: the checkpoint is damaged, or has arrays of other names, dtypes or shapes.
-        """
+        """Reads a whole state onto the devices of `abstract_state`, whose leaves are `jax.ShapeDtypeStruct`."""
         content, items = self._read_content(step), _items(abstract_state)
         for name, expected in _types(items).items():
             found = content["types"].get(name, ["missing"])
@@ -170,99 +138,96 @@ class Checkpoints:
                 )
         items = self._read_arrays(step, items, content)
         flat = flatten_dict(items["params"])
-        trainable, frozen = (
-            unflatten_dict({path: flat[path] for path in flatten_dict(part)})
-            for part in (abstract_state.trainable, abstract_state.frozen)
-        )
-        return TrainState(trainable=trainable, frozen=frozen, ema=items.get("ema", {}), **items["training"])
+        restored = {
+            name: unflatten_dict({path: flat[path] for path in flatten_dict(getattr(abstract_state, name))})
+            for name in ("trainable", "frozen")
+        }
+        return TrainState(**restored, ema=items.get("ema", {}), **items["training"])
 
     def restore_params(
         self, step: int, sharding: NamedSharding, *, use_ema: bool = True
     ) -> tuple[Params, dict[str, Json]]:
-        """Reads the parameters alone, and the metadata.
+        """Reads the metadata and the parameters alone, LoRA weights among them.
 
-        Args:
-            step: of the checkpoint.
-            sharding: of every parameter.
-            use_ema: whether EMA parameters, if any, replace the parameters that they average.
-
-        Returns:
-            (params, metadata): the model's parameters with LoRA weights, and what was given to `save`.
-
-        Raises:
-            UserError: the checkpoint is damaged.
+        EMA parameters, if there are any and `use_ema`, replace the parameters that they average.
         """
-        content = self._read_content(step)
-        names = ("params", "ema") if use_ema else ("params",)
-        items = {item: tree for item, tree in _abstract_items(content, sharding).items() if item in names}
-        items = self._read_arrays(step, items, content)
+        content, wanted = self._read_content(step), ("params", "ema") if use_ema else ("params",)
+        leaves = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            for name, (dtype, shape) in content["types"].items()
+            if name.split("/")[0] in wanted
+        }
+        items = self._read_arrays(step, unflatten_dict(leaves, sep="/"), content)
         return optim.merge_params(items.get("ema", {}), items["params"]), content["metadata"]
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
         """Saves, and deletes all but the latest and the best; opened late, as it creates its directory."""
         options = ocp.CheckpointManagerOptions(preservation_policy=_LatestAndBest(self._accuracies))
-        arrays, metadata = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
-        handlers = {"params": arrays(), "ema": arrays(), "training": arrays(), "metadata": metadata()}
-        return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+        return ocp.CheckpointManager(self._directory, options=options)
 
     def _read_content(self, step: int) -> _Content:
-        with _naming_errors(functools.partial(self._explain_damage, step, "metadata")):
-            return _load_content(self._directory / str(step))
+        with self._reading(step, "metadata"):
+            content = json.loads((self._directory / str(step) / "metadata" / "metadata").read_text())
+            if content.pop("crc32") != checksum_json(content) or content["step"] != step:
+                raise ValueError("wrong checksum of the metadata")
+            return cast(_Content, content)
 
     def _read_arrays(self, step: int, items: Params, content: _Content) -> Params:
         arrays = {}
         for item, tree in items.items():
-            with _naming_errors(functools.partial(self._explain_damage, step, item)):
-                arrays[item] = _load_arrays(self._directory / str(step), item, tree, content)
+            handler = ocp.StandardCheckpointHandler()
+            with self._reading(step, item), patient_event_loops(), ocp.Checkpointer(handler) as checkpointer:
+                path = self._directory / str(step) / item
+                arrays[item] = checkpointer.restore(path, args=ocp.args.StandardRestore(tree))
+                expected = {name: crc32 for name, crc32 in content["checksums"].items() if name.startswith(f"{item}/")}
+                if wrong := mismatches({item: arrays[item]}, expected):
+                    raise ValueError(f"wrong checksum of {', '.join(wrong[:3])}{', …' * (len(wrong) > 3)}")
         return arrays
 
-    def _explain_failure(self, error: Exception) -> str:
-        """Removes what a failed save has written; returns the message."""
-        _remove_half_written(self._directory)
-        self._unfinished = set()
-        last = self.latest_step()
-        kept = "there is no earlier one" if last is None else f"the last good one is step {last}"
-        return (
-            f"the checkpoint could not be written to {self._directory} ({one_line(error)[:200]}); {kept}; "
-            "free some space and rerun the same command"
-        )
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Removes what a failed save has written, and turns whatever Orbax and TensorStore raise into a UserError."""
+        try:
+            yield
+        except Exception as error:
+            _remove_half_written(self._directory)
+            self._unfinished = set()
+            last = self.latest_step()
+            kept = "there is no earlier one" if last is None else f"the last good one is step {last}"
+            raise UserError(
+                f"the checkpoint could not be written to {self._directory} ({one_line(error)[:200]}); {kept}; "
+                "free some space and rerun the same command"
+            ) from error
 
-    def _explain_damage(self, step: int, item: str, error: Exception) -> str:
-        """Returns the message of a checkpoint that cannot be read; looks for those that can."""
+    @contextlib.contextmanager
+    def _reading(self, step: int, item: str) -> Iterator[None]:
+        """Turns whatever Orbax, TensorStore and JSON raise for damaged files into a UserError."""
         path = self._directory / str(step)
-        reason = one_line(error)[:200]
-        if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
-            return f"out of memory while reading {path / item}: {reason}"
-        intact = [other for other in self.steps() if other != step and _is_intact(self._directory / str(other))]
-        advice = "no other checkpoint is intact; start again in another --workdir"
-        if intact:
-            steps = ", ".join(map(str, intact))
-            advice = f"intact steps: {steps}; delete {path} and rerun to resume from step {intact[-1]}"
-        return f"{path / item} is damaged ({reason}); {advice}"
+        try:
+            yield
+        except Exception as error:
+            others = [other for other in self.steps() if other != step]
+            advice = "there is no other checkpoint; start again in another --workdir"
+            if others:
+                advice = f"delete {path} and rerun to resume from step {others[-1]}"
+            message = f"{path / item} is damaged ({one_line(error)[:200]}); {advice}"
+            if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
+                message = f"out of memory while reading {path / item}: {one_line(error)[:200]}"
+            raise UserError(message) from error
 
 
-@contextlib.contextmanager
-def _naming_errors(explain: Callable[[Exception], str]) -> Iterator[None]:
-    """Turns whatever Orbax, TensorStore and JSON raise for files that are damaged or not written into a UserError."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(explain(error)) from error
-
-
+@dataclasses.dataclass
 class _LatestAndBest:
     """Keeps the latest checkpoint and the one of the highest accuracy, the later of equals."""
 
-    def __init__(self, accuracies: Mapping[int, float | None]):
-        self._accuracies = accuracies
+    accuracies: Mapping[int, float | None]  # of steps
 
     def should_preserve(
         self, checkpoints: Sequence[managers.PolicyCheckpointInfo], *, context: object
     ) -> Sequence[bool]:
-        """Returns for each checkpoint, ascending by step, whether it is kept."""
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        measured = [(self._accuracies[step], step) for step in steps if self._accuracies[step] is not None]
+        steps = [checkpoint.step for checkpoint in checkpoints]  # ascending
+        measured = [(self.accuracies[step], step) for step in steps if self.accuracies[step] is not None]
         best = max(measured)[1] if measured else steps[-1]
         return [step in (steps[-1], best) for step in steps]
 
@@ -282,59 +247,6 @@ def _types(items: Params) -> _Types:
     leaves = jax.tree_util.tree_leaves_with_path(items)
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {name(path): [leaf.dtype.name, list(leaf.shape)] for path, leaf in leaves}
-
-
-def _abstract_items(content: _Content, sharding: jax.sharding.Sharding) -> Params:
-    """Returns the items of a checkpoint as nested dictionaries of abstract arrays."""
-    types = content["types"].items()
-    leaves = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (dtype, shape) in types}
-    return dict(unflatten_dict(leaves, sep="/"))
-
-
-def _crc32(content: Mapping[str, object]) -> int:
-    """Returns the checksum of a JSON object, whatever its order and white space."""
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _load_content(path: Path) -> _Content:
-    """Reads the item `metadata` of the checkpoint in `path`; raises any exception if it is damaged."""
-    content = json.loads((path / "metadata" / "metadata").read_text())
-    intact = content.pop("crc32") == _crc32(content) and str(content["step"]) == path.name
-    _raise_if_wrong([] if intact else ["the metadata"])
-    return cast(_Content, content)
-
-
-def _load_arrays(path: Path, item: str, tree: Params, content: _Content) -> Params:
-    """Reads one item of the checkpoint in `path` into abstract arrays; raises any exception if it is damaged."""
-    with patient_event_loops(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        arrays: Params = checkpointer.restore(path / item, args=ocp.args.StandardRestore(tree))
-    _raise_if_wrong(mismatches({item: arrays}, _of_item(content, item)))
-    return arrays
-
-
-def _of_item(content: _Content, item: str) -> dict[str, str]:
-    return {name: crc32 for name, crc32 in content["checksums"].items() if name.startswith(f"{item}/")}
-
-
-def _raise_if_wrong(wrong: list[str]) -> None:
-    if wrong:
-        raise ValueError(f"wrong checksum of {', '.join(wrong[:3])}{', …' * (len(wrong) > 3)}")
-
-
-def _is_intact(path: Path) -> bool:
-    """Reads a whole checkpoint; of several processes only the metadata, as reading arrays takes all of them."""
-    try:
-        content = _load_content(path)
-        items = {name.split("/")[0] for name in content["types"]} if jax.process_count() == 1 else ()
-        with patient_event_loops(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            for item in items:
-                types = checkpointer.metadata(path / item).item_metadata.tree
-                on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), types)
-                arrays = checkpointer.restore(path / item, args=ocp.args.PyTreeRestore(restore_args=on_host))
-                _raise_if_wrong(mismatches({item: arrays}, _of_item(content, item)))
-    except Exception:
-        return False
-    return True
 
 
 def _remove_half_written(directory: Path) -> None:

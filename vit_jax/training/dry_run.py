@@ -12,9 +12,8 @@ from ml_collections import ConfigDict
 from vit_jax.data.batches import Batch
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
-from vit_jax.training import metrics, steps
+from vit_jax.training import steps
 from vit_jax.training.experiment import Plan, create_model, describe_dataset, plan_experiment
-from vit_jax.training.features import Storage
 from vit_jax.training.inference import Inference
 from vit_jax.training.initialize import load_pretrained, needs_pretrained
 from vit_jax.training.writer import format_number
@@ -22,35 +21,29 @@ from vit_jax.training.writer import format_number
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Cost of one call, as the compiler estimates it; bytes are those of one device.
+    """Cost of one call, as the compiler estimates it: per image of all devices, and bytes of one device."""
 
-    Attributes:
-        flops: of all devices together, per image.
-        bytes_moved: read and written by all devices together, per image.
-        arguments: bytes of the arguments.
-        temporaries: bytes that exist during the call only, outputs beyond the donated arguments among them.
-    """
+    flops: float  # per image
+    bytes_moved: float  # per image, read and written
+    arguments: int  # bytes
+    temporaries: int  # bytes that exist during the call only, outputs beyond the donated arguments among them
 
-    flops: float
-    bytes_moved: float
-    arguments: int
-    temporaries: int
+    def __str__(self) -> str:
+        """Returns the cost of an image in words."""
+        return f"{format_number(self.flops / 1e9)} GFLOP, {format_number(self.bytes_moved / 1e6)} MB moved"
 
 
 def dry_run(config: ConfigDict) -> None:
-    """Prints trainable parameters, arithmetic and memory of a run.
+    """Prints trainable parameters, arithmetic and memory of a run; UserError if a device has less memory.
 
     The pretrained checkpoint is loaded only where `config.model` leaves sizes out.
-
-    Raises:
-        UsageError: the config is wrong.
-        UserError: the run needs more memory than a device has.
     """
     mesh = sharding.create_mesh(**config.mesh)
     info = describe_dataset(config)
-    needs_file = config.pretrained and needs_pretrained(config.model, config.architecture)
-    source = load_pretrained(config.pretrained) if needs_file else None
-    model = create_model(config, source, num_classes=len(info.class_names))
+    needs_file = needs_pretrained(config.model, config.architecture)
+    model = create_model(
+        config, load_pretrained(config.pretrained) if needs_file else None, num_classes=len(info.class_names)
+    )
     plan = plan_experiment(config, model, mesh, info)
     print("compiling the training step and the evaluation …", flush=True)
     training = measure(plan.lower().compile(), mesh.size, config.batch_size // config.accumulation_steps)
@@ -58,25 +51,18 @@ def dry_run(config: ConfigDict) -> None:
     evaluation = measure(lower_evaluation(plan, eval_batch_size).compile(), mesh.size, eval_batch_size)
 
     examples = bytes_of_examples(plan)
-    state = training.arguments - sum(map(_bytes_per_device, jax.tree.leaves(plan.abstract_batch)))
     needed = training.arguments + examples + max(training.temporaries, evaluation.temporaries)
-    storage = {Storage.FEATURES: ", as cached features", Storage.STREAM: ", two batches", Storage.MEMORY: ""}[
-        plan.storage
-    ]
+    storage = {"features": ", as cached features", "stream": ", two batches", "memory": ""}
     device = mesh.devices.flat[0]
     available, origin = sharding.device_memory(device)
-    rows = {
-        "training, per image": _work(training),
-        "evaluation, per image": _work(evaluation),
-        "memory per device": f"{_gib(needed)} of {_gib(available)} ({origin}); {mesh.size} × {device.device_kind}",
-        "  training state": _gib(state),
-        "  images": _gib(examples) + storage,
-        "  temporaries": f"{_gib(training.temporaries)} to train, {_gib(evaluation.temporaries)} to evaluate",
-    }
-    print("\n" + "\n".join(f"{name:<23}{value}" for name, value in rows.items()))
-    print(
-        f"estimated by the compiler for {device.platform}, jax {jax.__version__}; other backends need other temporaries"
-    )
+    print(f"""
+training, per image    {training}
+evaluation, per image  {evaluation}
+memory per device      {_gib(needed)} of {_gib(available)} ({origin}); {mesh.size} × {device.device_kind}
+  training state       {_gib(training.arguments - _bytes_per_device(plan.abstract_batch))}
+  images               {_gib(examples)}{storage[plan.storage]}
+  temporaries          {_gib(training.temporaries)} to train, {_gib(evaluation.temporaries)} to evaluate
+estimated by the compiler for {device.platform}, jax {jax.__version__}; other backends need other temporaries""")
     if needed > available:
         raise UserError(
             f"the run needs {_gib(needed)} per device, there are {_gib(available)}: raise accumulation_steps (now "
@@ -86,12 +72,9 @@ def dry_run(config: ConfigDict) -> None:
 
 
 def measure(compiled: jax.stages.Compiled, num_devices: int, num_images: int) -> Cost:
-    """Reads the cost of a compiled function.
+    """Reads the cost of a compiled function; `num_images` are processed while a loop's body runs once.
 
-    Args:
-        compiled: of `jax.jit(…).lower(…).compile()`.
-        num_devices: that it runs on; the compiler counts for one.
-        num_images: processed while a loop's body runs once: the compiler counts a body once.
+    The compiler counts one device, and a loop's body once.
     """
     cost: Any = compiled.cost_analysis()
     memory: Any = compiled.memory_analysis()
@@ -106,36 +89,30 @@ def measure(compiled: jax.stages.Compiled, num_devices: int, num_images: int) ->
 
 def lower_evaluation(plan: Plan, batch_size: int) -> jax.stages.Lowered:
     """Traces the evaluation of a batch of images by the whole model."""
-    mesh, forward = plan.mesh, plan.image_forward
+    mesh = plan.mesh
     evaluated_params = functools.partial(steps.evaluated_params, lora_alpha=plan.config.lora.alpha)
     params = jax.eval_shape(evaluated_params, plan.abstract_state)
     batch = Batch.abstract(jax.ShapeDtypeStruct((batch_size, *plan.dataset_info.image_shape), jnp.uint8))
-    sums = jax.eval_shape(metrics.zero_sums)
-    eval_step = jax.jit(Inference(forward, mesh, batch_size=batch_size).eval_step)
+    eval_step = jax.jit(Inference(plan.image_forward, mesh, batch_size=batch_size).eval_step)
     return eval_step.lower(
         sharding.with_sharding(params, sharding.param_shardings(params, mesh)),
         sharding.with_sharding(batch, sharding.batch_sharding(mesh)),
-        sharding.with_sharding(sums, sharding.replicated(mesh)),
     )
 
 
 def bytes_of_examples(plan: Plan) -> int:
     """Returns the bytes per device of all images or features, or of two streamed batches."""
     info, inputs = plan.dataset_info, plan.abstract_batch.inputs
-    if plan.storage == Storage.STREAM:
-        return 2 * sum(map(_bytes_per_device, jax.tree.leaves(plan.abstract_batch)))
-    views = plan.config.feature_views if plan.storage == Storage.FEATURES else 1
+    if plan.storage == "stream":
+        return 2 * _bytes_per_device(plan.abstract_batch)
+    views = plan.config.feature_views if plan.storage == "features" else 1
     example = math.prod(inputs.shape[1:]) * inputs.dtype.itemsize
     return (views * info.num_train + info.num_test) * example + 4 * (info.num_train + info.num_test)  # int32 labels
 
 
-def _bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:
-    shape: tuple[int, ...] = leaf.sharding.shard_shape(leaf.shape)
-    return int(math.prod(shape) * leaf.dtype.itemsize)
-
-
-def _work(cost: Cost) -> str:
-    return f"{format_number(cost.flops / 1e9)} GFLOP, {format_number(cost.bytes_moved / 1e6)} MB moved"
+def _bytes_per_device(batch: Batch) -> int:
+    leaves = jax.tree.leaves(batch)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _gib(num_bytes: float) -> str:

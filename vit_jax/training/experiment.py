@@ -5,7 +5,7 @@ import functools
 import shlex
 import sys
 from collections.abc import Callable, Generator
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,43 +24,23 @@ from vit_jax.data.streaming import BatchReader
 from vit_jax.pretrained import ModelMetadata
 from vit_jax.runtime import distributed, rng, sharding
 from vit_jax.runtime.errors import UsageError, UserError
-from vit_jax.training import lora, metrics, optim, steps
-from vit_jax.training.features import Storage, abstract_batch, compute_features
+from vit_jax.training import initialize, lora, metrics, optim, steps
+from vit_jax.training.features import abstract_batch, compute_features
 from vit_jax.training.inference import FeatureForward, ImageForward, Inference
 from vit_jax.training.info import RunInfo
-from vit_jax.training.initialize import (
-    Pretrained,
-    check_gradients,
-    create_params,
-    has_dropout,
-    init_params,
-    load_pretrained,
-    model_arguments,
-)
-from vit_jax.training.steps import RepeatedTrainStep, TrainState, TrainStep
+from vit_jax.training.initialize import Pretrained
+from vit_jax.training.steps import TrainState, TrainStep, run_train_steps
 from vit_jax.types import Dataset, ImageModel, ImageSource, Params, Split
 
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[[optax.Schedule], optax.GradientTransformation]
 """An optax transformation, or a function from the config's learning-rate schedule to one."""
 
-
-_STEP_OPTIONS = (
-    *("batch_size", "accumulation_steps", "label_smoothing"),
-    *("mixup_alpha", "cutmix_alpha", "ema_decay"),
-)
+_STEP_OPTIONS = ("batch_size", "accumulation_steps", "label_smoothing", "mixup_alpha", "cutmix_alpha", "ema_decay")
 """Keys of the config that are attributes of `TrainStep`."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """The examples of a run: images or features on every device, or images that are decoded batch by batch.
-
-    Attributes:
-        train_inputs: [n …].
-        train_labels: int32 [n], where `train_inputs` are.
-        test_inputs: [n …].
-        test_labels: int32 [n], where `test_inputs` are.
-    """
+class Examples(NamedTuple):
+    """The examples of a run [n …]: on every device, or streamed images on the host; int32 labels [n] where they are."""
 
     train_inputs: jax.Array | ImageSource
     train_labels: jax.Array | np.ndarray
@@ -70,31 +50,17 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """An experiment without its data: model, functions and shapes.
-
-    Attributes:
-        config: see `vit_jax.config`.
-        mesh: of devices.
-        model: Linen module.
-        dataset_info: sizes of the dataset.
-        storage: where the training examples are.
-        abstract_state: shapes, dtypes and shardings of the training state.
-        abstract_batch: the same of a training batch.
-        train_step: one update.
-        image_forward: from images to logits.
-        init_state: parameters -> state before the first update; jitted.
-    """
+    """An experiment without its data: model, functions and shapes."""
 
     config: ConfigDict
     mesh: Mesh
-    model: ImageModel
     dataset_info: DatasetInfo
-    storage: Storage
-    abstract_state: TrainState
+    storage: str  # of the training examples: "memory", "stream" or "features"
+    abstract_state: TrainState  # shapes, dtypes and shardings, as below
     abstract_batch: Batch
     train_step: TrainStep
     image_forward: ImageForward
-    init_state: Callable[[Params], TrainState]
+    init_state: Callable[[Params], TrainState]  # jitted
 
     @property
     def max_updates(self) -> int:
@@ -108,7 +74,7 @@ class Plan:
 
     def lower(self) -> jax.stages.Lowered:
         """Traces `train_step` for the devices of the mesh, which need not exist."""
-        step = self.train_step if self.max_updates == 1 else RepeatedTrainStep(self.train_step)
+        step = self.train_step if self.max_updates == 1 else functools.partial(run_train_steps, self.train_step)
         state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         out_shardings = (state_shardings, sharding.replicated(self.mesh))
         jitted = jax.jit(step, out_shardings=out_shardings, donate_argnums=0)
@@ -117,12 +83,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment(Plan):
-    """Everything that training needs.
-
-    Attributes:
-        dataset: on the host.
-        info: facts of the run, for its checkpoints.
-    """
+    """Everything that training needs."""
 
     dataset: Dataset
     info: RunInfo
@@ -135,18 +96,20 @@ class Experiment(Plan):
     def load_examples(self, state: TrainState) -> Examples:
         """Puts images on the devices, or computes the features that the frozen backbone gives for them."""
         config, train, test = self.config, self.dataset.train, self.dataset.test
-        to_device = functools.partial(sharding.device_put, shardings=sharding.replicated(self.mesh))
         augment, test_augment = config.augment, config.ablation.test_augment
-        if self.storage == Storage.FEATURES:
+        if self.storage == "features":
             params = optim.merge_params(state.trainable, state.frozen)
             compute = functools.partial(compute_features, self.image_forward, params, mesh=self.mesh)
-            train_features = compute(train.images, augment=augment, num_views=config.feature_views, seed=config.seed)
-            test_features = compute(test.images, augment=test_augment)
-            return Examples(train_features, to_device(train.labels), test_features, to_device(test.labels))
-        test_images = batches.crop_when_decoded(test.images, augment=test_augment, image_mean=config.image_mean)
-        if self.storage == Storage.STREAM:
-            return Examples(train.images, train.labels, test_images, test.labels)
-        return Examples(*map(to_device, (train.images, train.labels, test_images, test.labels)))
+            train_inputs = compute(train.images, augment=augment, num_views=config.feature_views, seed=config.seed)
+            test_inputs: ImageSource = compute(test.images, augment=test_augment)
+        else:
+            train_inputs = train.images
+            test_inputs = batches.crop_when_decoded(test.images, augment=test_augment, image_mean=config.image_mean)
+        examples = Examples(train_inputs, train.labels, test_inputs, test.labels)
+        if self.storage == "stream":
+            return examples
+        on_device: Examples = sharding.device_put(examples, sharding.replicated(self.mesh))
+        return on_device
 
     def train_batches(self, examples: Examples, first_step: int) -> Generator[tuple[int, Batch], None, None]:
         """Yields (finished updates after the batch, batch), from the update after `first_step` on."""
@@ -181,16 +144,14 @@ class Experiment(Plan):
     def evaluate(self, state: TrainState, examples: Examples) -> dict[str, float]:
         """Evaluates a state on every test example.
 
-        Returns:
-            "test/loss", "test/accuracy", "test/accuracy_top5"; where EMA parameters are kept, these are theirs, and
-            "test_raw/…" are of the parameters without EMA.
+        "test/…" are the results of the EMA parameters if they are kept, and then "test_raw/…" those without EMA.
         """
         results: dict[str, float] = {}
         for prefix, use_ema in (("test", True), ("test_raw", False)):
             if use_ema or state.ema:
                 params = steps.evaluated_params(state, use_ema=use_ema, lora_alpha=self.config.lora.alpha)
                 sums = self.inference.sum_metrics(params, examples.test_inputs, examples.test_labels)
-                results |= metrics.means(jax.device_get(sums), prefix=prefix)
+                results |= metrics.means(sums, prefix=prefix)
         return results
 
 
@@ -202,26 +163,14 @@ def create_experiment(
     optimizer: Optimizer | None = None,
     saved: RunInfo | None = None,
 ) -> tuple[Experiment, TrainState]:
-    """Loads data and pretrained parameters, and builds the experiment and its state.
+    """Loads data and pretrained parameters, and builds the experiment and its state before the first update.
 
-    Args:
-        config: see `vit_jax.config`.
-        dataset: the user's own; None loads the one that the config names.
-        augment: the user's own augmentation of training images; None takes the config's.
-        optimizer: the user's own; None takes the config's.
-        saved: facts in the checkpoint of a run that is resumed: images are stored as they were, the dataset must be the
-            same, and no pretrained parameters are loaded; None for a new run.
-
-    Returns:
-        (experiment, state): the state before the first update, on the devices; of a resumed run, its shapes, dtypes and
-        shardings.
-
-    Raises:
-        UsageError: the config does not fit the data, the model or the devices.
-        UserError: data or pretrained parameters cannot be loaded, or the dataset has changed since the run was started.
+    The user's own dataset, augmentation of training images and optimizer replace those of the config. Of a resumed run,
+    whose facts are `saved`, the dataset must be the same and is stored as it was, no pretrained parameters are loaded,
+    and the state is abstract: shapes, dtypes and shardings.
     """
-    values = {"dataset": dataset, "augment": augment, "optimizer": optimizer}
-    custom = tuple(name for name, value in values.items() if value is not None)
+    given = {"dataset": dataset, "augment": augment, "optimizer": optimizer}
+    custom = tuple(name for name, value in given.items() if value is not None)
     if saved and saved.custom != custom:
         raise UserError(
             f"the run was started with {', '.join(saved.custom) or 'nothing'} given from Python, and is resumed with "
@@ -231,7 +180,7 @@ def create_experiment(
     with distributed.main_process_first():
         storage = saved.storage if saved else config.dataset.storage
         dataset = load_dataset(config, storage=storage) if dataset is None else data.check_dataset(dataset)
-        source = load_pretrained(config.pretrained) if saved is None else None
+        source = initialize.load_pretrained(config.pretrained) if saved is None else None
     if distributed.process_max(not dataset.train.in_memory) and dataset.train.in_memory:
         dataset = load_dataset(config, storage="stream")  # another process has less memory
     fingerprint = data.fingerprint(dataset)
@@ -243,15 +192,14 @@ def create_experiment(
         )
     model = create_model(config, source, num_classes=len(dataset.class_names), saved=saved)
     plan = plan_experiment(config, model, mesh, DatasetInfo.from_dataset(dataset), augment=augment, optimizer=optimizer)
-    metadata = ModelMetadata.from_model(
-        model,
-        class_names=dataset.class_names,
-        image_size=config.image_size,
-        image_mean=config.image_mean,
-        image_std=config.image_std,
-    )
     info = RunInfo(
-        model=metadata,
+        model=ModelMetadata.from_model(
+            model,
+            class_names=dataset.class_names,
+            image_size=config.image_size,
+            image_mean=config.image_mean,
+            image_std=config.image_std,
+        ),
         config=config.to_dict(),
         dataset=fingerprint,
         storage="memory" if dataset.train.in_memory else "stream",
@@ -262,7 +210,7 @@ def create_experiment(
     experiment = Experiment(**vars(plan), dataset=dataset, info=info)
     if saved:
         return experiment, plan.abstract_state
-    params = create_params(model, source, image_size=config.image_size, seed=config.seed)
+    params = initialize.create_params(model, source, image_size=config.image_size, seed=config.seed)
     return experiment, plan.init_state(sharding.device_put(params, sharding.param_shardings(params, mesh)))
 
 
@@ -275,35 +223,22 @@ def plan_experiment(
     augment: Augment | None = None,
     optimizer: Optimizer | None = None,
 ) -> Plan:
-    """Builds an experiment from shapes alone: nothing is loaded, and the devices need not exist.
-
-    Args:
-        config: see `vit_jax.config`.
-        model: Linen module.
-        mesh: of devices, real ones or those of a topology.
-        info: sizes of the dataset.
-        augment: see `create_experiment`.
-        optimizer: see `create_experiment`.
-
-    Raises:
-        UsageError: the batch does not divide or is larger than the data, no parameter would be trained, or features
-            cannot be cached.
-    """
+    """Builds an experiment from shapes alone: nothing is loaded, and the devices of the mesh need not exist."""
     check_batch(config, num_shards=mesh.size, num_images=info.num_train)
     patterns = optim.trainable_patterns(config.trainable)
     tx, schedule = create_optimizer(config, model, optimizer)
 
     def init_state(params: Params) -> TrainState:
-        if lora.is_requested(params, patterns):
+        if any("lora" in pattern for pattern in patterns):
             key = jax.random.fold_in(jax.random.PRNGKey(config.seed), rng.Stream.LORA)
             params = lora.add_lora_weights(key, params, rank=config.lora.rank, targets=config.lora.targets)
         return steps.create_train_state(
             params, patterns=patterns, tx=tx, seed=config.seed, use_ema=config.ema_decay > 0
         )
 
-    abstract_params = jax.eval_shape(lambda: init_params(model, image_size=config.image_size, seed=config.seed))
-    state = jax.eval_shape(init_state, abstract_params)
-    check_gradients(state.trainable, state.frozen, model)
+    init_params = functools.partial(initialize.init_params, model, image_size=config.image_size, seed=config.seed)
+    state = jax.eval_shape(init_state, jax.eval_shape(init_params))
+    initialize.check_head(state.trainable, model)
     state_shardings = sharding.param_shardings(state, mesh)
     params = optim.merge_params(state.trainable, state.frozen)
     print(optim.describe_trainable(params, patterns))
@@ -316,25 +251,24 @@ def plan_experiment(
         image_std=tuple(config.image_std),
         augment=augment or preprocess.device_augment(config.augment, in_memory=info.in_memory),
         test_augment=preprocess.device_augment(config.ablation.test_augment, in_memory=info.in_memory),
-        dropout=has_dropout(model) and (config.ablation.frozen_dropout or not head_only),
+        dropout=initialize.has_dropout(model) and (config.ablation.frozen_dropout or not head_only),
     )
-    storage = Storage.MEMORY if info.in_memory else Storage.STREAM
+    storage = "memory" if info.in_memory else "stream"
     images = jax.ShapeDtypeStruct((config.batch_size, *info.image_shape), jnp.uint8)
     batch = Batch.abstract(images)
     if caches_features(config, head_only=head_only, dropout=forward.dropout, own_augment=augment is not None):
-        storage, max_updates = Storage.FEATURES, min(config.log_every_steps, max(1, config.num_steps))
+        storage, max_updates = "features", min(config.log_every_steps, max(1, config.num_steps))
         batch = abstract_batch(forward, params, images, max_updates=max_updates)
     batch_sharding = batches.train_batch_sharding(mesh, max_updates=len(batch.labels) // config.batch_size)
     return Plan(
         config=config,
         mesh=mesh,
-        model=model,
         dataset_info=info,
         storage=storage,
         abstract_state=sharding.with_sharding(state, state_shardings),
         abstract_batch=sharding.with_sharding(batch, batch_sharding),
         train_step=TrainStep(
-            forward=FeatureForward(model) if storage == Storage.FEATURES else forward,
+            forward=FeatureForward(model) if storage == "features" else forward,
             tx=tx,
             schedule=schedule,
             mesh=mesh,
@@ -401,10 +335,7 @@ def load_test_split(config: ConfigDict, *, storage: str = "") -> tuple[Split, tu
 
 def check_same_dataset(found: DatasetFingerprint) -> None:
     """Raises the same UserError in every process unless all have loaded the same dataset; a collective call."""
-    summaries = distributed.gather_strings(
-        f"{found.num_train:,} training and {found.num_test:,} test images of {len(found.class_names)} classes "
-        f"(digest {found.digest[:16]})"
-    )
+    summaries = distributed.gather_strings(f"{found} of {len(found.class_names)} classes (digest {found.digest[:16]})")
     for number, summary in enumerate(summaries):
         if summary != summaries[0]:
             raise UserError(
@@ -416,17 +347,13 @@ def check_same_dataset(found: DatasetFingerprint) -> None:
 def create_model(
     config: ConfigDict, source: Pretrained | None, *, num_classes: int, saved: RunInfo | None = None
 ) -> ImageModel:
-    """Returns the module; of a resumed run with the saved arguments, so that no pretrained checkpoint is needed.
-
-    Raises:
-        UsageError: its arguments are wrong, or do not fit the pretrained checkpoint.
-    """
+    """Returns the module; of a resumed run with the saved arguments, so that no pretrained checkpoint is needed."""
     if saved:
         architecture, arguments = saved.model.architecture, dict(saved.model.model)
         num_classes = arguments.pop("num_classes")
     else:
         architecture = config.architecture
-        arguments = model_arguments(config.model.to_dict(), architecture, source)
+        arguments = initialize.model_arguments(config.model.to_dict(), architecture, source)
         arguments["head_init"] = config.ablation.head_init
     model = models.create_model(
         architecture, arguments, num_classes=num_classes, dtype=config.dtype, remat=config.remat
@@ -448,17 +375,7 @@ def check_batch(config: ConfigDict, *, num_shards: int, num_images: int) -> None
 
 
 def caches_features(config: ConfigDict, *, head_only: bool, dropout: bool, own_augment: bool) -> bool:
-    """Returns whether features are cached: where they are the same at every step, or if the config says so.
-
-    Args:
-        config: see `vit_jax.config`.
-        head_only: whether only the head is trained.
-        dropout: whether the model's dropout is on.
-        own_augment: whether the augmentation is the user's own function.
-
-    Raises:
-        UsageError: the config asks for cached features, and they would not be the same at every step.
-    """
+    """Returns whether features are cached; raises UsageError if they should be and are not the same at every step."""
     obstacles = {
         f"trainable {config.trainable!r} trains more than the head": not head_only,
         "frozen_dropout samples them again at every step": dropout,

@@ -1,10 +1,10 @@
 """Cached features: where the backbone is a fixed function, it is applied once and the head trains on what it gives."""
 
 import dataclasses
-import enum
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from vit_jax.data import EncodedImages, preprocess
@@ -19,23 +19,8 @@ _MAX_EXAMPLES = 2**15
 """Examples per dispatch."""
 
 
-class Storage(enum.StrEnum):
-    """Where the training examples are."""
-
-    MEMORY = "memory"
-    STREAM = "stream"
-    FEATURES = "features"
-
-
 def abstract_batch(forward: ImageForward, params: Params, images: jax.ShapeDtypeStruct, *, max_updates: int) -> Batch:
-    """Returns the shapes of a batch of cached features, for several updates.
-
-    Args:
-        forward: of the full model.
-        params: shapes of its parameters.
-        images: shape of a batch of images.
-        max_updates: largest number of updates per batch.
-    """
+    """Returns the shapes of a batch of cached features, for several updates, each of as many examples as `images`."""
     size = images.shape[0]
     backbone = _backbone(forward)
     inputs = jax.eval_shape(backbone.preprocess, jax.ShapeDtypeStruct((size, 2), jnp.uint32), images)
@@ -53,21 +38,8 @@ def compute_features(
     augment: str,
     num_views: int = 1,
     seed: int = 0,
-) -> jax.Array:
-    """Applies the backbone to every image.
-
-    Args:
-        forward: of the full model.
-        params: of the model, on the mesh.
-        images: uint8 [n h w 3], on the host.
-        mesh: batches are split over its devices.
-        augment: see `preprocess.prepare`.
-        num_views: number of times that every image is augmented.
-        seed: of the augmentation.
-
-    Returns:
-        [views · n d], on every device: all images once, then all of them again.
-    """
+) -> np.ndarray:
+    """Returns the backbone's features [views · n d] of images on the host: of all once, then of all again."""
     cropped = crop_when_decoded(images, augment=augment, image_mean=forward.image_mean, num_views=num_views, seed=seed)
     on_device = preprocess.device_augment(augment, in_memory=not isinstance(images, EncodedImages))
     backbone = dataclasses.replace(_backbone(forward), test_augment=on_device)

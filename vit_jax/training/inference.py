@@ -5,7 +5,6 @@ import functools
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,11 +20,8 @@ from vit_jax.types import ImageModel, ImageSource, Params
 class Forward(Protocol):
     """Maps stored examples to logits: uint8 images through the whole model, or cached features through its head."""
 
-    def augment_and_preprocess(self, keys: jax.Array, examples: jax.Array) -> jax.Array:
-        """Returns the inputs [b …] of a training batch; keys [b]."""
-
-    def preprocess(self, keys: jax.Array, examples: jax.Array) -> jax.Array:
-        """Returns the inputs [b …] of an evaluation batch; keys [b]."""
+    def preprocess(self, keys: jax.Array, examples: jax.Array, *, train: bool = False) -> jax.Array:
+        """Returns the inputs [b …] of a batch, augmented in training; keys [b]."""
 
     def logits(self, params: Params, inputs: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
         """Returns logits [b classes]; without keys [b], dropout is off."""
@@ -33,38 +29,26 @@ class Forward(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ImageForward:
-    """Preprocesses uint8 images on the device and applies the full model.
-
-    Attributes:
-        model: Linen module.
-        image_size: pixels, square.
-        image_mean: of the channels, from 0 to 1.
-        image_std: of the channels, on the same scale.
-        augment: of training images, see `preprocess.prepare`.
-        test_augment: of test images, sampled in the same way at every evaluation.
-        dropout: whether the model's dropout is on in training.
-    """
+    """Preprocesses uint8 images on the device and applies the full model."""
 
     model: ImageModel
     image_size: int
     image_mean: tuple[float, ...] = preprocess.HALF
     image_std: tuple[float, ...] = preprocess.HALF
     augment: Augment = "none"
-    test_augment: str = "none"
-    dropout: bool = False
+    test_augment: str = "none"  # sampled in the same way at every evaluation
+    dropout: bool = False  # whether the model's dropout is on in training
 
-    def _prepare(self, keys: jax.Array, images: jax.Array, augment: Augment) -> jax.Array:
+    def preprocess(self, keys: jax.Array, examples: jax.Array, *, train: bool = False) -> jax.Array:
+        """uint8 [b h w 3] -> float32 [b s s 3]."""
         return preprocess.prepare(
-            keys, images, image_size=self.image_size, augment=augment, mean=self.image_mean, std=self.image_std
+            keys,
+            examples,
+            image_size=self.image_size,
+            augment=self.augment if train else self.test_augment,
+            mean=self.image_mean,
+            std=self.image_std,
         )
-
-    def augment_and_preprocess(self, keys: jax.Array, examples: jax.Array) -> jax.Array:
-        """uint8 [b h w 3] -> float32 [b s s 3]."""
-        return self._prepare(keys, examples, self.augment)
-
-    def preprocess(self, keys: jax.Array, examples: jax.Array) -> jax.Array:
-        """uint8 [b h w 3] -> float32 [b s s 3]."""
-        return self._prepare(keys, examples, self.test_augment)
 
     def logits(self, params: Params, inputs: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
         """float32 [b s s 3] -> [b classes]."""
@@ -87,11 +71,9 @@ class FeatureForward:
 
     model: ImageModel
 
-    def augment_and_preprocess(self, keys: jax.Array, examples: jax.Array) -> jax.Array:
+    def preprocess(self, keys: jax.Array, examples: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns the features."""
         return examples
-
-    preprocess = augment_and_preprocess
 
     def logits(self, params: Params, inputs: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
         """[b d] -> [b classes]."""
@@ -101,80 +83,52 @@ class FeatureForward:
 
 
 class Inference:
-    """Applies a model to images in batches, on all devices of a mesh.
+    """Applies a model to images in batches, split over all devices of a mesh.
 
-    Args:
-        forward: from examples to logits.
-        mesh: batches are split over its devices.
-        batch_size: upper bound, rounded up to a multiple of the number of devices.
+    The batch size is an upper bound, rounded up to a multiple of the number of devices.
     """
 
     def __init__(self, forward: Forward, mesh: Mesh, *, batch_size: int):
         self.forward, self.mesh, self.batch_size = forward, mesh, batch_size
-        self._replicated = sharding.replicated(mesh)
-        self._eval_step = jax.jit(self.eval_step, out_shardings=self._replicated)
-        self._append = jax.jit(self._append_outputs, static_argnums=4, donate_argnums=0, out_shardings=self._replicated)
+        self._apply = jax.jit(self.apply, static_argnames="seed", out_shardings=sharding.replicated(mesh))
+        self._eval_step = jax.jit(self.eval_step, out_shardings=sharding.replicated(mesh))
+
+    def apply(self, params: Params, batch: Batch, *, seed: int = 0) -> jax.Array:
+        """Returns the outputs for a batch, whose images are preprocessed with keys of `rng.row_keys` and the seed."""
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            inputs = self.forward.preprocess(rng.row_keys(batch.rows, seed=seed), batch.inputs)
+            return self.forward.logits(params, inputs)
+
+    def eval_step(self, params: Params, batch: Batch) -> metrics.Sums:
+        """Returns the metrics of a batch as sums; examples with the label -1 do not count."""
+        return metrics.masked_sums(self.apply(params, batch), batch.labels, batch.labels >= 0)
 
     def sum_metrics(
         self, params: Params, images: ImageSource | jax.Array, labels: np.ndarray | jax.Array
-    ) -> metrics.Sums:
-        """Returns loss and accuracy as sums over all examples, each counted exactly once; see `metrics.means`.
+    ) -> dict[str, float]:
+        """Returns the sums of `metrics.masked_sums` over all examples, each counted exactly once.
 
-        Args:
-            params: of the model, on the mesh.
-            images: examples [n …], on every device or on the host.
-            labels: int32 [n].
+        Examples [n …] are on every device, or on the host; labels are int32 [n].
         """
         batch_size = sharding.pad_to_devices(self.batch_size, len(labels), self.mesh)
         batches = evaluation_batches(images, labels, self.mesh, batch_size=batch_size)
-        sums: metrics.Sums = sharding.device_put(metrics.zero_sums(), self._replicated)
+        sums: list[metrics.Sums] = []
         for batch in progress_bar(batches, total=-(-len(labels) // batch_size), desc="test", unit="batch"):
-            previous, sums = sums, self._eval_step(params, batch, sums)
-            jax.block_until_ready(previous)  # keeps the bar accurate; the device already has the next batch
-        return sums
+            sums.append(self._eval_step(params, batch))
+            jax.block_until_ready(sums[-2:-1])  # keeps the bar accurate; the device already has the next batch
+        total: dict[str, float] = functools.reduce(functools.partial(jax.tree.map, np.add), jax.device_get(sums))
+        return total
 
-    def eval_step(self, params: Params, batch: Batch, sums: metrics.Sums) -> metrics.Sums:
-        """Adds the metrics of a batch to sums; examples with the label -1 do not count."""
-        batch_sums = metrics.masked_sums(self._outputs(params, batch), batch.labels, batch.labels >= 0)
-        return {name: sums[name] + value for name, value in batch_sums.items()}
+    def outputs(self, params: Params, images: ImageSource, *, num_views: int = 1, seed: int = 0) -> np.ndarray:
+        """Applies the model to every image, uint8 [n h w 3] on the host, n > 0, as often as there are views.
 
-    def outputs(self, params: Params, images: ImageSource, *, num_views: int = 1, seed: int = 0) -> jax.Array:
-        """Applies the model to every image.
-
-        Args:
-            params: of the model, on the mesh.
-            images: uint8 [n h w 3], on the host; at least one.
-            num_views: number of times that every image is preprocessed, each time with another key.
-            seed: of the keys, see `rng.row_keys`.
-
-        Returns:
-            [views · n d], on every device: all images once, then all of them again.
+        Returns [views · n d], on the host: the outputs for all images, then those for the next view of all.
         """
+        num_rows, labels = num_views * len(images), np.zeros(len(images), np.int32)
         batch_size = sharding.pad_to_devices(self.batch_size, len(images), self.mesh)
-        num_batches = -(-num_views * len(images) // batch_size)
-        labels = np.zeros(len(images), np.int32)
         batches = evaluation_batches(images, labels, self.mesh, batch_size=batch_size, num_views=num_views)
-        buffer: jax.Array | None = None
-        position = sharding.device_put(np.int32(0), self._replicated)
-        for batch in progress_bar(batches, total=num_batches, desc="images", unit="batch"):
-            if buffer is None:
-                shape = jax.eval_shape(functools.partial(self._outputs, seed=seed), params, batch)
-                zeros = functools.partial(jnp.zeros, (num_batches * batch_size, *shape.shape[1:]), shape.dtype)
-                buffer = jax.jit(zeros, out_shardings=self._replicated)()
-            previous, (buffer, position) = position, self._append(buffer, position, params, batch, seed)
-            jax.block_until_ready(previous)
-        assert buffer is not None, "no images"
-        return buffer[: num_views * len(images)]
-
-    def _append_outputs(
-        self, buffer: jax.Array, position: jax.Array, params: Params, batch: Batch, seed: int
-    ) -> tuple[jax.Array, jax.Array]:
-        outputs = self._outputs(params, batch, seed=seed)
-        buffer = jax.lax.dynamic_update_slice_in_dim(buffer, outputs, position, axis=0)
-        return buffer, position + len(outputs)
-
-    def _outputs(self, params: Params, batch: Batch, *, seed: int = 0) -> jax.Array:
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            return self.forward.logits(
-                params, self.forward.preprocess(rng.row_keys(batch.rows, seed=seed), batch.inputs)
-            )
+        outputs: list[jax.Array] = []
+        for batch in progress_bar(batches, total=-(-num_rows // batch_size), desc="images", unit="batch"):
+            outputs.append(self._apply(params, batch, seed=seed))
+            jax.block_until_ready(outputs[-2:-1])
+        return np.concatenate(jax.device_get(outputs))[:num_rows]

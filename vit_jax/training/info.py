@@ -11,49 +11,33 @@ from vit_jax.types import Json
 
 @dataclasses.dataclass(frozen=True)
 class RunInfo:
-    """Facts of a run.
-
-    Attributes:
-        model: metadata of the model.
-        config: as JSON values.
-        dataset: fingerprint of the dataset.
-        storage: "memory" or "stream": where the images are.
-        num_trainable: number of trainable parameters.
-        command: that started the run.
-        custom: which of "dataset", "augment" and "optimizer" were given from Python and are not in the config.
-        metrics_checksum: of metrics.jsonl up to the step of the checkpoint.
-    """
+    """Facts of a run."""
 
     model: ModelMetadata
     config: dict[str, Any]
     dataset: DatasetFingerprint
-    storage: str
-    num_trainable: int
-    command: str
-    custom: tuple[str, ...] = ()
-    metrics_checksum: str = ""
+    storage: str  # "memory" or "stream": where the images are
+    num_trainable: int  # parameters
+    command: str  # that started the run
+    custom: tuple[str, ...] = ()  # of "dataset", "augment" and "optimizer" those given from Python, not in the config
+    metrics_checksum: str = ""  # of metrics.jsonl up to the step of the checkpoint
 
     def to_json(self) -> dict[str, Json]:
         """Returns JSON values, for `from_json`."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values |= {"model": self.model.to_json(), "dataset": self.dataset.to_json(), "custom": list(self.custom)}
-        return values
+        parts = {"model": self.model.to_json(), "dataset": self.dataset.to_json(), "custom": list(self.custom)}
+        return {**vars(self), **parts}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunInfo":
-        """Returns what `to_json` gave.
-
-        Raises:
-            UserError: it was written by another version, or is damaged.
-        """
+        """Returns what `to_json` gave; raises UserError if it was written by another version."""
         try:
             parts: dict[str, Any] = {
                 "model": ModelMetadata.from_json(values["model"]),
                 "dataset": DatasetFingerprint.from_json(values["dataset"]),
                 "custom": tuple(values["custom"]),
             }
-            return cls(**{**values, **parts})
+            return cls(**(values | parts))
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"the checkpoint is of another version of vit_jax (no {error}); train again in another --workdir"
+                f"the checkpoint is of another version of vit_jax ({error}); train again in another --workdir"
             ) from error

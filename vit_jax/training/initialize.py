@@ -18,13 +18,7 @@ _NOT_IN_SHAPES = ("gelu_approximate", "layer_norm_epsilon")
 
 
 class Pretrained(NamedTuple):
-    """A pretrained checkpoint.
-
-    Attributes:
-        name: its name or path.
-        params: named as in the original checkpoints.
-        metadata: None where it has none.
-    """
+    """A pretrained checkpoint: its name or path, parameters, and metadata if it has any."""
 
     name: str
     params: Params
@@ -37,16 +31,7 @@ def load_pretrained(name_or_path: str) -> Pretrained | None:
 
 
 def model_arguments(arguments: Mapping[str, Any], architecture: str, source: Pretrained | None) -> dict[str, Any]:
-    """Returns constructor arguments of a model; sizes that are not given are those of the pretrained checkpoint.
-
-    Args:
-        arguments: that are given.
-        architecture: a key of `models.ARCHITECTURES`.
-        source: pretrained checkpoint; None: from scratch.
-
-    Raises:
-        UsageError: there are no sizes, or others than those of the checkpoint.
-    """
+    """Returns constructor arguments of a model: those given, which must fit the pretrained checkpoint, and its own."""
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     if source is None:
         if not given:
@@ -57,13 +42,15 @@ def model_arguments(arguments: Mapping[str, Any], architecture: str, source: Pre
     except UserError as error:
         raise UserError(f"{source.name}: {error}") from error
     sizes = {key: value for key, value in sizes.items() if key not in ("num_classes", "representation_size")}
-    differ = [key for key in sizes if given.get(key, sizes[key]) != sizes[key]]
-    if found != architecture or differ:
-        wrong = [f"{key} {given[key]} (checkpoint: {sizes[key]})" for key in differ if found == architecture]
+    wrong = [
+        f"{key} {given[key]} (checkpoint: {sizes[key]})" for key in sizes if given.get(key, sizes[key]) != sizes[key]
+    ]
+    if found != architecture:
+        wrong = [f"{architecture} (checkpoint: {found})"]
+    if wrong:
         raise UsageError(
-            f"the model does not fit {source.name}, which is another one: "
-            f"{', '.join(wrong) or f'{architecture} (checkpoint: {found})'}; "
-            "correct one of the two, or leave config.model empty to take the sizes of the checkpoint"
+            f"the model does not fit {source.name}, which is another one: {', '.join(wrong)}; correct one of the two, "
+            "or leave config.model empty to take the sizes of the checkpoint"
         )
     in_metadata = source.metadata.model if source.metadata else {}
     return {key: in_metadata[key] for key in _NOT_IN_SHAPES if key in in_metadata} | sizes | given
@@ -98,24 +85,11 @@ def has_dropout(model: ImageModel) -> bool:
     return any(value > 0 for name, value in vars(model).items() if name.endswith("_rate"))
 
 
-def check_gradients(trainable: Params, frozen: Params, model: ImageModel) -> None:
-    """Refuses a choice of trainable parameters that a zero above them keeps without gradients.
-
-    The head of a run is new. Where its kernel starts at zero and stays frozen, the logits never depend on the features.
-    A LoRA product whose `b` stays frozen at zero never changes either.
-
-    Raises:
-        UsageError: names what to add.
-    """
+def check_head(trainable: Params, model: ImageModel) -> None:
+    """Raises UsageError if the kernel of the head is zero and frozen: no parameter below it would get a gradient."""
     paths = flatten_dict(trainable, sep="/").keys()
     if model.head_init == "zeros" and not paths & {"head/kernel", "lora/head/kernel/b"}:
         raise UsageError(
             "trainable does not match head/kernel, which starts at zero, so that no parameter below the head would get "
             "a gradient; add 'head/.*', or set ablation.head_init to 'xavier'"
-        )
-    has_lora = "lora" in trainable or "lora" in frozen
-    if has_lora and not any(path.startswith("lora/") and path.endswith("/b") for path in paths):
-        raise UsageError(
-            "trainable matches no LoRA weight 'lora/…/b', which all start at zero; "
-            "add 'lora/.*', or name the same kernels in lora.targets"
         )

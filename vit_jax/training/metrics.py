@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+Sums = dict[str, jax.Array]  # "loss", "correct", "correct_top5", "count"
+
 
 def cross_entropy(
     logits: Float[Array, "b classes"], labels: Int[Array, " b"], *, label_smoothing: float = 0.0
 ) -> Float[Array, " b"]:
-    """Returns the softmax cross-entropy in nats; smoothing spreads a fraction of the target over all classes."""
+    """Returns the softmax cross-entropy in nats; for label smoothing see Szegedy et al. 2016, section 7."""
     loss: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if label_smoothing:
         spread = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
@@ -19,21 +21,11 @@ def cross_entropy(
     return loss
 
 
-Sums = dict[str, jax.Array]
-"""What `masked_sums` returns."""
-
-
 def masked_sums(logits: Float[Array, "b classes"], labels: Int[Array, " b"], mask: Bool[Array, " b"]) -> Sums:
-    """Returns sums over the images that count.
+    """Returns sums over the images that the mask does not exclude as padding.
 
-    Args:
-        logits: [b classes].
-        labels: int [b].
-        mask: bool [b]; False for padding.
-
-    Returns:
-        float32 "loss" (nats) and int32 "correct", "correct_top5" (the best five, or all where there are fewer),
-        "count". Equal logits rank by class index, as argmax does.
+    They are float32 "loss" (nats) and int32 "correct", "correct_top5" (the best five, or all where there are fewer),
+    "count". Equal logits rank by class index, as argmax does.
     """
     best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]  # [b 5]
     hits = (best == labels[:, None]) & mask[:, None]
@@ -45,19 +37,8 @@ def masked_sums(logits: Float[Array, "b classes"], labels: Int[Array, " b"], mas
     }
 
 
-def zero_sums() -> Sums:
-    """Returns the sums over no images."""
-    zero = jnp.zeros((), jnp.int32)
-    return {"loss": jnp.zeros(()), "correct": zero, "correct_top5": zero, "count": zero}
-
-
 def means(sums: Mapping[str, float], *, prefix: str = "test") -> dict[str, float]:
-    """Returns "test/loss", "test/accuracy" and "test/accuracy_top5", or with another prefix.
-
-    Args:
-        sums: of `masked_sums`, on the host.
-        prefix: of the names.
-    """
+    """Returns "test/loss", "test/accuracy" and "test/accuracy_top5" of sums on the host, or with another prefix."""
     count = int(sums["count"])
     return {
         f"{prefix}/loss": float(sums["loss"]) / count,

@@ -32,30 +32,22 @@ def trainable_patterns(trainable: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def split_params(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
-    """Splits parameters into trainable and frozen ones.
+    """Returns (trainable, frozen): nested dictionaries of the parameters whose paths some pattern matches, or none.
 
     Only trainable parameters are differentiated and have optimizer state, so frozen ones cost nothing and stay
     bit-identical. (`optax.masked` alone would pass the other gradients through unchanged.)
-
-    Args:
-        params: nested dictionary.
-        patterns: regular expressions that match whole paths such as "head/kernel".
-
-    Returns:
-        (trainable, frozen): nested dictionaries; `merge_params` is the inverse.
-
-    Raises:
-        UsageError: a pattern matches no parameter, or there is no pattern.
     """
     flat = flatten_dict(params, sep="/")
-    unmatched = [pattern for pattern in patterns if not any(re.fullmatch(pattern, path) for path in flat)]
-    if unmatched or not patterns:
-        which = repr(unmatched[0]) if unmatched else "an empty tuple"
-        raise UsageError(f"trainable: {which} matches no parameter; paths look like {', '.join(list(flat)[-4:])}")
-    chosen = {path for path in flat if any(re.fullmatch(pattern, path) for pattern in patterns)}
-    trainable = {path: leaf for path, leaf in flat.items() if path in chosen}
-    frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
+    for pattern in patterns:
+        if not any(_is_match(path, [pattern]) for path in flat):
+            raise UsageError(f"trainable: {pattern!r} matches no parameter; paths look like {', '.join([*flat][-4:])}")
+    trainable = {path: leaf for path, leaf in flat.items() if _is_match(path, patterns)}
+    frozen = {path: leaf for path, leaf in flat.items() if path not in trainable}
     return unflatten_dict(trainable, sep="/"), unflatten_dict(frozen, sep="/")
+
+
+def _is_match(path: str, patterns: Sequence[str]) -> bool:
+    return any(re.fullmatch(pattern, path) for pattern in patterns)
 
 
 def merge_params(trainable: Params, frozen: Params) -> Params:
@@ -66,14 +58,13 @@ def merge_params(trainable: Params, frozen: Params) -> Params:
 
 def describe_trainable(params: Params, patterns: Sequence[str]) -> str:
     """Returns a table: the number of arrays and parameters that each pattern matches, and the total."""
-    sizes = {path: leaf.size for path, leaf in flatten_dict(params, sep="/").items()}
-    rows = [(p, [size for path, size in sizes.items() if re.fullmatch(p, path)]) for p in patterns]
-    chosen = [size for path, size in sizes.items() if any(re.fullmatch(p, path) for p in patterns)]
-    width = max(len("trainable"), *(len(pattern) for pattern in patterns))
+    flat = flatten_dict(params, sep="/")
+    width = max(len("trainable"), *map(len, patterns))
     lines = [f"{'trainable':<{width}}  {'arrays':>6}  {'parameters':>12}"]
-    lines += [f"{pattern:<{width}}  {len(hits):>6}  {sum(hits):>12,}" for pattern, hits in rows]
-    lines += [f"{'total':<{width}}  {len(chosen):>6}  {sum(chosen):>12,}  of {sum(sizes.values()):,}"]
-    return "\n".join(lines)
+    for name, alternatives in [*((pattern, [pattern]) for pattern in patterns), ("total", patterns)]:
+        sizes = [leaf.size for path, leaf in flat.items() if _is_match(path, alternatives)]
+        lines.append(f"{name:<{width}}  {len(sizes):>6}  {sum(sizes):>12,}")
+    return "\n".join(lines) + f"  of {sum(leaf.size for leaf in flat.values()):,}"
 
 
 def make_schedule(
@@ -83,13 +74,7 @@ def make_schedule(
 
     `learning_rate * min(1, i / warmup_steps) * decay(p)` with p = (i - warmup_steps) / (num_steps - warmup_steps)
     clipped to [0, 1]; decay is (1 + cos(pi * p)) / 2, 1 - p, or 1. The first update of a warmed-up run has rate 0.
-
-    Args:
-        name: "cosine", "linear" or "constant".
-        learning_rate: peak.
-        warmup_steps: updates until the peak; 0 starts there.
-        num_steps: updates until the end of the decay.
-        hold_steps: updates between two changes of the decay; the warm-up changes at every update.
+    After the warm-up the rate changes every `hold_steps` updates.
     """
 
     def schedule(count: jax.Array) -> jax.Array:
@@ -117,28 +102,19 @@ def create_optimizer(
 ) -> optax.GradientTransformation:
     """Returns the chain: clip, then L2, then momentum or Adam, then the learning rate, scaled by layer; or AdamW.
 
-    Args:
-        name: "sgd", "adam" (Kingma and Ba 2015) or "adamw".
-        schedule: count -> learning rate.
-        momentum: of sgd.
-        momentum_dtype: sgd's accumulator, "float32" or "bfloat16".
-        weight_decay: sgd, adam: added to the gradient (L2); adamw: decoupled (Loshchilov and Hutter 2019).
-        decayed: parameters with weight decay: "all", or "kernels": not norms, biases, position embeddings and cls.
-        clip_norm: bound on the global norm of the gradient; 0: no clipping.
-        layer_decay: see `scale_by_layer`; 1: equal rates.
-        model: knows its layers; needed where `layer_decay` is not 1.
+    Names are "sgd", "adam" (Kingma and Ba 2015) and "adamw", whose weight decay is decoupled (Loshchilov and Hutter
+    2019). Other arguments are keys of the config, but for the model, which `layer_decay` below 1 needs.
     """
-    mask = _kernels if decayed == "kernels" else None
+    mask = _are_kernels if decayed == "kernels" else None
     chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     if weight_decay and name != "adamw":
         chain.append(optax.add_decayed_weights(weight_decay, mask=mask))
-    chain.append(
-        {
-            "sgd": lambda: optax.sgd(schedule, momentum=momentum, accumulator_dtype=jnp.dtype(momentum_dtype)),
-            "adam": lambda: optax.adam(schedule),
-            "adamw": lambda: optax.adamw(schedule, weight_decay=weight_decay, mask=mask),
-        }[name]()
-    )
+    if name == "sgd":
+        chain.append(optax.sgd(schedule, momentum=momentum, accumulator_dtype=jnp.dtype(momentum_dtype)))
+    elif name == "adam":
+        chain.append(optax.adam(schedule))
+    else:
+        chain.append(optax.adamw(schedule, weight_decay=weight_decay, mask=mask))
     if layer_decay != 1.0:
         assert model is not None, "layer_decay needs the model"
         chain.append(scale_by_layer(model, layer_decay))
@@ -146,17 +122,9 @@ def create_optimizer(
 
 
 def scale_by_layer(model: ImageModel, layer_decay: float) -> optax.GradientTransformation:
-    """Multiplies updates by `layer_decay ** (last - layer)`, with the layers of `model.layer_index`.
+    """Multiplies updates by `layer_decay ** (last - layer)`, with the layers of `model.layer_index`, the head the last.
 
-    Args:
-        model: its head is in the last layer.
-        layer_decay: at most 1.
-
-    Raises:
-        UsageError: the model has no layers to count.
-
-    Source:
-        Bao et al. 2022, "BEiT", appendix; Clark et al. 2020, "ELECTRA".
+    Source: Bao et al. 2022, "BEiT", appendix; Clark et al. 2020, "ELECTRA".
     """
     last = model.layer_index("head/kernel")
 
@@ -169,8 +137,7 @@ def scale_by_layer(model: ImageModel, layer_decay: float) -> optax.GradientTrans
     return optax.stateless(scale)
 
 
-def _kernels(params: Params) -> Params:
+def _are_kernels(params: Params) -> Params:
     """Returns True for the leaves that are kernels or LoRA weights."""
-    flat = flatten_dict(params)
-    mask: Params = unflatten_dict({path: path[-1] == "kernel" or path[0] == "lora" for path in flat})
+    mask: Params = unflatten_dict({path: path[-1] == "kernel" or path[0] == "lora" for path in flatten_dict(params)})
     return mask

@@ -22,25 +22,15 @@ Metrics = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class TrainState:
-    """Training state.
+    """Training state."""
 
-    Attributes:
-        step: int32, finished updates.
-        trainable: parameters that are differentiated, LoRA weights among them.
-        frozen: all other parameters.
-        opt_state: of `trainable` alone.
-        ema: EMA of `trainable`; empty where none is kept.
-        key: uint32 [2], the run's random key; never changes, steps and epochs are folded in.
-        first_nonfinite_step: int32, the first step whose loss or update was not finite; 0 while there is none.
-    """
-
-    step: jax.Array
-    trainable: Params
+    step: jax.Array  # int32, finished updates
+    trainable: Params  # LoRA weights among them
     frozen: Params
-    opt_state: optax.OptState
-    ema: Params
-    key: jax.Array
-    first_nonfinite_step: jax.Array
+    opt_state: optax.OptState  # of `trainable` alone
+    ema: Params  # EMA of `trainable`, or empty
+    key: jax.Array  # uint32 [2]; never changes, steps and epochs are folded in
+    first_nonfinite_step: jax.Array  # int32, the first step whose loss or update was not finite; 0 while there is none
 
 
 class Examples(NamedTuple):
@@ -59,26 +49,13 @@ class TrainStep:
     """One update, `(state, batch) -> (state, metrics)`.
 
     Metrics are "train/loss" and "train/accuracy" of the batch before the update, and "learning_rate" of the update.
-
-    Attributes:
-        forward: from examples to logits.
-        tx: transforms the gradients of the trainable parameters.
-        schedule: learning rate that is reported; None reports none.
-        mesh: the batch is split over all its devices.
-        batch_size: examples per update; divisible by `accumulation_steps` · devices.
-        accumulation_steps: parts of the batch whose gradients are summed, one after the other.
-        label_smoothing: fraction of the target that is spread over all classes (Szegedy et al. 2016, section 7).
-        mixup_alpha: see `preprocess.mix`; 0 for none.
-        cutmix_alpha: see `preprocess.mix`; 0 for none.
-        ema_decay: see `update_ema`; 0 keeps no EMA parameters.
-        lora_alpha: scale of LoRA products.
     """
 
     forward: Forward
     tx: optax.GradientTransformation
-    schedule: optax.Schedule | None
+    schedule: optax.Schedule | None  # learning rate that is reported
     mesh: Mesh
-    batch_size: int
+    batch_size: int  # examples per update; divisible by accumulation_steps · devices
     accumulation_steps: int = 1
     label_smoothing: float = 0.0
     mixup_alpha: float = 0.0
@@ -129,10 +106,10 @@ class TrainStep:
     def gradients(self, state: TrainState, examples: Examples) -> tuple[tuple[jax.Array, jax.Array], Params]:
         """Returns ((loss, accuracy), gradients of the trainable parameters)."""
         examples = jax.lax.with_sharding_constraint(examples, sharding.batch_sharding(self.mesh))
-        inputs = self.forward.augment_and_preprocess(examples.augment_keys, examples.inputs)
+        inputs = self.forward.preprocess(examples.augment_keys, examples.inputs, train=True)
         targets = [(examples.labels, jnp.ones(()))]
         if examples.partners is not None and examples.mix_keys is not None:
-            partners = self.forward.augment_and_preprocess(examples.partners.augment_keys, examples.partners.inputs)
+            partners = self.forward.preprocess(examples.partners.augment_keys, examples.partners.inputs, train=True)
             inputs, weight = preprocess.mix(
                 examples.mix_keys, inputs, partners, mixup_alpha=self.mixup_alpha, cutmix_alpha=self.cutmix_alpha
             )
@@ -152,12 +129,7 @@ class TrainStep:
     ) -> tuple[jax.Array, jax.Array]:
         """Returns (loss, accuracy): means over the batch, or the contribution of a part to them.
 
-        Args:
-            trainable: parameters.
-            frozen: parameters.
-            inputs: [b …], preprocessed.
-            targets: (labels [b], weights [b] or scalar); of mixed images, two pairs whose weights sum to 1.
-            dropout_keys: [b].
+        Targets are pairs (labels [b], weights [b] or scalar): one, or two for mixed images, whose weights sum to 1.
         """
         params = lora.merge_lora_weights(optim.merge_params(trainable, frozen), alpha=self.lora_alpha)
         logits = self.forward.logits(params, inputs, dropout_keys)
@@ -168,33 +140,22 @@ class TrainStep:
         return loss / self.batch_size, accuracy / self.batch_size
 
 
-@dataclasses.dataclass(frozen=True)
-class RepeatedTrainStep:
-    """As many updates as a batch has examples for, `(state, batch) -> (state, metrics of the last update)`.
+def run_train_steps(train_step: TrainStep, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """Runs as many updates as a batch has examples for, in a loop on the device; metrics are those of the last one."""
+    size = train_step.batch_size
 
-    Attributes:
-        train_step: one update.
-    """
+    def select(update: jax.Array | int) -> Batch:
+        rows = update * size + jnp.arange(size)
+        selected: Batch = jax.tree.map(lambda leaf: leaf[rows], batch)
+        return selected
 
-    train_step: TrainStep
+    def body(update: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+        return train_step(carry[0], select(update))
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Runs the updates in a loop on the device."""
-        size = self.train_step.batch_size
-
-        def select(update: jax.Array | int) -> Batch:
-            rows = update * size + jnp.arange(size)
-            selected: Batch = jax.tree.map(lambda leaf: leaf[rows], batch)
-            return selected
-
-        def body(update: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-            return self.train_step(carry[0], select(update))
-
-        metrics = _zeros_like(self.train_step, state, select(0))[1]
-        result: tuple[TrainState, Metrics] = jax.lax.fori_loop(
-            0, jnp.sum(batch.labels >= 0) // size, body, (state, metrics)
-        )
-        return result
+    zeros = _zeros_like(train_step, state, select(0))[1]
+    num_updates = jnp.sum(batch.labels >= 0) // size
+    result: tuple[TrainState, Metrics] = jax.lax.fori_loop(0, num_updates, body, (state, zeros))
+    return result
 
 
 def _zeros_like(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -226,19 +187,10 @@ def evaluated_params(state: TrainState, *, use_ema: bool = True, lora_alpha: flo
 
 
 def update_ema(ema: Params, params: Params, *, decay: float, num_updates: jax.Array) -> Params:
-    """Moves the EMA parameters towards the parameters, faster at first.
+    """Moves the EMA parameters towards the parameters, faster at first, so that the initial ones are soon forgotten.
 
-    The decay is min(decay, (1 + t) / (10 + t)) after t earlier updates, so that the initial parameters are forgotten
-    within a short run.
-
-    Args:
-        ema: same tree as `params`.
-        params: after the update.
-        decay: upper bound of the decay, in [0, 1).
-        num_updates: int32, updates before this one.
-
-    Source:
-        TensorFlow's `tf.train.ExponentialMovingAverage(num_updates=…)`.
+    After t earlier updates the decay is min(decay, (1 + t) / (10 + t)), as in TensorFlow's
+    `tf.train.ExponentialMovingAverage(num_updates=…)`.
     """
     warmed_up = jnp.minimum(decay, (1.0 + num_updates) / (10.0 + num_updates))
     new_ema: Params = optax.incremental_update(params, ema, 1.0 - warmed_up)
