@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vit_jax import pretrained
-from vit_jax.data import preprocess
+from vit_jax.data import check_split, preprocess
 from vit_jax.data.batches import crop_when_decoded
 from vit_jax.data.images import EncodedImages
 from vit_jax.pretrained import ModelMetadata
@@ -96,7 +96,11 @@ class Classifier:
             split: labels are columns of the logits.
             batch_size: see `predict`.
             prefix: of the names.
+
+        Raises:
+            UsageError: see `data.check_split`.
         """
+        split = check_split(split, num_classes=len(self.class_names))
         images, inference = self._prepare(self.model, split.images, batch_size=batch_size)
         return metrics.means(jax.device_get(inference.sum_metrics(self._placed, images, split.labels)), prefix=prefix)
 

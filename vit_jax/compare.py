@@ -22,6 +22,7 @@ class Row:
     Attributes:
         run: name of its directory.
         config: of the run.
+        test_images: dataset, split and classes.
         num_trainable: number of trainable parameters.
         results: of the evaluation after the last step.
         seconds: of training, without evaluation, checkpoints, compilation and the caching of features.
@@ -32,6 +33,7 @@ class Row:
 
     run: str
     config: ConfigDict
+    test_images: tuple[str, ...]
     num_trainable: int
     results: dict[str, float]
     seconds: float
@@ -74,9 +76,10 @@ def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) ->
         UserError: a directory has no finished run, or the runs were not tested on the same images.
     """
     rows = [read_row(Path(workdir)) for workdir in workdirs]
-    tests = [[str(row.config.dataset[key]) for key in ("name", "test_split", "classes")] for row in rows]
-    if any(test != tests[0] for test in tests):
-        tested = "; ".join(f"{workdir}: {', '.join(test)}" for workdir, test in zip(workdirs, tests, strict=True))
+    if any(row.test_images != rows[0].test_images for row in rows):
+        tested = "; ".join(
+            f"{workdir}: {', '.join(row.test_images)}" for workdir, row in zip(workdirs, rows, strict=True)
+        )
         raise UserError(f"the runs were tested on different images ({tested}); compare runs on one test split")
     if not join_seeds:
         return rows
@@ -108,9 +111,13 @@ def read_row(workdir: Path) -> Row:
     starts = [0, *(line["step"] for line in lines)]
     num_images = [(line["step"] - start) * config.batch_size for start, line in zip(starts, lines, strict=False)]
     speeds = [line["images_per_second"] for line in lines]
+    test_images = tuple(str(config.dataset[key]) for key in ("name", "test_split", "classes"))
+    if "dataset" in info.custom:
+        test_images = ("given from Python", f"{info.dataset.num_test:,} images", str(info.dataset.class_names))
     return Row(
         run=workdir.name,
         config=config,
+        test_images=test_images,
         num_trainable=info.num_trainable,
         results=results,
         seconds=sum(number / speed for number, speed in zip(num_images, speeds, strict=True)),

@@ -94,7 +94,8 @@ KEYS = (
     Key("pretrained", "", _STRING,
         'released name such as "imagenet21k/ViT-B_16" or "augreg/B_16", "micro", or a path; "" trains from scratch'),
 
-    Key("dataset.name", "", _NAME, "cifar10 | cifar100 | digits | folder:DIR | tfds:NAME"),
+    Key("dataset.name", "", _STRING,
+        'cifar10 | cifar100 | digits | folder:DIR | tfds:NAME; "" for a dataset given from Python'),
     Key("dataset.data_dir", "", _STRING, 'archive or directory on disk; "" downloads into the cache', resumable=True),
     Key("dataset.train_split", "train", _NAME, 'may be a slice, such as "train[:90%]"'),
     Key("dataset.test_split", "test", _NAME, '"train[90%:]" tunes without looking at the test images'),
@@ -281,6 +282,8 @@ def _complete(tree: Any, path: Path) -> ConfigDict:
         with config.unlocked():
             config.update(tree)
         check_config(config)
+        if "dataset" not in tree:
+            raise ValueError("it has no dataset")
     except (UsageError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged, or of another version of vit_jax: {one_line(error)}") from error
     return config

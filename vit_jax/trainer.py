@@ -254,5 +254,8 @@ def summarize(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> di
     python = Path(sys.executable)
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())
-    print(f"\nnext: {python} -m vit_jax.evaluate --workdir {workdir}")
+    if "dataset" in info.custom:
+        print(f'\nnext, in Python: vit_jax.load("{workdir}").evaluate(split)')
+    else:
+        print(f"\nnext: {python} -m vit_jax.evaluate --workdir {workdir}")
     return {key: value for key, value in results.items() if key != "step"}

@@ -42,11 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     run = load_run(arguments.workdir, step=arguments.step)
     check_layer_and_head(run.model, arguments.layer, arguments.head)
     images = {path: read_image(path, run.image_size) for path in arguments.images}
-    test, num_images = run.load_test_split(arguments.data_dir), arguments.num_images
+    test = None if run.dataset_given else run.load_test_split(arguments.data_dir)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in draw_all(
-        run, test, images=images, num_images=num_images, layer=arguments.layer, head=arguments.head
+        run, test, images=images, num_images=arguments.num_images, layer=arguments.layer, head=arguments.head
     ):
         write_atomically(out / f"{name}.png", plotting.to_png(figure))
         print(out / f"{name}.png", flush=True)
@@ -82,7 +82,8 @@ def draw_all(
 
     Args:
         run: see `load_run`.
-        test: test images; None loads those of the run's config.
+        test: test images; None loads those of the run's config. Where the dataset was given from Python and they are
+            not given here, predictions are not plotted, and attention only on `images`.
         images: name -> image to plot attention on; None or none at all takes a random sample of `test`.
         num_images: size of that sample.
         layer: plots the attention of this layer instead of that of all.
@@ -98,15 +99,24 @@ def draw_all(
         print(f"{run.workdir} has no metrics up to step {run.step}: no curves are plotted", file=sys.stderr)
     if isinstance(run.model, VisionTransformer):
         yield from draw_parameters(run)
-    test = run.load_test_split() if test is None else test
-    probabilities = run.predict(test.images)
-    yield from draw_predictions(run, test, probabilities)
+    if test is None and run.dataset_given:
+        print(
+            f"{run.workdir} was trained on a dataset given from Python: no predictions are plotted; for all figures, "
+            "call vit_jax.report.write_report(workdir, split=split)",
+            file=sys.stderr,
+        )
+    else:
+        test = run.load_test_split() if test is None else test
+        probabilities = run.predict(test.images)
+        yield from draw_predictions(run, test, probabilities)
     if not isinstance(run.model, VisionTransformer):
         print(f"a {type(run.model).__name__} has no attention, positions or patches to plot")
         return
     if images:
         names, shown = list(images), np.stack(list(images.values()))
         predictions = run.predict(shown).argmax(axis=-1)
+    elif test is None:
+        return
     else:
         chosen = np.random.default_rng(run.config.seed).permutation(len(test))[:num_images]
         names, shown = [run.class_names[i] for i in test.labels[chosen]], np.stack([test.images[i] for i in chosen])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from vit_jax.training import metrics
 from vit_jax.types import ImageModel, ImageSource, Params
 
 
+@runtime_checkable
 class Forward(Protocol):
     """Maps stored examples to logits: uint8 images through the whole model, or cached features through its head."""
 
