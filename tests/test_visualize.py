@@ -63,12 +63,3 @@ def test_draw_all_leaves_out_curves_where_metrics_are_missing(finished_run, tmp_
     assert next(visualize.draw_all(load_run(finished_run)))[0] == "curves"
     assert next(visualize.draw_all(load_run(tmp_path)))[0] == "position_similarity"
     assert f"{tmp_path} has no metrics up to step 20: no curves are plotted\n" in capsys.readouterr().err
-
-
-def test_predict_of_a_run_gives_its_test_accuracy(finished_run):
-    run = load_run(finished_run)
-    test = run.load_test_split()
-    probabilities = run.predict(test.images)
-    assert probabilities.shape == (360, 10)
-    np.testing.assert_allclose(probabilities.sum(axis=-1), 1, atol=1e-5)
-    assert np.mean(probabilities.argmax(axis=-1) == test.labels) == run.evaluate()["test/accuracy"]

@@ -12,13 +12,9 @@ from ml_collections import ConfigDict
 from reference_resnet import UNITS, WIDTH, flat_params, released_params, released_shapes
 
 from configs import cifar100_resnet50, digits
-from vit_jax import data, models, pretrained, trainer
-from vit_jax.classifier import Classifier
-from vit_jax.data import preprocess
+from vit_jax import models, pretrained, trainer
 from vit_jax.models import ResNet
-from vit_jax.pretrained import ModelMetadata
 from vit_jax.run import load_run
-from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UsageError
 from vit_jax.training import dry_run, initialize
 from vit_jax.training.experiment import create_model
@@ -108,17 +104,6 @@ def test_remat_changes_no_gradient(remat):
     ours, expected = gradient(ResNet(7, UNITS, WIDTH, remat=remat)), gradient(ResNet(7, UNITS, WIDTH))
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * np.abs(other).max())
-
-
-def test_features_are_what_the_head_sees():
-    model, images = ResNet(7, UNITS, WIDTH), data.load_dataset("digits", image_size=16).test.images[:9]
-    metadata = ModelMetadata.from_model(model, image_size=16, class_names=tuple("abcdefg"))
-    mesh = sharding.create_mesh(jax.local_devices()[:1])
-    classifier = Classifier(model=model, params=PARAMS, metadata=metadata, mesh=mesh)
-    ours = classifier.features(images, batch_size=8)
-    assert ours.shape == (9, 256) and ours.dtype == np.float32
-    logits = jax.jit(model.apply)({"params": PARAMS}, preprocess.prepare(None, images, image_size=16))
-    np.testing.assert_allclose(model.create_head(7).apply({"params": PARAMS["head"]}, ours), logits, atol=1e-3)
 
 
 # ---- the same trainer and commands

@@ -5,18 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from sklearn.linear_model import LogisticRegression
 
-import vit_jax
 from configs import digits
-from vit_jax import data, trainer
-from vit_jax.classifier import Classifier
-from vit_jax.data import preprocess
+from vit_jax import trainer
 from vit_jax.data.batches import Batch
-from vit_jax.pretrained import ModelMetadata
 from vit_jax.run import load_run
-from vit_jax.runtime import sharding
-from vit_jax.training import experiment, initialize
 from vit_jax.training.steps import RepeatedTrainStep
 
 
@@ -67,35 +60,6 @@ def test_evaluate_run_crops_test_images_as_training_did(tmp_path, features):
     assert load_run(tmp_path).evaluate() == pytest.approx(results, abs=1e-5)
 
 
-def micro():
-    config = digits.get_config()
-    source = initialize.load_pretrained(config.pretrained)
-    model = experiment.create_model(config, source, num_classes=10)
-    params = initialize.create_params(model, source, image_size=16, seed=0)
-    dataset = data.load_dataset("digits", image_size=16)
-    metadata = ModelMetadata.from_model(model, image_size=16, class_names=dataset.class_names)
-    mesh = sharding.create_mesh(jax.local_devices()[:1])
-    return Classifier(model=model, params=params, metadata=metadata, mesh=mesh), dataset
-
-
-def test_features_are_the_inputs_of_the_head():
-    classifier, dataset = micro()
-    images = dataset.test.images[:20]
-    ours = classifier.features(images, batch_size=7)
-    assert ours.shape == (20, 96) and ours.dtype == np.float32
-    inputs = preprocess.prepare(None, images, image_size=16)
-    _, state = classifier.model.apply({"params": classifier.params}, inputs, capture_intermediates=True)
-    tokens = state["intermediates"]["Transformer"]["encoder_norm"]["__call__"][0]
-    np.testing.assert_allclose(ours, tokens[:, 0], atol=1e-5)
-
-
-def test_features_train_a_logistic_regression():
-    classifier, dataset = micro()
-    train, test = (classifier.features(split.images) for split in (dataset.train, dataset.test))
-    probe = LogisticRegression(max_iter=1000).fit(train, dataset.train.labels)
-    assert probe.score(test, dataset.test.labels) > 0.85
-
-
 def test_train_and_evaluate_learns_from_augmented_views(tmp_path):
     records, _ = run(head_config(features="cached", feature_views=3, augment="pad_crop"), tmp_path)
     assert records[-1]["test/accuracy"] > 0.3  # one in ten is right by chance
@@ -110,9 +74,3 @@ def test_repeated_train_step_makes_the_updates_one_by_one():
     batch = Batch(jnp.arange(8.0), labels, labels)
     state, scalars = jax.jit(RepeatedTrainStep(train_step))(jnp.array(0.0), batch)
     assert float(state) == 15.0 and float(scalars["loss"]) == 4.0  # three updates, the loss of the third
-
-
-def test_features_of_a_pretrained_checkpoint():
-    """Two lines of a notebook."""
-    classifier = vit_jax.load("micro")
-    assert classifier.features(data.load_dataset("digits", image_size=32).test.images[:4]).shape == (4, 96)
