@@ -142,11 +142,12 @@ def test_a_run_from_a_file_trains_what_it_should_and_evaluates(tmp_path, trainab
 
 
 def test_a_run_from_scratch_learns(tmp_path):
-    config = config_with(num_steps=60, eval_every_steps=60, log_every_steps=20)
+    model = {"units": (1,), "width": WIDTH}
+    config = config_with(model=model, num_steps=40, eval_every_steps=40, log_every_steps=10, learning_rate=0.003)
     config.dataset.train_split = "train"
     results = trainer.train_and_evaluate(config, tmp_path)
     losses = [json.loads(line).get("train/loss") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert losses[0] > losses[2] and results["test/accuracy"] > 0.5  # chance: 0.1
+    assert losses[0] > losses[3] and results["test/accuracy"] > 0.5  # chance: 0.1
 
 
 @pytest.mark.parametrize("trainable", ["full", "head"])

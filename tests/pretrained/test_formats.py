@@ -255,7 +255,7 @@ def config_from(file, **changes):
     return config
 
 
-@pytest.mark.parametrize(("name", "image_size"), [("hybrid", 16), ("big_vision, MAP", 32)])
+@pytest.mark.parametrize(("name", "image_size"), [("hybrid, root alone", 16), ("big_vision, MAP", 32)])
 def test_a_run_starts_from_one_and_is_looked_into_and_handed_on(name, image_size, tmp_path):
     """Positions are resampled; what is drawn, exported and loaded again is the trained model."""
     flat, layout = FILES[name]

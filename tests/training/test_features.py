@@ -33,9 +33,9 @@ def run(config, workdir):
 
 
 def test_stored_features_give_the_run_without_them(tmp_path):
-    cached, cached_params = run(head_config(), tmp_path / "cached")
-    fresh, fresh_params = run(head_config(features="fresh"), tmp_path / "fresh")
-    assert len(cached) == len(fresh) == 13
+    cached, cached_params = run(head_config(num_steps=44), tmp_path / "cached")
+    fresh, fresh_params = run(head_config(num_steps=44, features="fresh"), tmp_path / "fresh")
+    assert len(cached) == len(fresh) == 10
     for ours, theirs in zip(cached, fresh, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
     for path, leaf in cached_params.items():
@@ -45,7 +45,8 @@ def test_stored_features_give_the_run_without_them(tmp_path):
 
 def test_train_and_evaluate_caches_the_same_features_for_any_eval_batch_size(tmp_path):
     """A resumed run may change `eval_batch_size`."""
-    config = head_config(dtype="bfloat16", num_steps=22, eval_every_steps=22, eval_batch_size=360)
+    config = head_config(dtype="bfloat16", num_steps=5, eval_every_steps=5, eval_batch_size=360)
+    config.dataset.train_split = "train[:320]"
     _, params = run(config, tmp_path / "360")
     _, others = run(head_config(**{**config, "eval_batch_size": 17}), tmp_path / "17")
     np.testing.assert_array_equal(params["head/kernel"], others["head/kernel"])
@@ -54,14 +55,17 @@ def test_train_and_evaluate_caches_the_same_features_for_any_eval_batch_size(tmp
 @pytest.mark.parametrize("features", ["cached", "fresh"])
 def test_evaluate_run_crops_test_images_as_training_did(tmp_path, features):
     """Test-time crops have keys of their own, whatever the seed."""
-    config = head_config(features=features, seed=3, num_steps=22, eval_every_steps=22, warmup_steps=0)
+    config = head_config(features=features, seed=3, num_steps=5, eval_every_steps=5, warmup_steps=0)
+    config.dataset.train_split = "train[:320]"
     config.ablation.test_augment = "square_crop"
     results = trainer.train_and_evaluate(config, tmp_path)
     assert load_run(tmp_path).evaluate() == pytest.approx(results, abs=1e-5)
 
 
 def test_train_and_evaluate_learns_from_augmented_views(tmp_path):
-    records, _ = run(head_config(features="cached", feature_views=3, augment="pad_crop"), tmp_path)
+    config = head_config(features="cached", feature_views=3, augment="pad_crop")
+    config.dataset.train_split = "train[:640]"
+    records, _ = run(config, tmp_path)
     assert records[-1]["test/accuracy"] > 0.3  # one in ten is right by chance
 
 
