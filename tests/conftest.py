@@ -11,12 +11,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jaxtyping
 import numpy as np
 import pytest
+from beartype import BeartypeConf, beartype
 from filelock import FileLock
 from ml_collections import ConfigDict
 
@@ -42,6 +45,19 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:  # workers and child processes inherit it
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_compilation_cache(config))
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    jaxtyping.install_import_hook("vit_jax", "conftest.check_types")
+
+
+def check_types(function: Callable) -> Callable:
+    """Checks arguments and results of a function whose annotations have shapes of arrays; see `jaxtyping`."""
+    if any(map(_has_shape, function.__annotations__.values())):
+        return beartype(function, conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
+    return function
+
+
+def _has_shape(annotation: object) -> bool:
+    is_array = isinstance(annotation, type) and issubclass(annotation, jaxtyping.AbstractArray)
+    return is_array or any(map(_has_shape, typing.get_args(annotation)))
 
 
 def _compilation_cache(config: pytest.Config) -> Path:

@@ -135,19 +135,6 @@ def test_create_model_takes_its_dtype_from_the_config(bfloat16_workdir, tmp_path
     assert create_model(config, source, num_classes=10).dtype == "float32"
 
 
-def test_predict_of_a_run_gives_its_test_accuracy(workdir, images):
-    run = vit_jax.load(workdir)
-    test = run.load_test_split()
-    probabilities = run.predict(test.images)
-    np.testing.assert_allclose(probabilities.sum(axis=-1), 1, atol=1e-6)
-    accuracy = np.mean(probabilities.argmax(axis=-1) == test.labels)
-    assert accuracy == run.evaluate()["test/accuracy"]
-    np.testing.assert_allclose(run.predict(test.images[:3]), probabilities[:3], atol=1e-6)
-    assert run.predict(test.images[:0]).shape == (0, 10)
-    with pytest.raises(ValueError, match=r"got images float32 \[2, 16, 16, 3\]; expected uint8 \[n h w 3\]"):
-        run.predict(np.zeros((2, 16, 16, 3), np.float32))
-
-
 def test_export_npz_has_the_original_keys_and_starts_another_run(workdir, exported, tmp_path):
     flat = dict(np.load(exported / "npz"))
     assert flat.keys() == flatten_dict(pretrained.load_npz(pretrained.resolve("micro")), sep="/").keys()

@@ -42,6 +42,21 @@ def test_every_unit_is_in_a_row():
     assert set(units()) == {unit for row in ROWS for unit in row}
 
 
+def has_functions(path: Path) -> bool:
+    return any(isinstance(node, ast.FunctionDef) for node in ast.parse(path.read_text()).body)
+
+
+def test_every_module_has_its_test():
+    """`vit_jax/a/b.py` has `tests/a/test_b.py`; functions of the package `a` itself are in `tests/a/test_a.py`."""
+    missing = []
+    for path in sorted((ROOT / "vit_jax").rglob("*.py")):
+        if path.stem != "__init__" or has_functions(path):
+            directory = ROOT / "tests" / path.parent.relative_to(ROOT / "vit_jax")
+            name = path.parent.name if path.stem == "__init__" else path.stem
+            missing += [] if (directory / f"test_{name}.py").exists() else [path.relative_to(ROOT).as_posix()]
+    assert missing == []
+
+
 def test_the_top_of_the_package_is_small():
     package = ROOT / "vit_jax"
     assert len(list(package.glob("[!_]*.py"))) <= 12 and len(list(package.glob("*/__init__.py"))) <= 7

@@ -148,17 +148,6 @@ def test_main_reports_errors_in_one_line(workdir, run_cli, words, code, message)
     assert line.startswith("error: ") and message in line
 
 
-def test_main_refuses_an_untrained_head(run_cli, tmp_path):
-    params = pretrained.load_npz(pretrained.resolve("micro"))
-    params["head"]["kernel"] *= 0
-    pretrained.save_npz(tmp_path / "zero.npz", params)
-    result = run_cli("vit_jax.predict", ["--model", tmp_path / "zero.npz", "a.png"])
-    assert result.code == 1
-    assert result.stderr.splitlines() == [
-        f"error: {tmp_path / 'zero.npz'} has an untrained (all-zero) head; fine-tune it first"
-    ]
-
-
 @pytest.mark.parametrize("size", [(60, 60), (180, 180), (48, 70), (24, 24)])
 def test_predict_files_sees_the_pixels_of_arrays_and_datasets(tmp_path, size):
     """Arrays, files, datasets in memory and streamed; larger and smaller than the model's 32 pixels."""
@@ -183,3 +172,14 @@ def test_predict_files_sees_the_pixels_of_arrays_and_datasets(tmp_path, size):
     exported = [np.asarray(Image.open(path).resize((32, 32), Image.Resampling.BILINEAR), int) for path in paths]
     decoded = [np.asarray(data.decode_image(path, size=(32, 32)), int) for path in paths]
     assert np.abs(np.stack(exported) - np.stack(decoded)).max() <= 1  # Hugging Face's preprocessor resizes in one call
+
+
+def test_main_refuses_an_untrained_head(run_cli, tmp_path):
+    params = pretrained.load_npz(pretrained.resolve("micro"))
+    params["head"]["kernel"] *= 0
+    pretrained.save_npz(tmp_path / "zero.npz", params)
+    result = run_cli("vit_jax.predict", ["--model", tmp_path / "zero.npz", "a.png"])
+    assert result.code == 1
+    assert result.stderr.splitlines() == [
+        f"error: {tmp_path / 'zero.npz'} has an untrained (all-zero) head; fine-tune it first"
+    ]

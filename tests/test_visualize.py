@@ -62,12 +62,3 @@ def test_draw_all_leaves_out_curves_where_metrics_are_missing(finished_run, tmp_
         (tmp_path / name).symlink_to(finished_run / name)
     assert next(visualize.draw_all(load_run(finished_run)))[0] == "curves"
     assert next(visualize.draw_all(load_run(tmp_path)))[0] == "position_similarity"
-
-
-def test_predict_of_a_run_gives_its_test_accuracy(finished_run):
-    run = load_run(finished_run)
-    test = run.load_test_split()
-    probabilities = run.predict(test.images)
-    assert probabilities.shape == (360, 10)
-    np.testing.assert_allclose(probabilities.sum(axis=-1), 1, atol=1e-5)
-    assert np.mean(probabilities.argmax(axis=-1) == test.labels) == run.evaluate()["test/accuracy"]

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float32, UInt8
 
 from vit_jax import pretrained
-from vit_jax.data import preprocess
+from vit_jax.data import check_split, preprocess
 from vit_jax.data.batches import crop_when_decoded
 from vit_jax.data.images import EncodedImages
 from vit_jax.pretrained import ModelMetadata
@@ -48,7 +49,7 @@ class Classifier:
         model = f"{type(self.model).__name__}, {self.image_size} px, {len(self.class_names)} classes: {names}"
         return f"{type(self).__name__}({model})"
 
-    def predict(self, images: ImageSource, *, batch_size: int = 256) -> np.ndarray:
+    def predict(self, images: ImageSource, *, batch_size: int = 256) -> Float32[np.ndarray, "*n classes"]:
         """Returns class probabilities.
 
         Args:
@@ -63,20 +64,20 @@ class Classifier:
         """
         return np.asarray(jax.nn.softmax(self.logits(images, batch_size=batch_size)))
 
-    def logits(self, images: ImageSource, *, batch_size: int = 256) -> np.ndarray:
+    def logits(self, images: ImageSource, *, batch_size: int = 256) -> Float32[np.ndarray, "*n classes"]:
         """Returns logits, float32 [n classes]; arguments as in `predict`."""
         return self._apply(self.model, images, batch_size=batch_size)
 
-    def features(self, images: ImageSource, *, batch_size: int = 256) -> np.ndarray:
+    def features(self, images: ImageSource, *, batch_size: int = 256) -> Float32[np.ndarray, "*n d"]:
         """Returns the inputs of the head, float32 [n d]; arguments as in `predict`."""
         return self._apply(self.model.clone(num_classes=None), images, batch_size=batch_size)
 
-    def preprocess(self, images: np.ndarray | jax.Array) -> jax.Array:
+    def preprocess(self, images: UInt8[np.ndarray | Array, "n h w 3"]) -> Float32[Array, "n s s 3"]:
         """Returns the inputs of the model, float32 [n s s 3]: uint8 images [n h w 3] resized and normalized."""
         keys = jnp.zeros((images.shape[0], 2), jnp.uint32)  # nothing is sampled
         return self._forward(self.model).preprocess(keys, jnp.asarray(images))
 
-    def forward(self, params: Params, images: jax.Array) -> jax.Array:
+    def forward(self, params: Params, images: UInt8[Array, "b h w 3"]) -> Float32[Array, "b classes"]:
         """Returns logits, float32 [b classes], of uint8 images [b h w 3]: a pure function, for export."""
         return jnp.asarray(self.model.apply({"params": params}, self.preprocess(images)), jnp.float32)
 
@@ -84,7 +85,11 @@ class Classifier:
         """Returns "test/loss", "test/accuracy" and "test/accuracy_top5" over all images, each counted exactly once.
 
         The labels of `split` are columns of the logits; `prefix` replaces "test"; `batch_size` is that of `predict`.
+
+        Raises:
+            UsageError: see `data.check_split`.
         """
+        split = check_split(split, num_classes=len(self.class_names))
         images, inference = self._prepare(self.model, split.images, batch_size=batch_size)
         return metrics.means(jax.device_get(inference.sum_metrics(self._placed, images, split.labels)), prefix=prefix)
 

@@ -26,6 +26,7 @@ class Row:
 
     run: str  # name of its directory
     config: ConfigDict
+    test_images: tuple[str, ...]  # dataset, split and classes
     num_trainable: int  # parameters
     results: dict[str, float]  # of the evaluation after the last step
     seconds: float  # of training, without evaluation, checkpoints, compilation and the caching of features
@@ -64,9 +65,10 @@ def main(argv: list[str] | None = None) -> int:
 def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) -> list[Row]:
     """Reads finished runs, tested on the same images; `join_seeds` averages those that differ in their seed alone."""
     rows = [read_row(Path(workdir)) for workdir in workdirs]
-    tests = [[str(row.config.dataset[key]) for key in ("name", "test_split", "classes")] for row in rows]
-    if any(test != tests[0] for test in tests):
-        tested = "; ".join(f"{workdir}: {', '.join(test)}" for workdir, test in zip(workdirs, tests, strict=True))
+    if any(row.test_images != rows[0].test_images for row in rows):
+        tested = "; ".join(
+            f"{workdir}: {', '.join(row.test_images)}" for workdir, row in zip(workdirs, rows, strict=True)
+        )
         raise UserError(f"the runs were tested on different images ({tested}); compare runs on one test split")
     if not join_seeds:
         return rows
@@ -88,9 +90,13 @@ def read_row(workdir: Path) -> Row:
     lines = [record for record in records if "images_per_second" in record]
     speeds = [line["images_per_second"] for line in lines]
     steps = np.diff([line["step"] for line in lines], prepend=0)
+    test_images = tuple(str(config.dataset[key]) for key in ("name", "test_split", "classes"))
+    if "dataset" in info.custom:
+        test_images = ("given from Python", f"{info.dataset.num_test:,} images", str(info.dataset.class_names))
     return Row(
         run=workdir.name,
         config=config,
+        test_images=test_images,
         num_trainable=info.num_trainable,
         results=results,
         seconds=sum(number * config.batch_size / speed for number, speed in zip(steps, speeds, strict=True)),

@@ -90,7 +90,8 @@ KEYS = (
     Key("pretrained", "", _STRING,
         'released name such as "imagenet21k/ViT-B_16" or "augreg/B_16", "micro", or a path; "" trains from scratch'),
 
-    Key("dataset.name", "", _STRING, "cifar10 | cifar100 | digits | folder:DIR | tfds:NAME"),
+    Key("dataset.name", "", _STRING,
+        'cifar10 | cifar100 | digits | folder:DIR | tfds:NAME; "" for a dataset given from Python'),
     Key("dataset.data_dir", "", _STRING, 'archive or directory on disk; "" downloads into the cache', resumable=True),
     Key("dataset.train_split", "train", _NAME, 'may be a slice, such as "train[:90%]"'),
     Key("dataset.test_split", "test", _NAME, '"train[90%:]" tunes without looking at the test images'),

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from vit_jax.compare import Row, read_row
+from vit_jax.data import check_split
 from vit_jax.run import Run, load_run
-from vit_jax.runtime.errors import parse_arguments, run_command
+from vit_jax.runtime.errors import UsageError, parse_arguments, run_command
 from vit_jax.runtime.files import write_atomically
 from vit_jax.types import Split
 from vit_jax.visualization import html
@@ -51,16 +52,20 @@ def write_report_of_finished_run(workdir: Path) -> None:
     print(f"report: {workdir / 'report.html'}")
 
 
-def write_report(workdir: Path, *, data_dir: str | None = None) -> Path:
-    """Writes `workdir/report.html`: results, settings, command, figures, config; UserError if it is not finished.
+def write_report(workdir: str | Path, *, data_dir: str | None = None, split: Split | None = None) -> Path:
+    """Writes `workdir/report.html` of a finished run: results, settings, command, figures, config.
 
-    `data_dir` is the directory of the dataset; None takes that of the config.
+    `data_dir` is the directory of the dataset, None for that of the config. `split` has the test images of a run whose
+    dataset was given from Python.
     """
     from vit_jax import visualize  # matplotlib takes long to import
     from vit_jax.visualization import plotting
 
+    workdir = Path(workdir)
     row, run = read_row(workdir), load_run(workdir)
-    test = run.load_test_split(data_dir)
+    test = run.load_test_split(data_dir) if split is None else check_split(split, num_classes=len(run.class_names))
+    if len(test) != run.info.dataset.num_test:
+        raise UsageError(f"split has {len(test):,} images; {workdir} was tested on {run.info.dataset.num_test:,}")
     figures = {name: plotting.to_png(figure, dpi=100) for name, figure in visualize.draw_all(run, test)}
     accuracy = f"{row.results['test/accuracy']:.2%}"
     texts = {
@@ -87,12 +92,13 @@ def write_report(workdir: Path, *, data_dir: str | None = None) -> Path:
 def describe_run(run: Run, row: Row, test: Split) -> list[tuple[str, str]]:
     """Returns the settings and circumstances of a run as names and values."""
     config, names = run.config, run.class_names
+    dataset = f"{config.dataset.name}, {config.dataset.train_split} → {config.dataset.test_split}"
     per_class = np.bincount(test.labels, minlength=len(names))
     model = ", ".join(f"{key} {value}" for key, value in config.model.to_dict().items())
     finished = datetime.datetime.fromtimestamp((run.workdir / "metrics.jsonl").stat().st_mtime)
     cells = row.cells()
     return [
-        ("dataset", f"{config.dataset.name}, {config.dataset.train_split} → {config.dataset.test_split}"),
+        ("dataset", "given from Python" if run.dataset_given else dataset),
         ("training images", f"{run.info.dataset.num_train:,}"),
         ("test images", f"{len(test):,}; {per_class.min():,} to {per_class.max():,} per class"),
         ("classes", f"{len(names)}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"),

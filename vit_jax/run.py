@@ -31,6 +31,11 @@ class Run(Classifier):
         split = self.load_test_split() if split is None else split
         return super().evaluate(split, batch_size=batch_size or self.config.eval_batch_size, prefix=prefix)
 
+    @property
+    def dataset_given(self) -> bool:
+        """Whether the dataset was given from Python, so that it cannot be loaded."""
+        return "dataset" in self.info.custom
+
     def load_test_split(self, data_dir: str | None = None) -> Split:
         """Loads the test split in the run's config.
 
@@ -40,10 +45,10 @@ class Run(Classifier):
         Raises:
             UserError: it cannot be read, or its classes are not those of the run.
         """
-        if "dataset" in self.info.custom:
+        if self.dataset_given:
             raise UserError(
-                f"{self.workdir} was trained on a dataset given from Python; "
-                "evaluate it there: vit_jax.load(workdir).evaluate(split)"
+                f"{self.workdir} was trained on a dataset given from Python; give its test split there: "
+                "vit_jax.load(workdir).evaluate(split) or vit_jax.report.write_report(workdir, split=split)"
             )
         config = self.config.copy_and_resolve_references()
         if data_dir is not None:

@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     options = {"num_images": arguments.num_images, "layer": arguments.layer, "head": arguments.head}
     square = (run.image_size, run.image_size)
     images = {path: np.asarray(decode_image(Path(path), size=square)) for path in arguments.images}
-    test, out = run.load_test_split(arguments.data_dir), Path(arguments.out)
+    test = None if run.dataset_given else run.load_test_split(arguments.data_dir)
+    out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in draw_all(run, test, images=images, **options):
         write_atomically(out / f"{name}.png", plotting.to_png(figure))
@@ -64,21 +65,31 @@ def draw_all(
 
     Attention is that of all layers (rollout) and heads, or of one `layer`: the mean over its heads, or one `head`. It
     is plotted on `images`, by name, or on a random sample of `num_images` of `test`, by default the run's test split.
+    Without the test images of a dataset given from Python, predictions are not plotted, and attention only on `images`.
     """
     if records := read_records(run.workdir / "metrics.jsonl", last_step=run.step):
         yield "curves", plotting.plot_curves(records, title=run.workdir.name)
     is_vit = isinstance(run.model, VisionTransformer)
     if is_vit:
         yield from draw_parameters(run)
-    test = run.load_test_split() if test is None else test
-    probabilities = run.predict(test.images)
-    yield from draw_predictions(run, test, probabilities)
+    if test is None and run.dataset_given:
+        print(
+            f"{run.workdir} was trained on a dataset given from Python: no predictions are plotted; for all figures, "
+            "call vit_jax.report.write_report(workdir, split=split)",
+            file=sys.stderr,
+        )
+    else:
+        test = run.load_test_split() if test is None else test
+        probabilities = run.predict(test.images)
+        yield from draw_predictions(run, test, probabilities)
     if not is_vit:
         print(f"a {type(run.model).__name__} has no attention, positions or patches to plot")
         return
     if images:
         names, shown = list(images), np.stack(list(images.values()))
         predictions = run.predict(shown).argmax(axis=-1)
+    elif test is None:
+        return
     else:
         chosen = np.random.default_rng(run.config.seed).permutation(len(test))[:num_images]
         names, shown = [run.class_names[i] for i in test.labels[chosen]], np.stack([test.images[i] for i in chosen])

@@ -125,11 +125,22 @@ def test_training_batches_leaves_nothing_in_shared_memory(folder, tmp_path):
     script = """
     import sys
     import time
+    from multiprocessing import resource_tracker
 
     from vit_jax import data
     from vit_jax.data.streaming import BatchReader, training_batches
 
+    def note(function, names, change):
+        def call(name, kind):
+            function(name, kind)
+            if kind == "shared_memory":
+                change(names, name)
+        return call
+
     if __name__ == "__main__":
+        held = set()  # memory that this process opened and has not freed
+        resource_tracker.register = note(resource_tracker.register, held, set.add)
+        resource_tracker.unregister = note(resource_tracker.unregister, held, set.discard)
         train = data.load_dataset(f"folder:{sys.argv[1]}", image_size=16, storage="stream").train
         for taken in (3, 6):
             read = BatchReader(train, augment="none", margin_color=(0, 0, 0), batch_size=16, seed=0)
@@ -137,7 +148,9 @@ def test_training_batches_leaves_nothing_in_shared_memory(folder, tmp_path):
             for _ in range(taken):
                 next(batches)
             batches.close()
-        time.sleep(3)  # Grain frees it in a thread of its own, while a run plots its curves
+        deadline = time.monotonic() + 60
+        while held and time.monotonic() < deadline:
+            time.sleep(0.05)  # Grain frees it in a thread of its own, while a run plots its curves
     """
     (tmp_path / "main.py").write_text(textwrap.dedent(script))
     env = command_env({"PYTHONPATH": str(ROOT)})

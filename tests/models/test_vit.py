@@ -318,7 +318,7 @@ def test_stochastic_depth_scales_what_it_keeps():
     """Of a block with rate 1/2 a kept branch counts twice: with one branch, outputs are x or x + 2 · branch."""
     params = random_params(grid=(2, 2))["Transformer"]["encoderblock_1"]
     params["MlpBlock_3"] = jax.tree.map(jnp.zeros_like, params["MlpBlock_3"])  # leaves attention alone
-    x = random_images(5, 24, num=1)[..., 0]  # [1 n d]
+    x = jnp.asarray(random_images(5, 24, num=1)[..., 0])  # [1 n d]
     block = functools.partial(vit.EncoderBlock, vit.BlockConfig(num_heads=3, mlp_dim=40))
     branch = block(0.0).apply({"params": params}, x, True) - x
     many = block(0.5).apply({"params": params}, jnp.tile(x, (64, 1, 1)), False, rngs={"dropout": jax.random.key(0)})
@@ -333,7 +333,8 @@ def test_gelu_is_the_tanh_form_or_the_exact_one(approximate):
     identity = {"kernel": np.eye(5), "bias": np.zeros(5)}
     x = np.array([[[-3.0, -1.0, 0.5, 1.0, 3.0]]])
     block = vit.MlpBlock(vit.BlockConfig(num_heads=1, mlp_dim=5, gelu_approximate=approximate))
-    ours = block.apply({"params": {"Dense_0": identity, "Dense_1": identity}}, x, deterministic=True)
+    params = {"Dense_0": identity, "Dense_1": identity}
+    ours = block.apply({"params": params}, jnp.asarray(x), deterministic=True)
     tanh = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
     exact = 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
     np.testing.assert_allclose(ours, tanh if approximate else exact, atol=1e-6)

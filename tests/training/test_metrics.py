@@ -1,4 +1,5 @@
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -38,3 +39,8 @@ def test_label_smoothing_spreads_a_share_of_the_target():
     target = np.array([[0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3]])
     loss = metrics.cross_entropy(logits, labels, label_smoothing=0.1)
     np.testing.assert_allclose(loss, -(target * log_probabilities).sum(axis=1), rtol=1e-6)
+
+
+def test_shapes_in_annotations_are_checked_in_tests():
+    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'labels'"):
+        metrics.cross_entropy(jnp.zeros((2, 10)), jnp.zeros(3, jnp.int32))

@@ -203,7 +203,7 @@ def test_train_step_returns_the_loss_of_its_batch_before_the_update(digits):
         rows = order[step * 16 : (step + 1) * 16]
         before = optim.merge_params(setup.state.trainable, setup.state.frozen)
         logits = logits_of(before, digits.images[rows])
-        expected = metrics.cross_entropy(logits, digits.labels[rows]).mean()
+        expected = metrics.cross_entropy(logits, jnp.asarray(digits.labels[rows])).mean()
         scalars = setup.run(1)
         assert float(scalars["train/loss"]) == pytest.approx(float(expected), abs=1e-5)
         assert float(scalars["train/accuracy"]) == pytest.approx(

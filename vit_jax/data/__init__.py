@@ -1,6 +1,14 @@
 """Datasets as uint8 images and int labels, in host memory or streamed; preprocessing on the device."""
 
-from vit_jax.data.datasets import READERS, DatasetInfo, check_dataset, dataset_info, load_dataset, load_split
+from vit_jax.data.datasets import (
+    READERS,
+    DatasetInfo,
+    check_dataset,
+    check_split,
+    dataset_info,
+    load_dataset,
+    load_split,
+)
 from vit_jax.data.fingerprint import DatasetFingerprint, fingerprint
 from vit_jax.data.images import IMAGE_SUFFIXES, EncodedImages, decode_image
 
@@ -11,6 +19,7 @@ __all__ = [
     "DatasetInfo",
     "EncodedImages",
     "check_dataset",
+    "check_split",
     "dataset_info",
     "decode_image",
     "fingerprint",

@@ -18,7 +18,7 @@ from vit_jax.data.splits import OpenedSplits, nearest_first, parse_split, slice_
 from vit_jax.data.tfds import open_tfds
 from vit_jax.runtime import resources
 from vit_jax.runtime.errors import UsageError, UserError
-from vit_jax.types import Dataset, Split
+from vit_jax.types import Dataset, ImageSource, Split
 
 
 @runtime_checkable
@@ -174,26 +174,45 @@ def check_dataset(dataset: Dataset) -> Dataset:
     """Checks a user's own dataset, and reads image sources other than `EncodedImages` into memory.
 
     Raises:
-        UsageError: images are not uint8 [n h w 3] of one size, or labels are not numbers of classes.
+        UsageError: see `check_split`, or the images of the two splits have different sizes.
     """
-    splits, shape = [], dataset.train.images.shape[1:]
-    for split in (dataset.train, dataset.test):
-        images, labels = split.images, np.asarray(split.labels)
-        images = images if isinstance(images, EncodedImages) else np.asarray(images[:])
-        is_uint8 = isinstance(images, EncodedImages) or images.dtype == np.uint8
-        are_labels = labels.shape == (len(images),) and labels.dtype.kind in "iu" and bool(len(labels))
-        if not is_uint8 or images.shape[1:] != shape or shape[2:] != (3,):
-            raise UsageError(
-                f"dataset: images are {getattr(images, 'dtype', 'uint8')} {list(images.shape)}; expected uint8 "
-                "[n h w 3], height and width alike in both splits"
-            )
-        if not are_labels or not 0 <= labels.min() <= labels.max() < len(dataset.class_names):
-            raise UsageError(
-                f"dataset: labels are {labels.dtype} {list(labels.shape)} of {len(images)} images; expected integers "
-                f"[n] from 0 to {len(dataset.class_names) - 1}, the last of class_names"
-            )
-        splits.append(Split(images=images, labels=labels.astype(np.int32), ids=split.ids))
-    return Dataset(splits[0], splits[1], tuple(dataset.class_names))
+    if not isinstance(dataset, Dataset):
+        raise UsageError(f"dataset is a {type(dataset).__name__}; expected a vit_jax.types.Dataset")
+    splits = []
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
+        images = split.images if isinstance(split.images, EncodedImages) else np.asarray(split.images[:])
+        split = dataclasses.replace(split, images=images)
+        splits.append(check_split(split, num_classes=len(dataset.class_names), name=f"dataset.{name}"))
+    train, test = splits
+    if train.images.shape[1:] != test.images.shape[1:]:
+        sizes = " and ".join(f"{h} × {w}" for _, h, w, _ in (train.images.shape, test.images.shape))
+        raise UsageError(f"dataset: training and test images are {sizes} pixels; expected one size")
+    return Dataset(train, test, tuple(dataset.class_names))
+
+
+def check_split(split: Split, *, num_classes: int, name: str = "split") -> Split:
+    """Checks a user's own images and labels; returns them with int32 labels.
+
+    Args:
+        split: an `ImageSource` of any kind, or a sequence of images; labels are any integers.
+        num_classes: the labels are below.
+        name: of the split, for errors.
+
+    Raises:
+        UsageError: images are not uint8 [n h w 3], or labels are not a class of each.
+    """
+    images = split.images if isinstance(split.images, ImageSource) else np.asarray(split.images)
+    labels, dtype = np.asarray(split.labels), getattr(images, "dtype", np.dtype(np.uint8))
+    if dtype != np.uint8 or len(images.shape) != 4 or images.shape[-1] != 3:
+        raise UsageError(f"{name}: images are {dtype} {list(images.shape)}; expected uint8 [n h w 3]")
+    are_integers = labels.dtype.kind in "iu" and labels.size > 0
+    if labels.shape != (len(images),) or not are_integers or not 0 <= labels.min() <= labels.max() < num_classes:
+        limits = f" from {labels.min()} to {labels.max()}" if are_integers else ""
+        raise UsageError(
+            f"{name}: labels are {labels.dtype} {list(labels.shape)}{limits} of {len(images)} images; "
+            f"expected integers [n] from 0 to {num_classes - 1}, n at least 1"
+        )
+    return Split(images=images, labels=labels.astype(np.int32), ids=split.ids)
 
 
 def find_reader(name: str) -> Reader:

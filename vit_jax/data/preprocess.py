@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Num, Shaped, UInt8
 
 from vit_jax.data.crops import AUGMENTATIONS, CROPS, WEIGHT_BITS, Box, Number, resize_weights
+from vit_jax.runtime.errors import UsageError
 
 HALF = (0.5, 0.5, 0.5)
 """Mean and std that map pixels to [-1, 1], as the released models were trained."""
@@ -56,6 +57,9 @@ def prepare(
     images, augmentation = jnp.asarray(images), AUGMENTATIONS[augment if isinstance(augment, str) else "none"]
     if not isinstance(augment, str):
         images = jax.vmap(augment)(cast(Array, keys), images)
+        if getattr(images, "dtype", None) != jnp.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            found = f"{images.dtype} {list(images.shape[1:])}" if isinstance(images, Array) else type(images).__name__
+            raise UsageError(f"augment returns {found}; expected a uint8 image [h w 3]")
     height, width = images.shape[1:3]
     if augmentation.sample_box:
         margins = (height // 8, width // 8) if augmentation.pads else (0, 0)

@@ -129,7 +129,7 @@ class Experiment(Plan):
             )
         read = BatchReader(
             self.dataset.train,
-            augment=config.augment,
+            augment="none" if "augment" in self.info.custom else config.augment,
             margin_color=preprocess.margin_color(config.image_mean),
             batch_size=config.batch_size,
             seed=config.seed,
@@ -176,6 +176,8 @@ def create_experiment(
             f"the run was started with {', '.join(saved.custom) or 'nothing'} given from Python, and is resumed with "
             f"{', '.join(custom) or 'nothing'}; resume it with the same arguments of train_and_evaluate"
         )
+    if augment is not None and not callable(augment):
+        raise UsageError(f"augment is {augment!r}; expected a function (key, image) -> image; config.augment has names")
     mesh = sharding.create_mesh(**config.mesh)
     with distributed.main_process_first():
         storage = saved.storage if saved else config.dataset.storage
@@ -186,8 +188,9 @@ def create_experiment(
     fingerprint = data.fingerprint(dataset)
     check_same_dataset(fingerprint)
     if saved and (difference := fingerprint.difference(saved.dataset)):
+        name = "the dataset" if "dataset" in custom else config.dataset.name
         raise UserError(
-            f"{config.dataset.name} has changed since the run was started: it has {difference}; put it back as it was, "
+            f"{name} has changed since the run was started: it has {difference}; put it back as it was, "
             "or give another --workdir to start a new run"
         )
     model = create_model(config, source, num_classes=len(dataset.class_names), saved=saved)
@@ -294,7 +297,13 @@ def create_optimizer(
         hold_steps=config.ablation.schedule_every_steps,
     )
     if optimizer is not None:
-        return optimizer(schedule), schedule
+        tx: object = optimizer(schedule) if callable(optimizer) else optimizer
+        if not isinstance(tx, optax.GradientTransformation):
+            found = f"a function that returns {tx!r}" if callable(optimizer) else repr(optimizer)
+            raise UsageError(
+                f"optimizer is {found}; expected an optax.GradientTransformation, or a function from a schedule to one"
+            )
+        return tx, schedule
     return optim.create_optimizer(schedule=schedule, model=model, **config.optimizer), schedule
 
 

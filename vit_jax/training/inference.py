@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from vit_jax.training import metrics
 from vit_jax.types import ImageModel, ImageSource, Params
 
 
+@runtime_checkable
 class Forward(Protocol):
     """Maps stored examples to logits: uint8 images through the whole model, or cached features through its head."""
 

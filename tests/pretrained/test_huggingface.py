@@ -1,0 +1,145 @@
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from reference import MICRO, flat_params, nest
+from safetensors.numpy import load_file, save_file
+
+from vit_jax import models
+from vit_jax.pretrained import ModelMetadata, huggingface
+from vit_jax.runtime.errors import UserError
+
+
+def create_metadata(**changes):
+    model = models.VisionTransformer(5, **MICRO | changes)
+    return ModelMetadata.from_model(
+        model, image_size=8, class_names=tuple("abcde"), image_mean=(0.4, 0.4, 0.4), image_std=(0.2, 0.2, 0.2)
+    )
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A saved micro ViT of 8-pixel images."""
+    huggingface.save_huggingface(tmp_path, nest(flat_params()), create_metadata())
+    return tmp_path
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_load_huggingface_gives_what_was_saved(directory):
+    params, metadata = huggingface.load_huggingface(directory)
+    expected = flat_params()
+    found = flatten_dict(params, sep="/")
+    assert found.keys() == expected.keys()
+    for key, leaf in expected.items():
+        np.testing.assert_array_equal(found[key], leaf)
+    expected = create_metadata()
+    assert metadata.create_model() == expected.create_model()
+    names = ("image_size", "class_names", "dtype", "image_mean", "image_std")
+    assert [getattr(metadata, name) for name in names] == [getattr(expected, name) for name in names]
+
+
+def test_to_huggingface_puts_outputs_first():
+    """Of three heads' width 2 · 3 = 6; patches of 4 pixels; a hidden layer of 8."""
+    flat = flat_params()
+    tensors = huggingface.to_huggingface(nest(flat))
+    layer = "vit.encoder.layer.2"
+    assert tensors["vit.embeddings.patch_embeddings.projection.weight"].shape == (6, 3, 4, 4)
+    assert tensors[f"{layer}.intermediate.dense.weight"].shape == (8, 6)
+    assert tensors[f"{layer}.attention.attention.query.bias"].shape == (6,)
+    block = "Transformer/encoderblock_2/MultiHeadDotProductAttention_1"
+    query = flat[f"{block}/query/kernel"]  # [d heads d/heads]
+    np.testing.assert_array_equal(tensors[f"{layer}.attention.attention.query.weight"], query.reshape(6, 6).T)
+    out = flat[f"{block}/out/kernel"]  # [heads d/heads d]
+    np.testing.assert_array_equal(tensors[f"{layer}.attention.output.dense.weight"], out.reshape(6, 6).T)
+    np.testing.assert_array_equal(tensors["classifier.weight"], flat["head/kernel"].T)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"representation_size": 4}, "parameters pre_logits"),
+        ({"pool": "map", "num_tokens": 4}, "parameters MAPHead_0"),
+        ({"pool": "mean", "num_tokens": 4}, "no class token"),
+        ({"stem_units": (), "stem_width": 32}, "parameters conv_root"),
+    ],
+)
+def test_to_huggingface_refuses_parts_that_a_vit_of_theirs_does_not_have(changes, part):
+    with pytest.raises(UserError, match=f"the model has {part}, which a ViTForImageClassification cannot have"):
+        huggingface.to_huggingface(nest(flat_params(**changes)))
+
+
+@pytest.mark.parametrize(("approximate", "activation"), [(True, "gelu_pytorch_tanh"), (False, "gelu")])
+def test_huggingface_config_names_the_activation_and_the_classes(approximate, activation):
+    config, preprocessor = huggingface.huggingface_config(create_metadata(gelu_approximate=approximate))
+    assert (config["hidden_act"], config["num_hidden_layers"], config["intermediate_size"]) == (activation, 3, 8)
+    assert config["id2label"]["4"] == "e" and config["label2id"]["e"] == 4
+    assert (preprocessor["size"], preprocessor["image_std"]) == ({"height": 8, "width": 8}, [0.2, 0.2, 0.2])
+
+
+def test_load_huggingface_sorts_classes_by_their_numbers(directory):
+    """As numbers, not as strings: 10 comes after 9."""
+    (directory / "metadata.json").unlink()
+    names = {str(i): f"class {i}" for i in (10, 0, 9, 8, 7, 6, 5, 4, 3, 2, 1)}
+    edit_json(directory / "config.json", id2label=names)
+    params = flat_params(num_classes=11)
+    save_file(huggingface.to_huggingface(nest(params)), directory / "model.safetensors")
+    _, metadata = huggingface.load_huggingface(directory)
+    assert metadata.class_names == tuple(f"class {i}" for i in range(11))
+
+
+def test_load_huggingface_of_a_vit_model_has_a_zero_head(directory):
+    (directory / "metadata.json").unlink()
+    tensors = load_file(directory / "model.safetensors")
+    bare = {name.removeprefix("vit."): leaf for name, leaf in tensors.items() if not name.startswith("classifier")}
+    save_file({**bare, "pooler.dense.bias": np.zeros(6)}, directory / "model.safetensors")
+    params, _ = huggingface.load_huggingface(directory)
+    assert params["head"]["kernel"].shape == (6, 5) and not np.any(params["head"]["kernel"])
+    np.testing.assert_array_equal(params["cls"], flat_params()["cls"])
+
+
+def test_load_huggingface_normalizes_to_plus_minus_one_without_a_preprocessor(directory):
+    for name in ("metadata.json", "preprocessor_config.json"):
+        (directory / name).unlink()
+    assert huggingface.load_huggingface(directory)[1].image_mean == (0.5, 0.5, 0.5)
+
+
+def test_load_huggingface_takes_the_dtype_from_our_metadata(tmp_path):
+    metadata = create_metadata(dtype=jnp.bfloat16)
+    huggingface.save_huggingface(tmp_path, nest(flat_params()), metadata)
+    assert huggingface.load_huggingface(tmp_path)[1].dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "bert"}, "model_type of config.json is 'bert'"),
+        ({"hidden_act": "relu"}, "hidden_act of config.json is 'relu'"),
+        ({"qkv_bias": False}, "qkv_bias of config.json is False"),
+        ({"num_channels": 1}, "num_channels of config.json is 1"),
+        (
+            {"num_hidden_layers": 4},
+            "model.safetensors is not of the model in config.json: missing: vit.encoder.layer.3",
+        ),
+        ({"image_size": "8"}, "image_size is '8'; expected a positive integer"),
+    ],
+)
+def test_load_huggingface_refuses_other_models(directory, changes, message):
+    edit_json(directory / "config.json", **changes)
+    with pytest.raises(UserError) as caught:
+        huggingface.load_huggingface(directory)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"{"])
+def test_load_huggingface_refuses_missing_and_damaged_files(directory, name, content):
+    (directory / name).unlink()
+    if content is not None:
+        (directory / name).write_bytes(content)
+    with pytest.raises(UserError, match="is not a complete ViTForImageClassification: "):
+        huggingface.load_huggingface(directory)

@@ -1,0 +1,26 @@
+import pytest
+
+from vit_jax import pretrained
+
+
+def test_imagenet_has_a_thousand_different_names_in_the_order_of_the_heads():
+    classes = pretrained.imagenet_classes()
+    numbers, names = zip(*classes, strict=True)
+    assert len(set(numbers)) == len(set(names)) == 1000 and list(numbers) == sorted(numbers)
+    places = {0: "tench", 1: "goldfish", 207: "golden retriever", 281: "tabby", 985: "daisy"}
+    assert {i: names[i] for i in places} == places
+    assert {names[134], names[517]} == {"crane, wading bird", "crane, lifting device"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("tench", "n01440764"),
+        ("golden_retriever", "n02099601"),
+        ("n01440764", "n01440764"),
+        ("my cat", "my cat"),
+        ("my_cat", "my_cat"),
+    ],
+)
+def test_canonical_name_is_the_wordnet_id_of_imagenets_classes_only(name, expected):
+    assert pretrained.canonical_name(name) == expected

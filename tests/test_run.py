@@ -1,0 +1,55 @@
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+
+from configs import digits
+from vit_jax import trainer
+from vit_jax.run import load_run
+from vit_jax.runtime.errors import UserError
+
+
+@pytest.mark.parametrize(("optimizer", "trainable"), [("adamw", "full"), ("sgd", "head")])
+def test_load_run_gives_model_and_parameters(tmp_path, optimizer, trainable):
+    config = digits.get_config("scratch")
+    config.model = dict(patch_size=4, hidden_size=16, num_layers=1, num_heads=2, mlp_dim=16)
+    config.update(num_steps=4, warmup_steps=0, trainable=trainable, dtype="bfloat16")
+    config.optimizer.name = optimizer
+    results = trainer.train_and_evaluate(config, tmp_path)
+    run = load_run(tmp_path)
+    assert (run.step, run.workdir) == (4, tmp_path)
+    assert run.config.to_dict() == config.to_dict()
+    assert run.class_names == tuple("0123456789")
+    assert run.model.dtype == jnp.bfloat16
+    assert run.evaluate() == pytest.approx(results, rel=1e-5)
+
+
+def test_load_run_names_the_checkpoints_that_there_are(finished_run):
+    with pytest.raises(UserError, match="no checkpoint of step 7; it has 20"):
+        load_run(finished_run, step=7)
+
+
+def test_load_run_takes_ema_parameters_unless_told_otherwise(lora_run):
+    ema, raw = (load_run(lora_run, use_ema=use_ema) for use_ema in (True, False))
+    assert abs(ema.params["head"]["kernel"] - raw.params["head"]["kernel"]).max() > 0
+    assert "lora" not in ema.params
+
+
+def test_evaluate_takes_a_split_and_a_prefix(finished_run):
+    run = load_run(finished_run)
+    split = run.load_test_split()
+    few = dataclasses.replace(split, images=split.images[:50], labels=split.labels[:50])
+    accuracy = (run.predict(few.images).argmax(axis=-1) == few.labels).mean()
+    assert run.evaluate(few, batch_size=16, prefix="few")["few/accuracy"] == pytest.approx(accuracy)
+
+
+def test_load_test_split_rejects_a_dataset_of_other_classes(finished_run):
+    run = load_run(finished_run)
+    other = dataclasses.replace(run, metadata=dataclasses.replace(run.metadata, class_names=("cat", "dog")))
+    with pytest.raises(UserError, match="the run has 2 classes, cat, dog, …; the dataset has 10, 0, 1, 2, 3, 4, …"):
+        other.load_test_split()
+
+
+def test_load_test_split_reads_the_dataset_where_it_is_now(finished_run):
+    with pytest.raises(UserError, match="does not read data_dir, got '/elsewhere'"):
+        load_run(finished_run).load_test_split("/elsewhere")
