@@ -66,7 +66,7 @@ def open_cifar(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool
     """Reads "cifar10" or "cifar100" from the archive, which is downloaded unless there is a `data_dir`."""
     cifar = CIFARS[name]
     slices = [parse_split(text, known=cifar.files) for text in splits]
-    names = {split.name for split in slices}
+    names = sorted({split.name for split in slices})
     whole = {split: _count_images(cifar, split) for split in names} if dry_run else _read_splits(cifar, data_dir, names)
     return slice_splits(whole, slices), cifar.class_names
 
@@ -78,7 +78,7 @@ def _count_images(cifar: _Cifar, split: str) -> Split:
     return Split(np.broadcast_to(np.uint8(0), (number, 32, 32, 3)), labels)
 
 
-def _read_splits(cifar: _Cifar, data_dir: str, names: set[str]) -> dict[str, Split]:
+def _read_splits(cifar: _Cifar, data_dir: str, names: Sequence[str]) -> dict[str, Split]:
     if data_dir:
         given = Path(data_dir).expanduser()
         path = next((path for path in (given / cifar.folder, given / cifar.archive) if path.exists()), given)

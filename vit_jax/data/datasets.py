@@ -50,14 +50,13 @@ def open_digits(name: str, *, data_dir: str, splits: Sequence[str], dry_run: boo
     return slice_splits(whole, slices), tuple(map(str, digits.target_names))
 
 
-READERS: dict[str, Reader] = {
+READERS: dict[str, Reader] = {  # capitals stand for a part of the user's own
     "cifar10": open_cifar,
     "cifar100": open_cifar,
     "digits": open_digits,
     "folder:DIR": open_folder,
     "tfds:NAME": open_tfds,
 }
-"""Names of datasets, with what stands for a part of the user's own in capitals -> reader."""
 
 
 class DatasetOptions(TypedDict, total=False):
@@ -126,7 +125,7 @@ def dataset_info(
 ) -> DatasetInfo:
     """Describes what `load_dataset` would return; downloads and decodes nothing.
 
-    Numbers are exact, but of `classes` in CIFAR and TFDS, which are taken to be equally frequent in every slice.
+    Numbers are exact, but `classes` of CIFAR and TFDS are taken to be equally frequent in every slice.
     """
     (train, test), class_names = _load(name, [train_split, test_split], dry_run=True, **options)
     return DatasetInfo.from_dataset(Dataset(train, test, class_names))
@@ -155,11 +154,7 @@ def _load(
 
 
 def check_dataset(dataset: Dataset) -> Dataset:
-    """Returns a user's own dataset with image sources other than `EncodedImages` read into memory.
-
-    Raises:
-        UsageError: images are not uint8 [n h w 3] of one size, or labels are not numbers of classes.
-    """
+    """Checks a user's own dataset, and reads image sources other than `EncodedImages` into memory."""
     splits, num_classes = [], len(dataset.class_names)
     for split in (dataset.train, dataset.test):
         images, labels = split.images, np.asarray(split.labels)
@@ -178,7 +173,7 @@ def check_dataset(dataset: Dataset) -> Dataset:
 
 
 def find_reader(name: str) -> Reader:
-    """Returns the reader of a dataset; raises UsageError with the names that there are."""
+    """Returns the reader of a dataset, given its name with or without an argument."""
     kind, _, argument = name.partition(":")
     for pattern, reader in READERS.items():
         known_kind, _, placeholder = pattern.partition(":")

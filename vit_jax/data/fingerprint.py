@@ -1,4 +1,4 @@
-"""Fingerprint of a dataset: tells whether two processes, or a run and its resumption, read the same images."""
+"""Fingerprint of a dataset: two processes, or a run and its resumption, must read the same images."""
 
 import dataclasses
 import hashlib

@@ -90,7 +90,7 @@ class EncodedImages:
         return np.asarray(decode_image(source, size=self.size, sample_box=sample_box, margin_color=self.margin_color))
 
     def take(self, rows: Int[np.ndarray, " m"], axis: int = 0) -> "EncodedImages":
-        """Selects images and decodes none; as `numpy.ndarray.take` along axis 0."""
+        """Selects images and decodes none; `axis` is 0, as of `numpy.ndarray.take`."""
         uniforms = None if self.uniforms is None else self.uniforms.take(rows, axis)
         return dataclasses.replace(self, numbers=self.numbers.take(rows, axis), uniforms=uniforms)
 
@@ -158,7 +158,7 @@ def _image_errors(source: ImageFile) -> Iterator[None]:
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: Pillow itself would clip at 255
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")

@@ -59,7 +59,7 @@ class GroupNorm(nn.Module):
         return (x * gamma + beta).astype(self.dtype)
 
 
-class Projection(nn.Module):
+class _Projection(nn.Module):
     """The shortcut of a unit whose output has another shape than its input."""
 
     features: int
@@ -68,11 +68,10 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        """Applies the projection."""
         return StdConv(self.features, 1, self.stride, self.dtype, name="standardized_conv2d")(x)
 
 
-class Branch(nn.Module):
+class _Branch(nn.Module):
     """GroupNorm, ReLU, convolution; with a projection also a shortcut from the activated input."""
 
     features: int
@@ -83,9 +82,8 @@ class Branch(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h2 w2 c2"], Float[Array, "..."] | None]:
-        """Returns the convolution's output, and the shortcut or None."""
         x = nn.relu(GroupNorm(self.dtype, name="group_norm")(x))
-        shortcut = Projection(*self.projection, self.dtype, name="proj")(x) if self.projection else None
+        shortcut = _Projection(*self.projection, self.dtype, name="proj")(x) if self.projection else None
         conv = StdConv(self.features, self.kernel_size, self.stride, self.dtype, name="standardized_conv2d")
         return conv(x), shortcut
 
@@ -102,9 +100,9 @@ class Unit(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         """Applies the unit."""
         projection = (4 * self.width, self.stride) if self.projects else None
-        y, shortcut = Branch(self.width, 1, 1, projection, self.dtype, name="a")(x)
-        y, _ = Branch(self.width, 3, self.stride, None, self.dtype, name="b")(y)
-        y, _ = Branch(4 * self.width, 1, 1, None, self.dtype, name="c")(y)
+        y, shortcut = _Branch(self.width, 1, 1, projection, self.dtype, name="a")(x)
+        y, _ = _Branch(self.width, 3, self.stride, None, self.dtype, name="b")(y)
+        y, _ = _Branch(4 * self.width, 1, 1, None, self.dtype, name="c")(y)
         return shard_batch(y + (x if shortcut is None else shortcut))
 
 
@@ -129,7 +127,7 @@ class Block(nn.Module):
         return x
 
 
-class Root(nn.Module):
+class _Root(nn.Module):
     """The first convolution and its max-pool."""
 
     width: int
@@ -137,13 +135,12 @@ class Root(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
-        """Applies the root."""
         x = StdConv(self.width, 7, 2, self.dtype, name="standardized_conv2d")(images)
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # unlike a pool's padding, these zeros count as values
         return shard_batch(common.max_pool(x, padding="VALID"))
 
 
-class Backbone(nn.Module):
+class _Backbone(nn.Module):
     """The layers before the head."""
 
     units: tuple[int, ...]
@@ -153,8 +150,7 @@ class Backbone(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """Computes the features."""
-        x = Root(self.width, self.dtype, name="root_block")(images)
+        x = _Root(self.width, self.dtype, name="root_block")(images)
         for i, num_units in enumerate(self.units):
             x = Block(num_units, self.width * 2**i, 1 if i == 0 else 2, self.remat, self.dtype, name=f"block{i + 1}")(x)
         x = nn.relu(GroupNorm(self.dtype, name="group_norm")(x))
@@ -194,7 +190,7 @@ class ResNet(HeadMixin, nn.Module):
 
         Logits are float32, or float64 if `dtype` is. `train` has no effect; there is no dropout.
         """
-        x = Backbone(self.units, self.width, self.remat, self.dtype, name="resnet")(jnp.asarray(images))
+        x = _Backbone(self.units, self.width, self.remat, self.dtype, name="resnet")(jnp.asarray(images))
         return x if self.num_classes is None else self.create_head(self.num_classes, name="head")(x)
 
     @property
