@@ -173,7 +173,7 @@ def check_dataset(dataset: Dataset) -> Dataset:
 
 
 def find_reader(name: str) -> Reader:
-    """Returns the reader of a dataset, given its name with or without an argument."""
+    """Returns the reader of a dataset such as "cifar10" or "folder:DIR"."""
     kind, _, argument = name.partition(":")
     for pattern, reader in READERS.items():
         known_kind, _, placeholder = pattern.partition(":")

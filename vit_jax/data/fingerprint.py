@@ -45,7 +45,7 @@ class DatasetFingerprint:
 
 
 def fingerprint(dataset: Dataset) -> DatasetFingerprint:
-    """Returns the fingerprint of a dataset, of class names, labels in their order and, where there are, ids of images.
+    """Returns the fingerprint of class names, labels in their order, and the images' ids, or their shape without ids.
 
     It does not cover pixels, the root directory, or whether images are in memory or streamed.
     """

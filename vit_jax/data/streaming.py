@@ -60,7 +60,7 @@ def training_batches(
 ) -> Generator[HostBatch, None, None]:
     """Yields the batches of the steps from `first_step` up to `num_steps`, read by worker processes.
 
-    0 workers are one per available processor. They end when the generator is closed.
+    `num_workers` 0 takes one per available processor; closing the generator ends them.
 
     Raises:
         UserError: an image cannot be decoded, or a process was killed.

@@ -59,11 +59,6 @@ class HeadMixin:
         return nn.Dense(num_classes, dtype=dtype, kernel_init=kernel_init, name=name)
 
 
-def max_pool(x: Float[Array, "b h w c"], *, padding: str) -> Float[Array, "b h2 w2 c"]:
-    """Takes the maximum over 3 × 3 positions with stride 2."""
-    return cast(Array, nn.max_pool(x, (3, 3), (2, 2), padding=padding))
-
-
 def reduction(units: Sequence[int] | None) -> int:
     """Returns the side in pixels of one output position of a ResNet's root and blocks; 1 for None, no ResNet."""
     return 1 if units is None else 4 << max(0, len(units) - 1)

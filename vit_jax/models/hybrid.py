@@ -11,7 +11,7 @@ import flax.linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vit_jax.models.common import NUM_GROUPS, max_pool, shard_batch
+from vit_jax.models.common import NUM_GROUPS, shard_batch
 from vit_jax.models.resnet import Block, StdConv
 
 
@@ -23,7 +23,7 @@ def apply_stem(
     `units` and `width` are as of `resnet.ResNet`; an empty tuple is the root alone.
     """
     x = nn.relu(create_norm("gn_root", dtype)(create_conv(width, 7, 2, dtype, name="conv_root")(images)))
-    x = shard_batch(max_pool(x, padding="SAME"))
+    x = shard_batch(nn.max_pool(x, (3, 3), (2, 2), padding="SAME"))
     for i, num_units in enumerate(units):
         stride, name = 1 if i == 0 else 2, f"block{i + 1}"
         x = Block(num_units, width * 2**i, stride, remat, dtype, unit=Unit, unit_name="unit{}", name=name)(x)

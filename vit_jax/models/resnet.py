@@ -137,7 +137,7 @@ class _Root(nn.Module):
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
         x = StdConv(self.width, 7, 2, self.dtype, name="standardized_conv2d")(images)
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # unlike a pool's padding, these zeros count as values
-        return shard_batch(common.max_pool(x, padding="VALID"))
+        return shard_batch(nn.max_pool(x, (3, 3), (2, 2)))
 
 
 class _Backbone(nn.Module):
