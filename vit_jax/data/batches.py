@@ -1,9 +1,9 @@
 """Batches on the devices: one type, whether the images are in memory, streamed, or cached as features."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Generator, Iterator
-from typing import Any
 
 import flax.struct
 import jax
@@ -21,27 +21,17 @@ from vit_jax.types import ImageSource
 
 @flax.struct.dataclass
 class Batch:
-    """Examples on the devices.
+    """Examples on the devices; a batch of cached features holds those of several updates, one after the other."""
 
-    A batch of cached features holds the examples of several updates, one after the other: a step of the head alone
-    takes less time than its dispatch. Padding has the label -1.
-
-    Attributes:
-        inputs: uint8 images [b h w 3], or cached features [b d].
-        labels: int32 [b].
-        rows: int32 [b], numbers of the examples in their split.
-    """
-
-    inputs: jax.Array
-    labels: jax.Array
-    rows: jax.Array
+    inputs: jax.Array  # uint8 images [b h w 3], or cached features [b d]
+    labels: jax.Array  # int32 [b]; -1 is padding
+    rows: jax.Array  # int32 [b], numbers of the examples in their split
 
     @classmethod
     def abstract(cls, inputs: jax.ShapeDtypeStruct) -> "Batch":
-        """Returns the shapes of a batch, from that of its inputs."""
+        """Returns the shapes of a batch with these inputs."""
         labels = jax.ShapeDtypeStruct(inputs.shape[:1], jnp.int32)
-        create: Any = cls  # shapes in place of arrays
-        batch: Batch = create(inputs, labels, labels)
+        batch: Batch = jax.eval_shape(cls, inputs, labels, labels)
         return batch
 
 
@@ -58,76 +48,58 @@ def resident_batches(
     max_updates: int = 1,
     stops: tuple[int, ...] = (),
 ) -> Generator[tuple[int, Batch], None, None]:
-    """Yields the training batches of a run whose examples are in device memory; nothing is transferred to sample them.
+    """Yields (finished updates, training batch) from examples on every device; nothing is transferred to sample them.
 
-    The order of an epoch is a function of the seed and the epoch; the remainder of an epoch is dropped.
-
-    Args:
-        inputs: [views · n …], on every device.
-        labels: int32 [n].
-        mesh: batches of one update are split over its devices; every device has those of several.
-        batch_size: examples per update.
-        seed: of the run.
-        first_step: finished updates.
-        num_steps: updates of the whole run.
-        num_views: number of times that the split is in `inputs`, one augmented view after the other; epochs take them
-            in turn.
-        max_updates: per batch.
-        stops: a batch ends at multiples of these numbers of steps, and with its epoch.
-
-    Yields:
-        (finished updates after this batch, batch).
+    The order of an epoch is a function of the seed and the epoch; the remainder of an epoch is dropped. `inputs`
+    [views · n …] are `num_views` augmented views of the split, one after the other; epochs take them in turn. A batch
+    has the examples of up to `max_updates` updates: it ends with its epoch and at multiples of `stops`.
     """
-    num_examples = len(labels)
-    steps_per_epoch = num_examples // batch_size
-    key = sharding.device_put(jax.random.PRNGKey(seed), sharding.replicated(mesh))
-    sizes = {"num_examples": num_examples, "num_views": num_views, "steps_per_epoch": steps_per_epoch}
-    make_order = functools.partial(_epoch_order, key, mesh=mesh, **sizes)
-    take = functools.partial(
-        _take, mesh=mesh, batch_size=batch_size, max_updates=max_updates, steps_per_epoch=steps_per_epoch
-    )
+    sampler = _Sampler(mesh, seed, len(labels), num_views, batch_size, max_updates)
     to_device = functools.cache(lambda count: sharding.device_put(np.int32(count), sharding.replicated(mesh)))
-    step, position = first_step, sharding.device_put(np.int32(first_step), sharding.replicated(mesh))
-    order = None
+    step, position, order = first_step, to_device(first_step), None
     while step < num_steps:
-        if order is None or step % steps_per_epoch == 0:
-            order = make_order(position)
-        count = min(max_updates, *(every - step % every for every in (*stops, steps_per_epoch, num_steps)))
+        if order is None or step % sampler.steps_per_epoch == 0:
+            order = sampler.epoch_order(position)
+        count = min(max_updates, *(every - step % every for every in (*stops, sampler.steps_per_epoch, num_steps)))
         step += count
-        batch, position = take(inputs, labels, order, position, to_device(count))
+        batch, position = sampler.take(inputs, labels, order, position, to_device(count))
         yield step, batch
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "num_examples", "num_views", "steps_per_epoch"))
-def _epoch_order(
-    key: jax.Array, step: jax.Array, *, mesh: Mesh, num_examples: int, num_views: int, steps_per_epoch: int
-) -> jax.Array:
-    epoch = step // steps_per_epoch
-    order = rng.epoch_order(key, epoch, num_examples) + num_examples * (epoch % num_views)
-    replicated: jax.Array = jax.lax.with_sharding_constraint(order, sharding.replicated(mesh))
-    return replicated
+@dataclasses.dataclass(frozen=True)
+class _Sampler:
+    """Samples training batches on the device."""
 
+    mesh: Mesh
+    seed: int
+    num_examples: int
+    num_views: int
+    batch_size: int
+    max_updates: int
 
-@functools.partial(jax.jit, static_argnames=("mesh", "batch_size", "max_updates", "steps_per_epoch"))
-def _take(
-    inputs: jax.Array,
-    labels: jax.Array,
-    order: jax.Array,
-    step: jax.Array,
-    count: jax.Array,
-    *,
-    mesh: Mesh,
-    batch_size: int,
-    max_updates: int,
-    steps_per_epoch: int,
-) -> tuple[Batch, jax.Array]:
-    """Gathers the examples of `count` updates after `step`; returns the step after them as well."""
-    num_rows = max_updates * batch_size
-    padded = jnp.pad(order, (0, num_rows))  # the last batch of an epoch reaches past its end
-    rows = jax.lax.dynamic_slice_in_dim(padded, step % steps_per_epoch * batch_size, num_rows)
-    rows = jax.lax.with_sharding_constraint(rows, train_batch_sharding(mesh, max_updates=max_updates))
-    batch_labels = jnp.where(jnp.arange(num_rows) < count * batch_size, labels[rows % len(labels)], -1)
-    return Batch(inputs[rows], batch_labels, rows), step + count
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_examples // self.batch_size
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def epoch_order(self, step: jax.Array) -> jax.Array:
+        epoch = step // self.steps_per_epoch
+        order = rng.epoch_order(jax.random.PRNGKey(self.seed), epoch, self.num_examples)
+        order += self.num_examples * (epoch % self.num_views)
+        replicated: jax.Array = jax.lax.with_sharding_constraint(order, sharding.replicated(self.mesh))
+        return replicated
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def take(
+        self, inputs: jax.Array, labels: jax.Array, order: jax.Array, step: jax.Array, count: jax.Array
+    ) -> tuple[Batch, jax.Array]:
+        """Gathers the examples of `count` updates after `step`; returns the step after them as well."""
+        num_rows = self.max_updates * self.batch_size
+        padded = jnp.pad(order, (0, num_rows))  # the last batch of an epoch reaches past its end
+        rows = jax.lax.dynamic_slice_in_dim(padded, step % self.steps_per_epoch * self.batch_size, num_rows)
+        rows = jax.lax.with_sharding_constraint(rows, train_batch_sharding(self.mesh, max_updates=self.max_updates))
+        batch_labels = jnp.where(jnp.arange(num_rows) < count * self.batch_size, labels[rows % len(labels)], -1)
+        return Batch(inputs[rows], batch_labels, rows), step + count
 
 
 def train_batch_sharding(mesh: Mesh, *, max_updates: int) -> NamedSharding:
@@ -138,19 +110,9 @@ def train_batch_sharding(mesh: Mesh, *, max_updates: int) -> NamedSharding:
 def streamed_batches(
     read: BatchReader, mesh: Mesh, *, first_step: int, num_steps: int, num_workers: int = 0
 ) -> Generator[tuple[int, Batch], None, None]:
-    """Yields the training batches of a run whose images are decoded and cropped by worker processes.
+    """Yields what `resident_batches` does; images are decoded and cropped by worker processes, see `training_batches`.
 
-    Order and crops are those of `resident_batches`. Closing the generator ends the processes.
-
-    Args:
-        read: reads this process's part of a batch.
-        mesh: batches are split over its devices.
-        first_step: finished updates.
-        num_steps: updates of the whole run.
-        num_workers: worker processes; 0: one per available processor.
-
-    Yields:
-        (finished updates after this batch, batch).
+    `read` reads this process's part of a batch.
     """
     batches = training_batches(read, first_step=first_step, num_steps=num_steps, num_workers=num_workers)
     with contextlib.closing(batches):
@@ -162,55 +124,36 @@ def streamed_batches(
 def evaluation_batches(
     images: ImageSource | jax.Array, labels: np.ndarray | jax.Array, mesh: Mesh, *, batch_size: int, num_views: int = 1
 ) -> Iterator[Batch]:
-    """Yields every example once, in order; the last batch is padded with the label -1.
+    """Yields every example once, or `num_views` times, in order; the last batch is padded with the label -1.
 
-    Args:
-        images: [n …]: on every device, or read batch by batch from host memory or files.
-        labels: int32 [n], where `images` are.
-        mesh: batches are split over its devices.
-        batch_size: a multiple of the number of devices.
-        num_views: number of times that all examples are read; rows count on from one view to the next.
+    `images` [n …] are on every device, or are read batch by batch on the host; `rows` count on from one view to the
+    next. The number of devices divides `batch_size`.
     """
-    num_rows = num_views * len(labels)
-    if isinstance(images, jax.Array):
-        position = sharding.device_put(np.int32(0), sharding.replicated(mesh))
-        for _ in range(0, num_rows, batch_size):
-            batch, position = _take_in_order(images, labels, position, mesh=mesh, batch_size=batch_size)
-            yield batch
-        return
+    labels, num_rows = np.asarray(labels), num_views * len(labels)
     for start in range(0, num_rows, batch_size):
         rows = np.arange(start, start + batch_size, dtype=np.int32)
-        padded_labels = np.where(rows < num_rows, np.asarray(labels)[rows % len(labels)], -1).astype(np.int32)
-        yield Batch(
-            inputs=sharding.shard_rows(images, rows % len(labels), mesh),
-            labels=sharding.device_put(padded_labels, sharding.batch_sharding(mesh)),
-            rows=sharding.device_put(rows, sharding.batch_sharding(mesh)),
-        )
+        examples = rows % len(labels)
+        batch_labels = np.where(rows < num_rows, labels[examples], -1).astype(np.int32)
+        on_devices = functools.partial(sharding.device_put, shardings=sharding.batch_sharding(mesh))
+        if isinstance(images, jax.Array):
+            inputs = _gather(images, on_devices(examples))
+        else:
+            inputs = sharding.shard_rows(images, examples, mesh)
+        yield Batch(inputs, on_devices(batch_labels), on_devices(rows))
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "batch_size"))
-def _take_in_order(
-    inputs: jax.Array, labels: jax.Array, start: jax.Array, *, mesh: Mesh, batch_size: int
-) -> tuple[Batch, jax.Array]:
-    rows = start + jnp.arange(batch_size, dtype=jnp.int32)
-    rows = jax.lax.with_sharding_constraint(rows, sharding.batch_sharding(mesh))
-    inside = jnp.minimum(rows, len(labels) - 1)
-    return Batch(inputs[inside], jnp.where(rows < len(labels), labels[inside], -1), rows), start + batch_size
+@jax.jit
+def _gather(images: jax.Array, rows: jax.Array) -> jax.Array:
+    return images[rows]
 
 
 def crop_when_decoded(
     images: ImageSource, *, augment: str, image_mean: tuple[float, ...], num_views: int = 1, seed: int = 0
 ) -> ImageSource:
-    """Returns images of which those that are decoded when they are read are also cropped then, at full resolution.
+    """Returns images whose crops are sampled, at full resolution, when they are decoded; arrays as they are.
 
-    What is left to the device then is `preprocess.device_augment`.
-
-    Args:
-        images: [n h w 3]; returned as they are unless they are `EncodedImages`.
-        augment: see `preprocess.prepare`.
-        image_mean: color of what a crop covers outside of an image, from 0 to 1.
-        num_views: number of crops of each image: a crop of every image, then another of every image.
-        seed: of the crops; see `rng.row_keys`.
+    `num_views` crops of every image: one of each, then another of each. `preprocess.device_augment` is what is left to
+    do on the device.
     """
     if not isinstance(images, EncodedImages) or augment not in CROPS:
         return images

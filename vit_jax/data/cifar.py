@@ -20,10 +20,7 @@ _ADDRESS = "https://www.cs.toronto.edu/~kriz"
 
 @dataclasses.dataclass(frozen=True)
 class _Cifar:
-    """Layout of an archive.
-
-    Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html; SHA-256 as TFDS checks it.
-    """
+    """Layout of an archive (Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html); SHA-256 as in TFDS."""
 
     archive: str
     sha256: str
@@ -63,13 +60,10 @@ CIFARS = {
 
 
 def open_cifar(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
-    """Reads "cifar10" or "cifar100", see `datasets.Reader`, from the archive or a directory with it or its files.
-
-    Without a `data_dir` the archive is downloaded into the cache.
-    """
+    """Reads "cifar10" or "cifar100" from the archive, which is downloaded unless there is a `data_dir`."""
     cifar = CIFARS[name]
     slices = [parse_split(text, known=cifar.files) for text in splits]
-    names = {split.name for split in slices}
+    names = sorted({split.name for split in slices})
     whole = {split: _count_images(cifar, split) for split in names} if dry_run else _read_splits(cifar, data_dir, names)
     return slice_splits(whole, slices), cifar.class_names
 
@@ -81,36 +75,28 @@ def _count_images(cifar: _Cifar, split: str) -> Split:
     return Split(np.broadcast_to(np.uint8(0), (number, 32, 32, 3)), labels)
 
 
-def _read_splits(cifar: _Cifar, data_dir: str, names: set[str]) -> dict[str, Split]:
+def _read_splits(cifar: _Cifar, data_dir: str, names: Sequence[str]) -> dict[str, Split]:
+    if data_dir:
+        given = Path(data_dir).expanduser()
+        path = next((path for path in (given / cifar.folder, given / cifar.archive) if path.exists()), given)
+    else:
+        url, path = f"{_ADDRESS}/{cifar.archive}", download.cache_dir() / cifar.archive
+        path = download.fetch(url, path, sha256=cifar.sha256)
     files = [file for split in names for file in cifar.files[split]]
-    path = _find_files(cifar, data_dir, files)
-    contents = {file: (path / file).read_bytes() for file in files} if path.is_dir() else _read_archive(path, files)
-    missing = [file for file in files if file not in contents]
-    if missing:
-        found = f"has no {', '.join(missing)}, so it is not the binary version" if path.is_file() else "is missing"
+    contents = _read_files(path, files)
+    if missing := [file for file in files if file not in contents]:
+        found = f"has no {', '.join(missing)}" if path.exists() else "is missing"
         raise UserError(
             f"{path} {found}; set data_dir to {cifar.archive} of {_ADDRESS}, or to a directory with it or its files"
         )
     return {split: _parse_files(cifar, {file: contents[file] for file in cifar.files[split]}) for split in names}
 
 
-def _find_files(cifar: _Cifar, data_dir: str, files: Sequence[str]) -> Path:
-    """Returns the directory of the unpacked files or the path of the archive, which may be missing."""
-    if not data_dir:
-        url, path = f"{_ADDRESS}/{cifar.archive}", download.cache_dir() / cifar.archive
-        return download.fetch(url, path, sha256=cifar.sha256)
-    given = Path(data_dir).expanduser()
-    for directory in (given / cifar.folder, given):
-        if all((directory / file).is_file() for file in files):
-            return directory
-    return given / cifar.archive if given.is_dir() else given
-
-
-def _read_archive(path: Path, files: Sequence[str]) -> dict[str, bytes]:
-    """Returns the contents of those of the files that the archive holds; none if it does not exist."""
-    contents: dict[str, bytes] = {}
+def _read_files(path: Path, files: Sequence[str]) -> dict[str, bytes]:
+    """Returns the contents of those of the files that an archive or a directory has."""
     if not path.is_file():
-        return contents
+        return {file: (path / file).read_bytes() for file in files if (path / file).is_file()}
+    contents = {}
     try:
         with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:
@@ -127,17 +113,13 @@ def _read_archive(path: Path, files: Sequence[str]) -> dict[str, bytes]:
 
 def _parse_files(cifar: _Cifar, contents: Mapping[str, bytes]) -> Split:
     record_bytes, num_classes = cifar.label_bytes + 3 * 32 * 32, len(cifar.class_names)
-    labels, pixels = [], []
     for file, content in contents.items():
-        whole = len(content) // record_bytes * record_bytes
-        records = np.frombuffer(content, np.uint8, whole).reshape(-1, record_bytes)  # [n bytes]
-        labels.append(records[:, cifar.label_bytes - 1].astype(np.int32))
-        pixels.append(records[:, cifar.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))  # [n h w c]
-        if not whole or whole != len(content) or labels[-1].max() >= num_classes:
+        labels = content[cifar.label_bytes - 1 :: record_bytes]
+        if not content or len(content) % record_bytes or max(labels) >= num_classes:
             raise UserError(
                 f"{file} has {len(content):,} bytes; expected records of {record_bytes:,} bytes with labels from 0 to "
                 f"{num_classes - 1}: it is damaged or of another dataset, download {cifar.archive} again"
             )
-    images = np.empty((sum(map(len, labels)), 32, 32, 3), np.uint8)
-    np.concatenate(pixels, out=images)
-    return Split(images, np.concatenate(labels))
+    records = np.frombuffer(b"".join(contents.values()), np.uint8).reshape(-1, record_bytes)
+    images = records[:, cifar.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # [n h w c]
+    return Split(np.ascontiguousarray(images), records[:, cifar.label_bytes - 1].astype(np.int32))

@@ -1,44 +1,24 @@
-"""Augmentations, boxes of random crops and weights of a resize: for JAX on the device and NumPy in worker processes."""
+"""Augmentations, boxes of random crops and weights of a resize, on the device or in worker processes.
+
+`xp` is `jax.numpy` or `numpy`.
+"""
 
 import dataclasses
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-Number = Any
-"""A scalar or an array of NumPy or JAX, which share no type."""
+WEIGHT_BITS = 22  # of a resize's weights after the point
+EDGE_SLACK = 1e-3  # pixels by which rounding may move the edge of a box
 
-Box = tuple[Number, Number, Number, Number]
-"""Top, left, height, width in pixels."""
-
-WEIGHT_BITS = 22
-"""Bits of a resize's weights after the point."""
-
-EDGE_SLACK = 1e-3
-"""Pixels by which rounding may move the edge of a box."""
-
-
-@runtime_checkable
-class BoxSampler(Protocol):
-    """Samples the part of an image that a training step sees."""
-
-    def __call__(self, uniforms: Number, height: int, width: int, *, image_size: int, xp: ModuleType) -> Box:
-        """Returns scalars in pixels of the image; they may be fractions, and outside of the image.
-
-        Args:
-            uniforms: [4], random numbers in [0, 1).
-            height: of the image, pixels.
-            width: of the image, pixels.
-            image_size: pixels, square, that the box is resized to.
-            xp: `jax.numpy` or `numpy`.
-        """
+Number = Any  # a scalar or an array of NumPy or JAX, which share no type
+Box = tuple[Number, Number, Number, Number]  # top, left, height, width in pixels; maybe fractions, and outside an image
+BoxSampler = Callable[..., Box]
+"""(uniforms [4] in [0, 1), height, width, *, image_size, xp) -> box of an image, to be resized to `image_size`."""
 
 
 def padded_box(uniforms: Number, height: int, width: int, *, image_size: int, xp: ModuleType) -> Box:
-    """Samples a crop of the image's own size from the image padded by an eighth of each side.
-
-    Source:
-        He et al. 2016, section 4.2, there with a margin of 4 pixels for 32.
-    """
+    """Samples a crop of the image's own size from the image padded by an eighth (He et al. 2016, section 4.2)."""
     margins = height // 8, width // 8
     top, left = (xp.floor(x * (2 * margin + 1)) - margin for x, margin in zip(uniforms[:2], margins, strict=True))
     return top, left, height, width
@@ -47,11 +27,8 @@ def padded_box(uniforms: Number, height: int, width: int, *, image_size: int, xp
 def square_box(uniforms: Number, height: int, width: int, *, image_size: int, xp: ModuleType) -> Box:
     """Samples a square of 64 to 100 % of the image as it is after a resize to `image_size`.
 
-    The area is uniform, the side rounded to whole pixels, the corner uniform over the positions that fit. The box is
-    in pixels of the image before the resize.
-
-    Source:
-        torchvision's RandomResizedCrop of an image that has `image_size` already.
+    The area is uniform, the side rounded to whole pixels, the corner uniform over the positions that fit, as by
+    torchvision's RandomResizedCrop after a resize. The box is in pixels of the image before it.
     """
     side = xp.round(image_size * xp.sqrt(0.64 + 0.36 * uniforms[0]))
     top, left = xp.floor(uniforms[1:3] * (image_size - side + 1))
@@ -65,9 +42,8 @@ def inception_box(uniforms: Number, height: int, width: int, *, image_size: int,
     The aspect (width / height) is uniform in (0.75, 1.33); the crop's height is uniform over the integers whose area is
     within bounds and that fit the image; the corner is uniform over the positions that fit, without the last one.
 
-    Source:
-        Szegedy et al. 2015, section 6; TensorFlow's kernel of sample_distorted_bounding_box. Where rounding puts a crop
-        out of bounds, it is clipped to the image instead of sampled again.
+    Source: Szegedy et al. 2015, section 6; TensorFlow's kernel of sample_distorted_bounding_box. Where rounding puts a
+    crop out of bounds, it is clipped to the image instead of sampled again.
     """
     aspect = 0.75 + (1.33 - 0.75) * uniforms[0]
     smallest_area, largest_area = 0.05 * height * width, 1.0 * height * width
@@ -85,17 +61,11 @@ def inception_box(uniforms: Number, height: int, width: int, *, image_size: int,
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Random changes of training images.
+    """Random changes of training images."""
 
-    Attributes:
-        sample_box: of the part that is seen, which depends on the image's resolution; None for the whole image.
-        pads: whether boxes may reach outside of the image, by an eighth of each side at most.
-        flips: whether half of the images are mirrored left to right.
-    """
-
-    sample_box: BoxSampler | None = None
-    pads: bool = False
-    flips: bool = True
+    sample_box: BoxSampler | None = None  # of the part that is seen; None for the whole image
+    pads: bool = False  # boxes may reach outside of the image, by an eighth of each side at most
+    flips: bool = True  # half of the images are mirrored left to right
 
 
 AUGMENTATIONS = {
@@ -106,28 +76,20 @@ AUGMENTATIONS = {
     "inception": Augmentation(inception_box),
 }
 
+# Augmentations that need images of their own resolution.
 CROPS = tuple(name for name, augmentation in AUGMENTATIONS.items() if augmentation.sample_box)
-"""Augmentations that need images of their own resolution."""
 
 
 def resize_weights(start: Number, length: Number, *, input_size: int, output_size: int, xp: ModuleType) -> Number:
     """Returns the matrix by which Pillow resizes the pixels from `start` to `start + length` along one axis.
 
     Bilinear, with half-pixel centers; where it shrinks, the triangle is widened by the scale (antialiasing). Pixels
-    outside of the interval do not contribute. Pillow holds weights in fixed point, and so does this.
-
-    Args:
-        start: of the interval; may be a fraction.
-        length: of the interval, pixels.
-        input_size: pixels of the whole axis.
-        output_size: pixels.
-        xp: `jax.numpy` or `numpy`; NumPy's weights are exact, JAX's within the rounding of float32.
+    outside of the interval do not contribute. NumPy's weights are exact, JAX's within the rounding of float32.
 
     Returns:
-        [output_size input_size]: integers in units of 2 ** -22; each row sums to 2 ** 22 within rounding.
+        [output_size input_size]: Pillow's integers in units of 2 ** -22; each row sums to 2 ** 22 within rounding.
 
-    Source:
-        Pillow, `Image.resize(size, Resampling.BILINEAR, box)` of 8-bit images.
+    Source: Pillow, `Image.resize(size, Resampling.BILINEAR, box)` of 8-bit images.
     """
     scale = length / output_size
     centers = start + (xp.arange(output_size) + 0.5) * scale

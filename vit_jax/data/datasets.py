@@ -23,26 +23,18 @@ from vit_jax.types import Dataset, ImageSource, Split
 
 @runtime_checkable
 class Reader(Protocol):
-    """Opens splits of a dataset, of arrays or of `EncodedImages`."""
+    """Opens splits, given as in `load_dataset`: of arrays, or of `EncodedImages`.
+
+    A dry run downloads and decodes nothing: where only the numbers of images are known, these may be black, and labels
+    as many of each class. Raises UserError where files are missing, damaged or inconsistent.
+    """
 
     def __call__(self, name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
-        """Returns splits and class names.
-
-        Args:
-            name: of the dataset.
-            data_dir: where its files are; "" is a default of the reader.
-            splits: the one to train on first; each a name, or a slice of one as TFDS writes it ("train[:90%]").
-            dry_run: downloads and decodes nothing: where only the numbers of images are known, these may be black, and
-                labels as many of each class.
-
-        Raises:
-            UsageError: a split is unknown or empty, or two share images.
-            UserError: files are missing, damaged or inconsistent.
-        """
+        """Returns splits and class names."""
 
 
 def open_digits(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
-    """Reads scikit-learn's 1,797 handwritten digits, 8 × 8: 1,437 to train on, 360 to test on; see `Reader`.
+    """Reads scikit-learn's 1,797 handwritten digits, 8 × 8: 1,437 to train on, 360 to test on.
 
     Source: the test part of "Optical Recognition of Handwritten Digits", UCI, Alpaydin and Kaynak 1998.
     """
@@ -58,36 +50,35 @@ def open_digits(name: str, *, data_dir: str, splits: Sequence[str], dry_run: boo
     return slice_splits(whole, slices), tuple(map(str, digits.target_names))
 
 
-READERS: dict[str, Reader] = {
+READERS: dict[str, Reader] = {  # capitals stand for a part of the user's own
     "cifar10": open_cifar,
     "cifar100": open_cifar,
     "digits": open_digits,
     "folder:DIR": open_folder,
     "tfds:NAME": open_tfds,
 }
-"""Names of datasets, with what stands for a part of the user's own in capitals -> reader."""
 
 
 class DatasetOptions(TypedDict, total=False):
-    """Options of all functions that open a dataset, see `load_dataset`."""
+    """Options of all functions that open a dataset."""
 
-    data_dir: str
-    image_size: Required[int]
-    classes: Sequence[str]
-    crops: bool
-    storage: str
-    device_bytes: int | None
+    image_size: Required[int]  # pixels, square, that the model sees
+    data_dir: str  # archive or directory of CIFAR, or TFDS's directory; "" downloads CIFAR, or is TFDS's default
+    classes: Sequence[str]  # to keep, in their new order; all if empty. Splits are sliced before
+    crops: bool  # images will be cropped, and so must keep their resolution
+    storage: str  # "memory" | "stream" | "auto", the default: see `choose_storage`
+    device_bytes: int | None  # memory of a device; None sets no limit
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """A dataset without its images, whose shape is [h w 3]; `in_memory` is False for those that are streamed."""
+    """A dataset without its images, whose shape is [h w 3]."""
 
     num_train: int
     num_test: int
     image_shape: tuple[int, ...]
     class_names: tuple[str, ...]
-    in_memory: bool
+    in_memory: bool  # or streamed
 
     def __str__(self) -> str:
         """Returns one line."""
@@ -111,17 +102,9 @@ def load_dataset(
 
     Args:
         name: a key of `READERS`.
-        train_split: what to train on: a split's name, or a slice of it such as "train[:90%]".
-        test_split: what to test on, in the same form; shares no image with `train_split`.
-        **options:
-            image_size: pixels, square, that the model sees.
-            data_dir: an archive or directory already on disk (cifar10, cifar100), TFDS's own directory (tfds:NAME);
-                "" downloads into the cache (cifar10, cifar100) or means TFDS's default.
-            classes: names of those to keep, in their new order; all unless given. Splits are sliced before. Images of
-                other classes are not decoded.
-            crops: whether images will be cropped, and so must keep their resolution; False unless given.
-            storage: "memory" | "stream" | "auto", the default; see `choose_storage`.
-            device_bytes: memory of a device; None, the default, sets no limit.
+        train_split: a split's name, or a slice of it as TFDS writes it, such as "train[:90%]".
+        test_split: the same; shares no image with `train_split`.
+        **options: see `DatasetOptions`.
 
     Raises:
         UsageError: an unknown name, split or class, slices that are empty or overlap, or an impossible storage.
@@ -142,7 +125,7 @@ def dataset_info(
 ) -> DatasetInfo:
     """Describes what `load_dataset` would return; downloads and decodes nothing.
 
-    Numbers are exact, but of `classes` in CIFAR and TFDS, which are taken to be equally frequent in every slice.
+    Numbers are exact, but `classes` of CIFAR and TFDS are taken to be equally frequent in every slice.
     """
     (train, test), class_names = _load(name, [train_split, test_split], dry_run=True, **options)
     return DatasetInfo.from_dataset(Dataset(train, test, class_names))
@@ -171,11 +154,7 @@ def _load(
 
 
 def check_dataset(dataset: Dataset) -> Dataset:
-    """Checks a user's own dataset, and reads image sources other than `EncodedImages` into memory.
-
-    Raises:
-        UsageError: see `check_split`, or the images of the two splits have different sizes.
-    """
+    """Checks a user's own dataset, and reads image sources other than `EncodedImages` into memory."""
     if not isinstance(dataset, Dataset):
         raise UsageError(f"dataset is a {type(dataset).__name__}; expected a vit_jax.types.Dataset")
     splits = []
@@ -193,13 +172,8 @@ def check_dataset(dataset: Dataset) -> Dataset:
 def check_split(split: Split, *, num_classes: int, name: str = "split") -> Split:
     """Checks a user's own images and labels; returns them with int32 labels.
 
-    Args:
-        split: an `ImageSource` of any kind, or a sequence of images; labels are any integers.
-        num_classes: the labels are below.
-        name: of the split, for errors.
-
     Raises:
-        UsageError: images are not uint8 [n h w 3], or labels are not a class of each.
+        UsageError: images are not uint8 [n h w 3], or labels are not a class of each; the message starts with `name`.
     """
     images = split.images if isinstance(split.images, ImageSource) else np.asarray(split.images)
     labels, dtype = np.asarray(split.labels), getattr(images, "dtype", np.dtype(np.uint8))
@@ -216,7 +190,7 @@ def check_split(split: Split, *, num_classes: int, name: str = "split") -> Split
 
 
 def find_reader(name: str) -> Reader:
-    """Returns the reader of a dataset; raises UsageError with the names that there are."""
+    """Returns the reader of a dataset such as "cifar10" or "folder:DIR"."""
     kind, _, argument = name.partition(":")
     for pattern, reader in READERS.items():
         known_kind, _, placeholder = pattern.partition(":")
@@ -226,12 +200,7 @@ def find_reader(name: str) -> Reader:
 
 
 def keep_classes(split: Split, class_names: Sequence[str], classes: Sequence[str]) -> Split:
-    """Keeps the images of some classes, which are numbered in the given order.
-
-    Raises:
-        UsageError: a class is unknown or named twice, or there are fewer than two.
-        UserError: the split has no image of them.
-    """
+    """Keeps the images of some classes, which are numbered in the given order."""
     unknown = [name for name in classes if name not in class_names]
     if unknown or not 2 <= len(set(classes)) == len(classes):
         found = f"no class {unknown[0]!r}" if unknown else f"got {tuple(classes)}"
@@ -249,25 +218,11 @@ def keep_classes(split: Split, class_names: Sequence[str], classes: Sequence[str
 def choose_storage(
     splits: Sequence[Split], image_size: int, *, crops: bool, storage: str, device_bytes: int | None
 ) -> tuple[str, tuple[int, int]]:
-    """Chooses whether images are decoded once or whenever they are indexed, and their size; reads headers only.
+    """Returns "memory" or "stream", and the (width, height) in pixels that images are decoded to; reads headers only.
 
-    Images in memory have one common size: their own, if all have the same, at most twice the model's; otherwise
-    the model's. Cropped images need their own resolution: larger ones, and those of different sizes, are streamed.
-
-    Args:
-        splits: of arrays, which stay as they are, or of `EncodedImages`.
-        image_size: pixels, square, that the model sees.
-        crops: whether images will be cropped.
-        storage: "memory": decoded once, large images to be cropped at their own size; "stream": decoded when they are
-            indexed; "auto": in memory if the images take at most half of the available memory of host and device.
-        device_bytes: memory of a device; None sets no limit.
-
-    Returns:
-        ("memory" or "stream", (width, height) in pixels).
-
-    Raises:
-        UsageError: the images cannot be stored as asked.
-        UserError: an image's header cannot be read.
+    "auto" is in memory if the images take at most half of the available memory of host and device. Images in memory
+    have one common size: their own, if all have the same, at most twice the model's `image_size`; otherwise the
+    model's. Images to be cropped need their own resolution: larger ones, and those of different sizes, are streamed.
     """
     problem, size = "", (image_size, image_size)
     if splits[0].in_memory:

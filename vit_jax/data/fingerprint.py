@@ -1,4 +1,4 @@
-"""Fingerprint of a dataset: tells whether two processes, or a run and its resumption, read the same images."""
+"""Fingerprint of a dataset: two processes, or a run and its resumption, must read the same images."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from vit_jax.types import Dataset, Json
 
 @dataclasses.dataclass(frozen=True)
 class DatasetFingerprint:
-    """Class names, numbers of images and a hexadecimal digest; see `fingerprint`."""
+    """Class names, numbers of images and a SHA-256; see `fingerprint`."""
 
     class_names: tuple[str, ...]
     num_train: int
@@ -45,11 +45,9 @@ class DatasetFingerprint:
 
 
 def fingerprint(dataset: Dataset) -> DatasetFingerprint:
-    """Returns the fingerprint of a dataset; reads no pixels.
+    """Returns the fingerprint of class names, labels in their order, and the images' ids, or their shape without ids.
 
-    The digest, a SHA-256, covers class names and, for both splits, the labels in their order and which images these
-    are: file names relative to the split's directory for `folder:DIR`, record numbers for `tfds:NAME`, otherwise the
-    image shape. It does not cover pixels, the root directory, or whether images are in memory or streamed.
+    It does not cover pixels, the root directory, or whether images are in memory or streamed.
     """
     digest = hashlib.sha256(json.dumps(dataset.class_names).encode())
     for split in (dataset.train, dataset.test):

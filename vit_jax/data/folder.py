@@ -14,19 +14,16 @@ from vit_jax.types import Split
 
 
 def open_folder(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
-    """Lists the files of "folder:DIR"; see `datasets.Reader`."""
+    """Lists the files of "folder:DIR"."""
     root = Path(name.partition(":")[2]).expanduser()
     slices = [parse_split(text) for text in splits]
     files = {split.name: _list_classes(root / split.name) for split in slices}
-    first, last = slices[0].name, slices[-1].name
-    pairs = ((first, last), (last, first))
-    differing = [
-        f"{name} (only in {here})" for here, there in pairs for name in files[here] if name not in files[there]
-    ]
+    class_names = tuple(files[slices[0].name])
+    common = set(class_names).intersection(*files.values())
+    differing = [f"{name} (only in {split})" for split in files for name in files[split] if name not in common]
     if differing:
         raise UserError(f"{root}: all splits must have the same classes; these differ: {', '.join(differing)}")
     selected = select_rows(slices, {name: sum(map(len, classes.values())) for name, classes in files.items()})
-    class_names = tuple(files[first])
     return [_select_files(files[split.name], rows) for split, rows in zip(slices, selected, strict=True)], class_names
 
 
@@ -50,10 +47,7 @@ def _list_images(directory: Path) -> list[str]:
 
 
 def _select_files(classes: Mapping[str, Sequence[str]], rows: range) -> Split:
-    """Selects rows of a fixed shuffle, in the order of classes and names.
-
-    Of the sorted files "train[:90%]" would lose the last classes.
-    """
+    """Selects rows of a fixed shuffle, in the order of classes: "train[:90%]" would lose the last classes otherwise."""
     paths = [path for files in classes.values() for path in files]
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in classes.values()])
     selected = np.sort(np.random.RandomState(0).permutation(len(paths))[rows.start : rows.stop])

@@ -23,12 +23,8 @@ from vit_jax.runtime.progress import progress_bar
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _IMAGES_PER_TASK = 64  # one future an image would cost as much as decoding a small one
 _EXIF_ORIENTATION = 0x0112
-
-ImageFile = str | Path | io.BytesIO | io.BufferedReader
-"""A path, or an open binary file."""
-
-Color = tuple[int, ...]
-"""Red, green, blue from 0 to 255."""
+ImageFile = str | Path | io.BytesIO | io.BufferedReader  # a path, or an open binary file
+Color = tuple[int, ...]  # red, green, blue from 0 to 255
 
 
 def decode_image(
@@ -38,20 +34,12 @@ def decode_image(
     sample_box: Callable[[int, int], Box] | None = None,
     margin_color: Color = (127, 127, 127),
 ) -> Image.Image:
-    """Decodes an image file of any mode to RGB.
+    """Decodes an image file of any mode to RGB; raises UserError if it is missing or damaged.
 
     Orientation in EXIF or XMP is applied, transparent parts become white, 16-bit grey keeps its upper 8 bits. Images
-    are decoded at their full resolution and resized by Pillow's bilinear filter with antialiasing: the same pixels as
-    those of `preprocess.prepare`.
-
-    Args:
-        source: path of an image, or an open binary file.
-        size: (width, height) in pixels to resize to; None keeps the image's own.
-        sample_box: (height, width) in pixels -> the box to resize; None takes the whole image. Needs `size`.
-        margin_color: of the pixels of a box outside of the image.
-
-    Raises:
-        UserError: the file is missing, or cannot be decoded.
+    are resized to `size` (width, height) from their full resolution, by Pillow's bilinear filter with antialiasing: the
+    same pixels as those of `preprocess.prepare`. `sample_box` is called with (height, width) and returns the box to
+    resize, instead of the whole image; its pixels outside of the image have the `margin_color`.
     """
     with _image_errors(source), Image.open(source) as image:
         image.load()  # before the orientation, which a PNG may have after its pixels
@@ -65,11 +53,7 @@ def decode_image(
 
 
 def read_size(source: ImageFile) -> tuple[int, int]:
-    """Reads (width, height) in pixels from an image's header; decodes a PNG that may be turned by 90 degrees.
-
-    Raises:
-        UserError: the file is missing, or is not an image.
-    """
+    """Reads (width, height) in pixels from an image's header; decodes a PNG that may be turned by 90 degrees."""
     with _image_errors(source), Image.open(source) as image:
         if image.width == image.height or image.getexif().get(_EXIF_ORIENTATION, 1) not in (5, 6, 7, 8):
             return image.size
@@ -78,22 +62,13 @@ def read_size(source: ImageFile) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedImages:
-    """Image files that are decoded when they are indexed; a `types.ImageSource`, uint8 [n h w 3].
+    """Image files that are decoded when they are indexed; a `types.ImageSource`, uint8 [n h w 3]."""
 
-    Attributes:
-        open_image: number of an image -> its path, or a binary file.
-        numbers: int [n], those of the images.
-        size: (width, height) in pixels that every image is resized to; (0, 0) as long as they are not known.
-        augment: a key of `crops.AUGMENTATIONS`, by which images are cropped before; see `crop`.
-        uniforms: float32 [n 4], random numbers in [0, 1) of each image's box; None where nothing is cropped.
-        margin_color: of the pixels of a box outside of an image.
-    """
-
-    open_image: Callable[[int], ImageFile]
+    open_image: Callable[[int], ImageFile]  # number of an image -> its path, or a binary file
     numbers: Int[np.ndarray, " n"]
-    size: tuple[int, int] = (0, 0)
-    augment: str = "none"
-    uniforms: Float32[np.ndarray, "n 4"] | None = None
+    size: tuple[int, int] = (0, 0)  # (width, height) that every image is resized to; (0, 0) while not known
+    augment: str = "none"  # key of `crops.AUGMENTATIONS`: its boxes are cropped before
+    uniforms: Float32[np.ndarray, "n 4"] | None = None  # random numbers in [0, 1) of each image's box
     margin_color: Color = (127, 127, 127)
 
     @property
@@ -115,7 +90,7 @@ class EncodedImages:
         return np.asarray(decode_image(source, size=self.size, sample_box=sample_box, margin_color=self.margin_color))
 
     def take(self, rows: Int[np.ndarray, " m"], axis: int = 0) -> "EncodedImages":
-        """Selects images and decodes none; as `numpy.ndarray.take` along axis 0."""
+        """Selects images and decodes none; `axis` is 0, as of `numpy.ndarray.take`."""
         uniforms = None if self.uniforms is None else self.uniforms.take(rows, axis)
         return dataclasses.replace(self, numbers=self.numbers.take(rows, axis), uniforms=uniforms)
 
@@ -134,11 +109,7 @@ class EncodedImages:
 
 
 def decode_all(images: EncodedImages) -> UInt8[np.ndarray, "n h w 3"]:
-    """Decodes every image.
-
-    Raises:
-        UserError: names the first image that cannot be decoded, and counts the others.
-    """
+    """Decodes every image; raises UserError that names the first one that is damaged, and counts the others."""
     decoded = np.empty(images.shape, np.uint8)
 
     def decode(row: int) -> None:
@@ -177,17 +148,17 @@ def _image_errors(source: ImageFile) -> Iterator[None]:
         if isinstance(source, str | Path) and os.path.exists(source) and not os.path.isfile(source):
             raise OSError("not a regular file")  # a pipe could be waited for forever
         yield
+    except FileNotFoundError as error:
+        raise UserError(f"image {name}: no such file") from error
     except Exception as error:
         reason = "not an image" if "cannot identify" in str(error) else one_line(error)
-        missing = isinstance(error, FileNotFoundError)
-        problem = ": no such file" if missing else f" cannot be decoded ({reason}); replace or remove it"
-        raise UserError(f"image {name}{problem}") from error
+        raise UserError(f"image {name} cannot be decoded ({reason}); replace or remove it") from error
 
 
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: Pillow itself would clip at 255
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")

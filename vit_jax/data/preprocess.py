@@ -16,8 +16,7 @@ from jaxtyping import Array, Float, Float32, Num, Shaped, UInt8
 from vit_jax.data.crops import AUGMENTATIONS, CROPS, WEIGHT_BITS, Box, Number, resize_weights
 from vit_jax.runtime.errors import UsageError
 
-HALF = (0.5, 0.5, 0.5)
-"""Mean and std that map pixels to [-1, 1], as the released models were trained."""
+HALF = (0.5, 0.5, 0.5)  # mean and std that map pixels to [-1, 1], as the released models were trained
 
 Augment = str | Callable[[Array, Array], Array]
 """Name of an augmentation, or a user's own function (random key, uint8 [h w 3]) -> uint8 [h' w' 3] of one image."""
@@ -40,19 +39,11 @@ def prepare(
     mean: Sequence[float] = HALF,
     std: Sequence[float] = HALF,
 ) -> Float32[Array, "b {image_size} {image_size} 3"]:
-    """Crops, resizes, flips and normalizes, each image by a key of its own.
+    """Crops, resizes, flips and normalizes images of any one size, each by a random key of its own.
 
-    What is sampled for an image depends on its key alone, so that devices and accumulation do not change it.
-
-    Args:
-        keys: random keys; None where nothing is sampled.
-        images: of any one size.
-        image_size: pixels, square.
-        augment: a key of `crops.AUGMENTATIONS`: "none"; "flip"; "pad_crop", padded in the mean's color; "square_crop";
-            "inception"; all but "none" flip half of the images. Or a function of a key and an image, applied on the
-            device before the resize; streamed images come resized, and so it gets these after it.
-        mean: of the channels, from 0 to 1.
-        std: of the channels, on the same scale.
+    What is sampled for an image depends on its key alone, so that devices and accumulation do not change it. `keys` may
+    be None where nothing is sampled. "pad_crop" pads in the color of the `mean`, which is from 0 to 1, as is `std`. A
+    user's function is applied before the resize; streamed images come resized, and so it gets these after it.
     """
     images, augmentation = jnp.asarray(images), AUGMENTATIONS[augment if isinstance(augment, str) else "none"]
     if not isinstance(augment, str):
@@ -62,13 +53,14 @@ def prepare(
             raise UsageError(f"augment returns {found}; expected a uint8 image [h w 3]")
     height, width = images.shape[1:3]
     if augmentation.sample_box:
-        margins = (height // 8, width // 8) if augmentation.pads else (0, 0)
+        y, x = (height // 8, width // 8) if augmentation.pads else (0, 0)
+        margin = jnp.broadcast_to(jnp.array(margin_color(mean), images.dtype), (height + 2 * y, width + 2 * x, 3))
         sample_box = functools.partial(augmentation.sample_box, image_size=image_size, xp=jnp)
 
         def crop(image: Array, uniforms: Array) -> Array:
-            top, left, *size = sample_box(uniforms, height, width)
-            padded = _pad(image, margins, margin_color(mean))
-            return _resize(padded, (top + margins[0], left + margins[1], *size), image_size=image_size, xp=jnp)
+            top, left, rows, columns = sample_box(uniforms, height, width)
+            padded = jax.lax.dynamic_update_slice(margin, image, (y, x, 0))
+            return _resize(padded, (top + y, left + x, rows, columns), image_size=image_size, xp=jnp)
 
         images = jax.vmap(crop)(images, sample_uniforms(cast(Array, keys)))
     elif (height, width) != (image_size, image_size):
@@ -105,17 +97,12 @@ def mix(
 ) -> tuple[Float[Array, "b h w 3"], Float[Array, " b"]]:
     """Blends every image with its partner, or pastes a box of the partner into it.
 
-    Where both alphas are positive, each image is mixed in one of the two ways, with equal probability.
-
-    Args:
-        keys: random keys of the images.
-        images: to be mixed with `partners`.
-        partners: in the same order.
-        mixup_alpha: 0, or the weight of an image is sampled from Beta(alpha, alpha) (Zhang et al. 2018).
-        cutmix_alpha: 0, or the same for boxes of the area 1 - weight, cut off at the edges (Yun et al. 2019).
+    The weight of an image is sampled from Beta(alpha, alpha): for mixup (Zhang et al. 2018) of its pixels; for CutMix
+    (Yun et al. 2019) boxes have the area 1 - weight and are cut off at the edges. Where both alphas are positive, each
+    image is mixed in one of the two ways, with equal probability; an alpha of 0 is off.
 
     Returns:
-        (mixed images, weights): the fraction of the image itself, from 0 to 1, which is the weight of its label.
+        (mixed images, fraction of the image itself, from 0 to 1, which is the weight of its label).
     """
     height, width = images.shape[1:3]
 
@@ -140,14 +127,6 @@ def mix(
         return mixed, blend * (1.0 - jnp.mean(pasted))
 
     return jax.vmap(mix_image)(keys, images, partners)
-
-
-def _pad(image: Array, margins: tuple[int, int], color: Sequence[int]) -> Array:
-    """Pads an image [h w c] by margins of rows and of columns, in pixels."""
-    height, width, channels = image.shape
-    shape = (height + 2 * margins[0], width + 2 * margins[1], channels)
-    canvas = jnp.broadcast_to(jnp.array(color, image.dtype), shape)
-    return jax.lax.dynamic_update_slice(canvas, image, (*margins, 0))
 
 
 def _resize(image: Array, box: Box, *, image_size: int, xp: ModuleType) -> Array:

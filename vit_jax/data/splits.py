@@ -9,15 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from vit_jax.runtime.errors import UsageError
 from vit_jax.types import Split
 
-OpenedSplits = tuple[list[Split], tuple[str, ...]]
-"""Splits, and class names."""
+OpenedSplits = tuple[list[Split], tuple[str, ...]]  # splits, and class names
 
 _SPLIT_PATTERN = re.compile(r"(?P<name>[\w.\-]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitSlice:
-    """A parsed split such as "train[:90%]"; a bound is a number, a percentage, or "" where none is given."""
+    """A parsed split such as "train[:90%]"; a bound is a number or a percentage."""
 
     text: str
     name: str
@@ -26,8 +25,7 @@ class SplitSlice:
 
     def rows(self, num_images: int) -> range:
         """Returns the rows of the whole split; percentages are rounded to the closest image, as in TFDS."""
-        start = _parse_bound(self.start or "0", num_images)
-        stop = _parse_bound(self.stop, num_images) if self.stop else num_images
+        start, stop = (_parse_bound(bound, num_images) for bound in (self.start, self.stop))
         if not 0 <= start < stop <= num_images:
             raise UsageError(
                 f"split {self.text!r} selects the images {start} to {stop} of {num_images:,} in {self.name!r}; "
@@ -37,26 +35,18 @@ class SplitSlice:
 
 
 def parse_split(text: str, *, known: Iterable[str] = ()) -> SplitSlice:
-    """Parses a split's name, or a slice of it as TFDS writes it; `known` are the names allowed, or empty.
-
-    Raises:
-        UsageError: the name is unknown, or the slice cannot be read.
-    """
+    """Parses a split's name, or a slice of it as TFDS writes it; any name is allowed unless some are `known`."""
     match = _SPLIT_PATTERN.fullmatch(text.strip())
     names = nearest_first(match["name"] if match else text, known)
     if not match or (names and match["name"] not in names):
         raise UsageError(
             f"unknown split {text!r}; expected {', '.join(names) or 'its name'}, or a slice such as 'train[:90%]'"
         )
-    return SplitSlice(text, match["name"], match["start"] or "", match["stop"] or "")
+    return SplitSlice(text, match["name"], match["start"] or "0", match["stop"] or "100%")
 
 
 def select_rows(slices: Sequence[SplitSlice], num_images: Mapping[str, int]) -> list[range]:
-    """Returns the rows that each slice selects, given the number of images of every whole split.
-
-    Raises:
-        UsageError: a slice is empty, or two share images, which would be trained and tested on.
-    """
+    """Returns the rows of each slice, given the size of every whole split; UsageError if slices share images."""
     selected = [(split, split.rows(num_images[split.name])) for split in slices]
     for (first, rows), (second, others) in itertools.combinations(selected, 2):
         shared = min(rows.stop, others.stop) - max(rows.start, others.start)

@@ -25,32 +25,19 @@ from vit_jax.runtime import resources, rng
 from vit_jax.runtime.errors import UserError
 from vit_jax.types import Split
 
-HostBatch = tuple[UInt8[np.ndarray, "b h w 3"], Int32[np.ndarray, " b"]]
-"""Images and labels."""
+HostBatch = tuple[UInt8[np.ndarray, "b h w 3"], Int32[np.ndarray, " b"]]  # images and labels
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchReader:
-    """Maps the number of a step, counted from 0, to its images and labels.
+    """Maps the number of a step, from 0, to its images, cropped but not flipped, and labels."""
 
-    The order changes with the epoch; images are cropped, but not flipped.
-
-    Attributes:
-        split: of `EncodedImages`.
-        augment: how images are cropped, see `crops`.
-        margin_color: of the pixels of a crop outside of an image.
-        batch_size: of all parts together; the remainder of an epoch is dropped.
-        seed: of the run.
-        part: which of the equal parts of every batch is read: the process's number.
-        num_parts: of every batch.
-    """
-
-    split: Split
+    split: Split  # of `EncodedImages`
     augment: str
     margin_color: Color
-    batch_size: int
+    batch_size: int  # of all parts together; the remainder of an epoch is dropped
     seed: int
-    part: int = 0
+    part: int = 0  # the one of every batch that is read: the process's number
     num_parts: int = 1
 
     def __call__(self, step: int) -> HostBatch:
@@ -62,21 +49,18 @@ class BatchReader:
         images: EncodedImages = self.split.images.take(rows)
         if self.augment in CROPS:
             uniforms = np.asarray(_step_uniforms(self.seed, int(step), self.batch_size))[part]
-            color = self.margin_color
-            images = images.crop(np.arange(size), augment=self.augment, uniforms=uniforms, margin_color=color)
+            images = images.crop(
+                np.arange(size), augment=self.augment, uniforms=uniforms, margin_color=self.margin_color
+            )
         return np.stack([images[i] for i in range(size)]), self.split.labels[rows]
 
 
 def training_batches(
     read: BatchReader, *, first_step: int, num_steps: int, num_workers: int = 0
 ) -> Generator[HostBatch, None, None]:
-    """Yields the batches of the steps from `first_step` to `num_steps`, read by worker processes.
+    """Yields the batches of the steps from `first_step` up to `num_steps`, read by worker processes.
 
-    Args:
-        read: see there.
-        first_step: the first batch's number.
-        num_steps: the number after the last batch's.
-        num_workers: processes; 0 takes one per available processor. Closing the generator ends them.
+    `num_workers` 0 takes one per available processor; closing the generator ends them.
 
     Raises:
         UserError: an image cannot be decoded, or a process was killed.
@@ -99,8 +83,7 @@ def training_batches(
             first = list(itertools.islice(copies, 1))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        yield from first
-        yield from copies
+        yield from itertools.chain(first, copies)
     except RuntimeError as error:
         raise UserError(f"a process that decodes images was ended ({error}); was there enough memory?") from error
     finally:

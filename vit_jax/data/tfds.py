@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def open_tfds(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
-    """Opens "tfds:NAME", see `datasets.Reader`, in the directory that TFDS has prepared it in."""
+    """Opens "tfds:NAME" in the directory that TFDS has prepared it in."""
     builder = _create_builder(name.partition(":")[2], data_dir)
     features = dict(builder.info.features.items())
     class_names = getattr(features.get("label"), "names", None)

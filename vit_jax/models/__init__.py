@@ -39,14 +39,7 @@ def create_model(
     dtype: str = "float32",
     remat: str = "none",
 ) -> ImageModel:
-    """Creates a module after checking its arguments.
-
-    Args:
-        architecture: a key of `ARCHITECTURES`.
-        arguments: of the module's constructor; lists, as in JSON, are taken for tuples.
-        num_classes: width of the head; None creates no head.
-        dtype: of the computation.
-        remat: "none", or a key of `REMAT_POLICIES`.
+    """Creates a module after checking its arguments, in which lists, as in JSON, are taken for tuples.
 
     Raises:
         UsageError: an unknown architecture, an unknown argument, or a value of a wrong type or range.
@@ -76,21 +69,23 @@ def model_arguments(model: ImageModel) -> dict[str, typing.Any]:
 def _expected(name: str, annotation: object, value: object) -> str:
     """Returns a description of the values that an argument may have, or "" where `value` is one of them."""
     kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    if value is None and types.NoneType in kinds:
-        return ""
-    or_none = "None, or " if types.NoneType in kinds else ""
+    optional = types.NoneType in kinds
     if name in _CHOICES:
-        return "" if value in tuple(_CHOICES[name]) else f"one of {', '.join(_CHOICES[name])}"
-    if bool in kinds:
-        return "" if isinstance(value, bool) else "True or False"
-    if float in kinds:
+        valid, expected = value in tuple(_CHOICES[name]), f"one of {', '.join(_CHOICES[name])}"
+    elif bool in kinds:
+        valid, expected = isinstance(value, bool), "True or False"
+    elif float in kinds:
         valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
-        return "" if valid else "a number of at least 0 and below 1"
-    if int in kinds:
-        return "" if _is_size(value) else f"{or_none}a positive integer up to {_MAX_SIZE:,}"
-    valid = isinstance(value, tuple) and all(map(_is_size, value)) and (bool(value) or bool(or_none))
-    return "" if valid else f"{or_none}a tuple of positive integers up to {_MAX_SIZE:,}"
+        expected = "a number of at least 0 and below 1"
+    elif int in kinds:
+        valid, expected = _is_size(value), f"a positive integer up to {_MAX_SIZE:,}"
+    else:
+        valid = isinstance(value, tuple) and all(map(_is_size, value)) and (bool(value) or optional)
+        expected = f"a tuple of positive integers up to {_MAX_SIZE:,}"
+    if valid or (optional and value is None):
+        return ""
+    return f"None, or {expected}" if optional else expected
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MAX_SIZE
+    return type(value) is int and 1 <= value <= _MAX_SIZE

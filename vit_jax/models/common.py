@@ -11,36 +11,32 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+NUM_GROUPS = 32  # of every GroupNorm
 HEAD_INITS = {"zeros": nn.initializers.zeros, "xavier": nn.initializers.xavier_uniform()}
-
-REMAT_POLICIES = {
+REMAT_POLICIES = {  # intermediates of a block that are kept for the backward pass; others are recomputed
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""Intermediates of a block that are kept for the backward pass: its matrix products, or none; others are recomputed."""
-
-NUM_GROUPS = 32
-"""Groups of every GroupNorm."""
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 
 def remat_module(module: type[ModuleType], remat: str, *, static_argnums: tuple[int, ...] = ()) -> type[ModuleType]:
-    """Returns the module with rematerialization: "none", or a key of `REMAT_POLICIES`."""
+    """Returns the module with rematerialization; `remat` is "none" or a key of `REMAT_POLICIES`."""
     if remat == "none":
         return module
     return nn.remat(module, policy=REMAT_POLICIES[remat], static_argnums=static_argnums)
 
 
 def shard_batch(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-    """Shards the batch axis of an activation over every axis of the mesh; does nothing without a mesh.
+    """Shards the batch axis of an activation over every axis of the mesh, if there is one.
 
-    Otherwise the compiler may move activations to the shards of a parameter instead of the reverse. An axis of size one
-    is not sharded: under `jax.vmap` with `spmd_axis_name`, the mapped axis is sharded instead.
+    Otherwise the compiler may move activations to the shards of a parameter instead of the reverse.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
+    # An axis of size one is that of an image under `jax.vmap(spmd_axis_name=…)`, which shards the mapped axis.
     partition = PartitionSpec(mesh.axis_names if x.shape[0] > 1 else None)
     return cast(Array, jax.lax.with_sharding_constraint(x, partition))
 
@@ -51,21 +47,16 @@ def float32_or_wider(dtype: DTypeLike) -> jnp.dtype:
 
 
 class HeadMixin:
-    """A model with a linear head: `num_classes` logits from [b d] features."""
+    """A model with a linear head."""
 
     dtype: DTypeLike
     head_init: str
 
     @nn.nowrap
     def create_head(self, num_classes: int, name: str | None = None) -> nn.Dense:
-        """Creates the head, also for use apart from the model on cached features; logits are at least float32."""
+        """Creates the head, features [b d] -> logits; they are at least float32."""
         dtype, kernel_init = float32_or_wider(self.dtype), HEAD_INITS[self.head_init]
         return nn.Dense(num_classes, dtype=dtype, kernel_init=kernel_init, name=name)
-
-
-def max_pool(x: Float[Array, "b h w c"], *, padding: str) -> Float[Array, "b h2 w2 c"]:
-    """Takes the maximum over 3 × 3 positions with stride 2."""
-    return cast(Array, nn.max_pool(x, (3, 3), (2, 2), padding=padding))
 
 
 def reduction(units: Sequence[int] | None) -> int:

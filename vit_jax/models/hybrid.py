@@ -1,9 +1,7 @@
 """The ResNet before the patches of a hybrid Vision Transformer (Dosovitskiy et al. 2021, section 3.1).
 
 Post-activation bottlenecks with GroupNorm and weight-standardized convolutions. Those of BiT (`models.resnet`) are
-pre-activation, pad zeros on both sides and have other epsilons.
-
-Axes: b batch, h w height and width, c channels.
+pre-activation, pad zeros on both sides and have other epsilons. Axes: b batch, h w height and width, c channels.
 """
 
 import functools
@@ -13,7 +11,7 @@ import flax.linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vit_jax.models.common import NUM_GROUPS, max_pool, shard_batch
+from vit_jax.models.common import NUM_GROUPS, shard_batch
 from vit_jax.models.resnet import Block, StdConv
 
 
@@ -22,19 +20,10 @@ def apply_stem(
 ) -> Float[Array, "b h2 w2 c"]:
     """Applies the stem inside a module, at the top of whose parameter tree the checkpoints have its parameters.
 
-    Args:
-        images: pixels.
-        units: bottlenecks of each block; from the second block on, the first of them halves height and width. An empty
-            tuple is the root alone.
-        width: channels of the root and of the 3 × 3 convolutions of the first block; doubled from block to block.
-        remat: "none", or a key of `REMAT_POLICIES`.
-        dtype: of the computation.
-
-    Returns:
-        [b h/r w/r c], r of `common.reduction`.
+    `units` and `width` are as of `resnet.ResNet`; an empty tuple is the root alone.
     """
     x = nn.relu(create_norm("gn_root", dtype)(create_conv(width, 7, 2, dtype, name="conv_root")(images)))
-    x = shard_batch(max_pool(x, padding="SAME"))
+    x = shard_batch(nn.max_pool(x, (3, 3), (2, 2), padding="SAME"))
     for i, num_units in enumerate(units):
         stride, name = 1 if i == 0 else 2, f"block{i + 1}"
         x = Block(num_units, width * 2**i, stride, remat, dtype, unit=Unit, unit_name="unit{}", name=name)(x)
@@ -42,7 +31,7 @@ def apply_stem(
 
 
 class Unit(nn.Module):
-    """A post-activation bottleneck: 1 × 1, 3 × 3, 1 × 1 (He et al. 2016); attributes as of `resnet.Unit`."""
+    """A post-activation bottleneck: 1 × 1, 3 × 3, 1 × 1 (He et al. 2016); fields as of `resnet.Unit`."""
 
     width: int
     stride: int

@@ -1,9 +1,7 @@
 """ResNet (BiT): pre-activation bottlenecks, GroupNorm, weight-standardized convolutions (Kolesnikov et al. 2020).
 
 Submodules have the names of the pretrained checkpoints, except the head: a 1 × 1 convolution there, a matrix called
-`head` here, as in every model.
-
-Axes: b batch, h w height and width, c channels, d features.
+`head` here, as in every model. Axes: b batch, h w height and width, c channels, d features.
 """
 
 import functools
@@ -16,29 +14,19 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vit_jax.models.common import (
-    NUM_GROUPS,
-    HeadMixin,
-    float32_or_wider,
-    max_pool,
-    reduction,
-    remat_module,
-    shard_batch,
-)
+from vit_jax.models import common
+from vit_jax.models.common import NUM_GROUPS, HeadMixin, float32_or_wider, shard_batch
 from vit_jax.runtime.errors import UsageError
 
 
 class StdConv(nn.Module):
-    """A convolution without bias whose kernel is standardized for each output channel, in its own dtype.
-
-    `padding` is "CENTERED" (as many zeros on both sides) or XLA's "SAME" (the odd one is at the end).
-    """
+    """A convolution without bias whose kernel is standardized for each output channel, in its own dtype."""
 
     features: int
     kernel_size: int
     stride: int
     dtype: DTypeLike
-    padding: str = "CENTERED"
+    padding: str = "CENTERED"  # as many zeros on both sides; of XLA's "SAME" the odd one is at the end
     variance_epsilon: float = 1e-10
     std_epsilon: float = 0.0
 
@@ -71,7 +59,7 @@ class GroupNorm(nn.Module):
         return (x * gamma + beta).astype(self.dtype)
 
 
-class Projection(nn.Module):
+class _Projection(nn.Module):
     """The shortcut of a unit whose output has another shape than its input."""
 
     features: int
@@ -80,58 +68,46 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        """Applies the projection."""
         return StdConv(self.features, 1, self.stride, self.dtype, name="standardized_conv2d")(x)
 
 
-class Branch(nn.Module):
-    """GroupNorm, ReLU, convolution; with `projection` (features, stride) also a shortcut from the activated input."""
+class _Branch(nn.Module):
+    """GroupNorm, ReLU, convolution; with a projection also a shortcut from the activated input."""
 
     features: int
     kernel_size: int
     stride: int
-    projection: tuple[int, int] | None
+    projection: tuple[int, int] | None  # features, stride
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h2 w2 c2"], Float[Array, "..."] | None]:
-        """Returns the convolution's output, and the shortcut or None."""
         x = nn.relu(GroupNorm(self.dtype, name="group_norm")(x))
-        shortcut = Projection(*self.projection, self.dtype, name="proj")(x) if self.projection else None
+        shortcut = _Projection(*self.projection, self.dtype, name="proj")(x) if self.projection else None
         conv = StdConv(self.features, self.kernel_size, self.stride, self.dtype, name="standardized_conv2d")
         return conv(x), shortcut
 
 
 class Unit(nn.Module):
-    """A pre-activation bottleneck: 1 × 1, 3 × 3, 1 × 1.
+    """A pre-activation bottleneck: 1 × 1, 3 × 3, 1 × 1."""
 
-    Attributes:
-        width: output channels of the 3 × 3 convolution; the unit has four times as many.
-        stride: of the 3 × 3 convolution.
-        projects: the shortcut is a projection.
-        dtype: of the computation.
-    """
-
-    width: int
-    stride: int
-    projects: bool
+    width: int  # output channels of the 3 × 3 convolution; the unit has four times as many
+    stride: int  # of the 3 × 3 convolution
+    projects: bool  # the shortcut is a projection
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         """Applies the unit."""
         projection = (4 * self.width, self.stride) if self.projects else None
-        y, shortcut = Branch(self.width, 1, 1, projection, self.dtype, name="a")(x)
-        y, _ = Branch(self.width, 3, self.stride, None, self.dtype, name="b")(y)
-        y, _ = Branch(4 * self.width, 1, 1, None, self.dtype, name="c")(y)
+        y, shortcut = _Branch(self.width, 1, 1, projection, self.dtype, name="a")(x)
+        y, _ = _Branch(self.width, 3, self.stride, None, self.dtype, name="b")(y)
+        y, _ = _Branch(4 * self.width, 1, 1, None, self.dtype, name="c")(y)
         return shard_batch(y + (x if shortcut is None else shortcut))
 
 
 class Block(nn.Module):
-    """Units of one width; the first projects its shortcut, and may halve height and width.
-
-    `unit` is their module, `unit_name` the format of their names, of numbers from 1.
-    """
+    """Units of one width; the first projects its shortcut, and may halve height and width."""
 
     num_units: int
     width: int
@@ -144,31 +120,27 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         """Applies the block."""
-        unit: Callable[..., nn.Module] = remat_module(self.unit, self.remat)
+        unit: Callable[..., nn.Module] = common.remat_module(self.unit, self.remat)
         for i in range(self.num_units):
             name, stride = self.unit_name.format(i + 1), self.stride if i == 0 else 1
             x = unit(self.width, stride, i == 0, self.dtype, name=name)(x)
         return x
 
 
-class Root(nn.Module):
-    """The first convolution and its max-pool.
-
-    The zeros around the pool's input count as its values: "subtly not the same" as the padding of a pool.
-    """
+class _Root(nn.Module):
+    """The first convolution and its max-pool."""
 
     width: int
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
-        """Applies the root."""
         x = StdConv(self.width, 7, 2, self.dtype, name="standardized_conv2d")(images)
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        return shard_batch(max_pool(x, padding="VALID"))
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # unlike a pool's padding, these zeros count as values
+        return shard_batch(nn.max_pool(x, (3, 3), (2, 2)))
 
 
-class Backbone(nn.Module):
+class _Backbone(nn.Module):
     """The layers before the head."""
 
     units: tuple[int, ...]
@@ -178,8 +150,7 @@ class Backbone(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """Computes the features."""
-        x = Root(self.width, self.dtype, name="root_block")(images)
+        x = _Root(self.width, self.dtype, name="root_block")(images)
         for i, num_units in enumerate(self.units):
             x = Block(num_units, self.width * 2**i, 1 if i == 0 else 2, self.remat, self.dtype, name=f"block{i + 1}")(x)
         x = nn.relu(GroupNorm(self.dtype, name="group_norm")(x))
@@ -215,22 +186,17 @@ class ResNet(HeadMixin, nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[jax.typing.ArrayLike, "b h w 3"], *, train: bool = False) -> Float[Array, "b d"]:
-        """Computes logits.
+        """Maps images in [-1, 1] to logits [b num_classes], or without a head to features [b d] in `dtype`.
 
-        Args:
-            images: [b h w 3], in [-1, 1].
-            train: has no effect; there is no dropout.
-
-        Returns:
-            [b num_classes], float32 (float64 if `dtype` is); without a head features [b d] in `dtype`.
+        Logits are float32, or float64 if `dtype` is. `train` has no effect; there is no dropout.
         """
-        x = Backbone(self.units, self.width, self.remat, self.dtype, name="resnet")(jnp.asarray(images))
+        x = _Backbone(self.units, self.width, self.remat, self.dtype, name="resnet")(jnp.asarray(images))
         return x if self.num_classes is None else self.create_head(self.num_classes, name="head")(x)
 
     @property
     def pixels_per_patch(self) -> int:
         """Side in pixels of one position of the last block."""
-        return reduction(self.units)
+        return common.reduction(self.units)
 
     @nn.nowrap
     def layer_index(self, path: str) -> int:
@@ -239,10 +205,6 @@ class ResNet(HeadMixin, nn.Module):
 
     @nn.nowrap
     def validate(self, image_size: int | None = None) -> None:
-        """Checks the width; any image size is accepted.
-
-        Raises:
-            UsageError: the width is not a multiple of the number of groups.
-        """
+        """Raises UsageError unless the width is a multiple of the groups; any image size is accepted."""
         if self.width % NUM_GROUPS:
             raise UsageError(f"model.width {self.width} is not a multiple of {NUM_GROUPS}")

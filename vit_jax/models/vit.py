@@ -1,7 +1,6 @@
 """The Vision Transformer (Dosovitskiy et al. 2021, section 3.1).
 
 Submodules have the names of the original ViT checkpoint format, so that the flattened parameter tree is its key list.
-
 Axes: b batch, h w height and width, c channels, n tokens, d width.
 """
 
@@ -20,8 +19,7 @@ from vit_jax.models.common import NUM_GROUPS, HeadMixin, float32_or_wider, reduc
 from vit_jax.models.hybrid import apply_stem
 from vit_jax.runtime.errors import UsageError
 
-POOLS = ("cls", "mean", "map")
-"""Features of an image: the class token, the mean over all tokens, or attention pooling by a learned probe."""
+POOLS = ("cls", "mean", "map")  # the class token, the mean over all tokens, or attention pooling by a learned probe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +81,10 @@ class MlpBlock(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm self-attention and MLP, each with a residual connection (Eq. 2 and 3).
-
-    `stochastic_depth_rate` is the probability of skipping either branch for an image (Huang et al. 2016).
-    """
+    """Pre-norm self-attention and MLP, each with a residual connection (Eq. 2 and 3)."""
 
     config: BlockConfig
-    stochastic_depth_rate: float = 0.0
+    stochastic_depth_rate: float = 0.0  # probability of skipping either branch for an image (Huang et al. 2016)
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], deterministic: bool) -> Float[Array, "b n d"]:
@@ -209,14 +204,9 @@ class VisionTransformer(HeadMixin, nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[ArrayLike, "b h w 3"], *, train: bool = False) -> Float[Array, "b d"]:
-        """Computes logits.
+        """Maps images in [-1, 1] to logits [b num_classes], or without a head to features [b d] in `dtype`.
 
-        Args:
-            images: [b h w 3], in [-1, 1].
-            train: dropout is on; it then needs `rngs={"dropout": key}`.
-
-        Returns:
-            [b num_classes], float32 (float64 if `dtype` is); without a head features [b d] in `dtype`.
+        Logits are float32, or float64 if `dtype` is. In training, dropout needs `rngs={"dropout": key}`.
 
         Raises:
             ValueError: height or width is not a multiple of a patch's side.
@@ -226,7 +216,6 @@ class VisionTransformer(HeadMixin, nn.Module):
         pixels = self.pixels_per_patch
         if height % pixels or width % pixels:
             raise ValueError(f"images of {height} × {width} pixels do not divide into patches of {pixels} × {pixels}")
-
         if self.stem_units is not None:
             x = apply_stem(x, units=self.stem_units, width=self.stem_width, remat=self.remat, dtype=self.dtype)
         patch = (self.patch_size, self.patch_size)
@@ -266,11 +255,7 @@ class VisionTransformer(HeadMixin, nn.Module):
 
     @nn.nowrap
     def validate(self, image_size: int | None = None) -> None:
-        """Checks that the sizes fit each other and, if given, the image size in pixels.
-
-        Raises:
-            UsageError: they do not.
-        """
+        """Raises UsageError unless the sizes fit each other and, if given, the image size in pixels."""
         if self.hidden_size % self.num_heads:
             raise UsageError(f"model.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.stem_units is not None and self.stem_width % NUM_GROUPS:
