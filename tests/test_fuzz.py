@@ -257,11 +257,11 @@ def other_description(rng: np.random.Generator, arrays: dict, folder: Path) -> b
 
 
 def bomb(rng: np.random.Generator, arrays: dict, folder: Path) -> bytes:
-    """Four megabytes that unpack to four gigabytes, or say that they do."""
+    """A quarter of a megabyte that unpacks to 255, or says so."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     million = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
-    count = 4095 if rng.random() < 0.5 else 3
-    numbers = (4095 << 20) // 4
+    count = 255 if rng.random() < 0.5 else 3
+    numbers = (255 << 20) // 4
     header = with_header(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({numbers},), }}\n", b"")
     first = packer.compress(header) + packer.flush(zlib.Z_FULL_FLUSH)
     packed = first + million * count + packer.flush()
@@ -269,7 +269,7 @@ def bomb(rng: np.random.Generator, arrays: dict, folder: Path) -> bytes:
     for signature, method, size in ((b"PK\x03\x04", 8, 22), (b"PK\x01\x02", 10, 24)):
         place = content.index(signature)
         struct.pack_into("<H", content, place + method, zipfile.ZIP_DEFLATED)
-        struct.pack_into("<I", content, place + size, len(header) + (4095 << 20))
+        struct.pack_into("<I", content, place + size, len(header) + (255 << 20))
     return bytes(content)
 
 
