@@ -1,5 +1,3 @@
-import shutil
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,7 +145,7 @@ def empty(directory):
             path.write_bytes(b"")
 
 
-def test_restore_names_a_damaged_item_and_what_to_resume_from(two_steps, capfd):
+def test_restore_names_damaged_item_and_intact_steps(two_steps, capfd):
     latest = two_steps / "checkpoints/2"
     empty(latest / "params/d")
     with Checkpoints(two_steps) as checkpoints:
@@ -155,12 +153,12 @@ def test_restore_names_a_damaged_item_and_what_to_resume_from(two_steps, capfd):
             lambda: checkpoints.restore(2, abstract_state(num_devices=1)),
             lambda: checkpoints.restore_params(2, replicated()),
         ):
-            with pytest.raises(UserError, match=r"checkpoints/2/params is damaged \(.*\); delete ") as error:
+            with pytest.raises(UserError, match="2/params is damaged .*; intact steps: 1; delete ") as error:
                 read()
             assert str(error.value).endswith(f"; delete {latest} and rerun to resume from step 1")
             assert "\n" not in str(error.value)
-        shutil.rmtree(two_steps / "checkpoints/1")
-        with pytest.raises(UserError, match="there is no other checkpoint; start again in another --workdir"):
+        empty(two_steps / "checkpoints/1/training")
+        with pytest.raises(UserError, match="no other checkpoint is intact; start again in another --workdir"):
             checkpoints.restore_params(2, replicated())
     assert "Traceback" not in capfd.readouterr().err
 
@@ -171,7 +169,7 @@ def test_restore_names_arrays_that_are_not_what_was_saved(tmp_path, monkeypatch)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, create_state(), {}, accuracy=None)
         checkpoints.finish()
-        with pytest.raises(UserError, match=r"checkpoints/1/params is damaged \(wrong checksum of params/cls\)"):
+        with pytest.raises(UserError, match=r"checkpoints/1/params is damaged .*\(wrong checksum of params/cls\)"):
             checkpoints.restore_params(1, replicated())
 
 
@@ -190,7 +188,7 @@ def test_read_metadata_refuses_any_change(two_steps):
     path.write_text(path.read_text().replace('"accuracy": 1.0', '"accuracy": 0.0'))
     with Checkpoints(two_steps, read_only=True) as checkpoints:
         assert checkpoints.read_metadata(2) == {}
-        with pytest.raises(UserError, match="checkpoints/1/metadata is damaged .*; delete .*/1 and"):
+        with pytest.raises(UserError, match="checkpoints/1/metadata is damaged .*intact steps: 2; delete .*/1 and"):
             checkpoints.read_metadata(1)
     with pytest.raises(UserError, match="checkpoints/1/metadata is damaged"):  # it decides which one is the best
         Checkpoints(two_steps)

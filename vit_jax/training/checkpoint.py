@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
@@ -168,10 +169,7 @@ class Checkpoints:
 
     def _read_content(self, step: int) -> _Content:
         with self._reading(step, "metadata"):
-            content = json.loads((self._directory / str(step) / "metadata" / "metadata").read_text())
-            if content.pop("crc32") != checksum_json(content) or content["step"] != step:
-                raise ValueError("wrong checksum of the metadata")
-            return cast(_Content, content)
+            return _load_content(self._directory / str(step))
 
     def _read_arrays(self, step: int, items: Params, content: _Content) -> Params:
         arrays = {}
@@ -180,9 +178,7 @@ class Checkpoints:
             with self._reading(step, item), patient_event_loops(), ocp.Checkpointer(handler) as checkpointer:
                 path = self._directory / str(step) / item
                 arrays[item] = checkpointer.restore(path, args=ocp.args.StandardRestore(tree))
-                expected = {name: crc32 for name, crc32 in content["checksums"].items() if name.startswith(f"{item}/")}
-                if wrong := mismatches({item: arrays[item]}, expected):
-                    raise ValueError(f"wrong checksum of {', '.join(wrong[:3])}{', …' * (len(wrong) > 3)}")
+                _verify(item, arrays[item], content)
         return arrays
 
     @contextlib.contextmanager
@@ -207,14 +203,14 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            others = [other for other in self.steps() if other != step]
-            advice = "there is no other checkpoint; start again in another --workdir"
-            if others:
-                advice = f"delete {path} and rerun to resume from step {others[-1]}"
-            message = f"{path / item} is damaged ({one_line(error)[:200]}); {advice}"
+            reason = one_line(error)[:200]
             if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
-                message = f"out of memory while reading {path / item}: {one_line(error)[:200]}"
-            raise UserError(message) from error
+                raise UserError(f"out of memory while reading {path / item}: {reason}") from error
+            intact = [str(other) for other in self.steps() if other != step and _is_intact(path.with_name(str(other)))]
+            advice = "no other checkpoint is intact; start again in another --workdir"
+            if intact:
+                advice = f"intact steps: {', '.join(intact)}; delete {path} and rerun to resume from step {intact[-1]}"
+            raise UserError(f"{path / item} is damaged or of another version ({reason}); {advice}") from error
 
 
 @dataclasses.dataclass
@@ -247,6 +243,36 @@ def _types(items: Params) -> _Types:
     leaves = jax.tree_util.tree_leaves_with_path(items)
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {name(path): [leaf.dtype.name, list(leaf.shape)] for path, leaf in leaves}
+
+
+def _load_content(path: Path) -> _Content:
+    """Loads the item `metadata` of a checkpoint; raises any exception if it is damaged."""
+    content = json.loads((path / "metadata" / "metadata").read_text())
+    if content.pop("crc32") != checksum_json(content) or str(content["step"]) != path.name:
+        raise ValueError("wrong checksum of the metadata")
+    return cast(_Content, content)
+
+
+def _verify(item: str, arrays: Params, content: _Content) -> None:
+    expected = {name: crc32 for name, crc32 in content["checksums"].items() if name.startswith(f"{item}/")}
+    if wrong := mismatches({item: arrays}, expected):
+        raise ValueError(f"wrong checksum of {', '.join(wrong[:3])}{', …' * (len(wrong) > 3)}")
+
+
+def _is_intact(path: Path) -> bool:
+    """Reads a whole checkpoint; of several processes only the metadata, as reading arrays takes all of them."""
+    try:
+        content = _load_content(path)
+        items = {name.split("/")[0] for name in content["types"]} if jax.process_count() == 1 else ()
+        with patient_event_loops(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            for item in items:
+                types = checkpointer.metadata(path / item).item_metadata.tree
+                on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), types)
+                arrays = checkpointer.restore(path / item, args=ocp.args.PyTreeRestore(restore_args=on_host))
+                _verify(item, arrays, content)
+    except Exception:
+        return False
+    return True
 
 
 def _remove_half_written(directory: Path) -> None:
