@@ -17,7 +17,7 @@ from vit_jax.config import load_config
 from vit_jax.runtime.errors import UserError, parse_arguments, run_command
 from vit_jax.training import writer
 from vit_jax.training.checkpoint import Checkpoints
-from vit_jax.training.info import RunInfo
+from vit_jax.training.run_info import RunInfo
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
 from vit_jax.training import experiment, lora
 from vit_jax.training.checkpoint import Checkpoints
-from vit_jax.training.info import RunInfo
+from vit_jax.training.run_info import RunInfo
 from vit_jax.types import Split
 
 

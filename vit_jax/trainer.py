@@ -7,7 +7,6 @@ import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import filelock
@@ -18,9 +17,10 @@ from vit_jax.config import check_config, check_same, save_config
 from vit_jax.data.preprocess import Augment
 from vit_jax.runtime import distributed
 from vit_jax.runtime.errors import UserError
+from vit_jax.runtime.signals import stop_requested, stop_signals
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.experiment import Optimizer, create_experiment
-from vit_jax.training.info import RunInfo
+from vit_jax.training.run_info import RunInfo
 from vit_jax.training.steps import TrainState
 from vit_jax.training.writer import Writer, checksum_of, format_number, read_records, read_results
 from vit_jax.types import Dataset
@@ -134,34 +134,6 @@ def check_resumable(config: ConfigDict, workdir: Path, checkpoints: Checkpoints)
         print(f"{metrics} was changed since step {step}", file=sys.stderr)
     distributed.sync_processes("every process has seen where the run stands")
     return saved
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[signal.Signals]]:
-    """Yields a list to which SIGTERM and Ctrl-C are appended inside the block; a second one acts as usual."""
-    received: list[signal.Signals] = []
-    usual: dict[int, Any] = {}
-
-    def note(number: int, _: FrameType | None) -> None:
-        received.append(signal.Signals(number))
-        signal.signal(number, usual[number])
-        print("stopping after this step; a checkpoint is being written …", file=sys.stderr)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(ValueError):  # signals can be handled in the main thread only
-            usual[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for known, handler in usual.items():
-            signal.signal(known, handler)
-
-
-def stop_requested(signals: list[signal.Signals], *, synchronize: bool) -> signal.Signals | None:
-    """Returns the signal that requests a stop, if any; several processes agree on it where they `synchronize`."""
-    number = int(signals[0]) if signals else 0  # one may come at any moment: read once a step
-    number = distributed.process_max(number) if synchronize or jax.process_count() == 1 else 0
-    return signal.Signals(number) if number else None
 
 
 def describe_nonfinite(step: int, checkpoints: Checkpoints) -> str:

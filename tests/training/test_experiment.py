@@ -13,7 +13,7 @@ from vit_jax import data, models
 from vit_jax.runtime import distributed, sharding
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.training import experiment, optim
-from vit_jax.training.info import RunInfo
+from vit_jax.training.run_info import RunInfo
 
 SIZES = {"patch_size": 4, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "mlp_dim": 40}
 

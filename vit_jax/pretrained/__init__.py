@@ -3,11 +3,11 @@
 from vit_jax.pretrained.adapt import Report, adapt_params, resample_position_embeddings
 from vit_jax.pretrained.formats import to_original
 from vit_jax.pretrained.imagenet import canonical_name, imagenet_classes
-from vit_jax.pretrained.infer import infer_sizes
 from vit_jax.pretrained.load import read_model, save_orbax
 from vit_jax.pretrained.metadata import ModelMetadata, save_metadata
 from vit_jax.pretrained.npz import load_npz, read_metadata, save_npz
 from vit_jax.pretrained.released import RELEASED, is_name, resolve
+from vit_jax.pretrained.sizes import infer_sizes
 
 __all__ = [
     "RELEASED",

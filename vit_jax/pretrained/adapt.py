@@ -8,7 +8,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
-from vit_jax.pretrained.infer import POSITION_KEY, Grid, differences, find_architecture, find_grid, shapes_of
+from vit_jax.pretrained.sizes import POSITION_KEY, Grid, differences, find_architecture, find_grid, shapes_of
 from vit_jax.runtime.errors import UserError
 from vit_jax.types import Params
 

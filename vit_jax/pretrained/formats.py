@@ -5,7 +5,7 @@ import re
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.pretrained.infer import POSITION_KEY, is_square
+from vit_jax.pretrained.sizes import POSITION_KEY, is_square
 from vit_jax.types import FlatParams, Params
 
 _PREFIXES = (

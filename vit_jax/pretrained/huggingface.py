@@ -12,8 +12,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.models.common import num_input_axes
-from vit_jax.pretrained.infer import POSITION_KEY, differences, parameter_shapes, shapes_of
 from vit_jax.pretrained.metadata import ModelMetadata, load_metadata, save_metadata
+from vit_jax.pretrained.sizes import POSITION_KEY, differences, parameter_shapes, shapes_of
 from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.types import FlatParams, Params
 

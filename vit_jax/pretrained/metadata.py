@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import vit_jax
 from vit_jax.models import ARCHITECTURES, create_model, model_arguments
 from vit_jax.pretrained.imagenet import imagenet_classes
-from vit_jax.pretrained.infer import few, infer_image_size, infer_sizes
+from vit_jax.pretrained.sizes import few, infer_image_size, infer_sizes
 from vit_jax.runtime.checksums import checksum_json, checksums
 from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.types import ImageModel, Json, Params

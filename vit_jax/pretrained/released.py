@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vit_jax.pretrained.formats import to_original
-from vit_jax.pretrained.infer import infer_sizes
 from vit_jax.pretrained.npz import load_npz
+from vit_jax.pretrained.sizes import infer_sizes
 from vit_jax.runtime import download
 from vit_jax.runtime.errors import UsageError, UserError
 

@@ -27,8 +27,8 @@ from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.training import initialize, lora, metrics, optim, steps
 from vit_jax.training.features import abstract_batch, compute_features
 from vit_jax.training.inference import FeatureForward, ImageForward, Inference
-from vit_jax.training.info import RunInfo
 from vit_jax.training.initialize import Pretrained
+from vit_jax.training.run_info import RunInfo
 from vit_jax.training.steps import TrainState, TrainStep, run_train_steps
 from vit_jax.types import Dataset, ImageModel, ImageSource, Params, Split
 

@@ -5,7 +5,7 @@ import pytest
 from vit_jax.data import DatasetFingerprint
 from vit_jax.pretrained import ModelMetadata
 from vit_jax.runtime.errors import UserError
-from vit_jax.training.info import RunInfo
+from vit_jax.training.run_info import RunInfo
 
 INFO = RunInfo(
     model=ModelMetadata("resnet50", {"units": (1, 2), "width": 32}, image_size=8, class_names=("cat", "dog")),
