@@ -52,7 +52,7 @@ def test_every_module_has_its_test():
     for path in sorted((ROOT / "vit_jax").rglob("*.py")):
         if path.stem != "__init__" or has_functions(path):
             directory = ROOT / "tests" / path.parent.relative_to(ROOT / "vit_jax")
-            name = path.parent.name if path.stem == "__init__" else path.stem
+            name = path.parent.name if path.stem == "__init__" else path.stem.strip("_")
             missing += [] if (directory / f"test_{name}.py").exists() else [path.relative_to(ROOT).as_posix()]
     assert missing == []
 
