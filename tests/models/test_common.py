@@ -33,14 +33,6 @@ def test_float32_or_wider(dtype, expected):
     assert common.float32_or_wider(dtype) == jnp.dtype(expected)
 
 
-def test_max_pool_takes_the_largest_of_three_by_three_with_stride_two():
-    x = jnp.arange(25.0).reshape(1, 5, 5, 1)
-    np.testing.assert_array_equal(common.max_pool(x, padding="VALID")[0, :, :, 0], [[12, 14], [22, 24]])
-    np.testing.assert_array_equal(
-        common.max_pool(x, padding="SAME")[0, :, :, 0], [[6, 8, 9], [16, 18, 19], [21, 23, 24]]
-    )
-
-
 def test_remat_module_returns_the_module_itself_for_none():
     assert common.remat_module(nn.Dense, "none") is nn.Dense
 

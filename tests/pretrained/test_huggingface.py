@@ -43,10 +43,9 @@ def test_load_huggingface_gives_what_was_saved(directory):
     assert [getattr(metadata, name) for name in names] == [getattr(expected, name) for name in names]
 
 
-def test_to_huggingface_puts_outputs_first():
+def test_save_huggingface_puts_outputs_first(directory):
     """Of three heads' width 2 · 3 = 6; patches of 4 pixels; a hidden layer of 8."""
-    flat = flat_params()
-    tensors = huggingface.to_huggingface(nest(flat))
+    flat, tensors = flat_params(), load_file(directory / "model.safetensors")
     layer = "vit.encoder.layer.2"
     assert tensors["vit.embeddings.patch_embeddings.projection.weight"].shape == (6, 3, 4, 4)
     assert tensors[f"{layer}.intermediate.dense.weight"].shape == (8, 6)
@@ -68,14 +67,18 @@ def test_to_huggingface_puts_outputs_first():
         ({"stem_units": (), "stem_width": 32}, "parameters conv_root"),
     ],
 )
-def test_to_huggingface_refuses_parts_that_a_vit_of_theirs_does_not_have(changes, part):
+def test_save_huggingface_refuses_parts_that_their_vit_lacks(changes, part, tmp_path):
     with pytest.raises(UserError, match=f"the model has {part}, which a ViTForImageClassification cannot have"):
-        huggingface.to_huggingface(nest(flat_params(**changes)))
+        huggingface.save_huggingface(tmp_path, nest(flat_params(**changes)), create_metadata())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("approximate", "activation"), [(True, "gelu_pytorch_tanh"), (False, "gelu")])
-def test_huggingface_config_names_the_activation_and_the_classes(approximate, activation):
-    config, preprocessor = huggingface.huggingface_config(create_metadata(gelu_approximate=approximate))
+def test_save_huggingface_names_activation_and_classes(approximate, activation, tmp_path):
+    huggingface.save_huggingface(tmp_path, nest(flat_params()), create_metadata(gelu_approximate=approximate))
+    config, preprocessor = (
+        json.loads((tmp_path / name).read_text()) for name in ("config.json", "preprocessor_config.json")
+    )
     assert (config["hidden_act"], config["num_hidden_layers"], config["intermediate_size"]) == (activation, 3, 8)
     assert config["id2label"]["4"] == "e" and config["label2id"]["e"] == 4
     assert (preprocessor["size"], preprocessor["image_std"]) == ({"height": 8, "width": 8}, [0.2, 0.2, 0.2])
@@ -86,8 +89,9 @@ def test_load_huggingface_sorts_classes_by_their_numbers(directory):
     (directory / "metadata.json").unlink()
     names = {str(i): f"class {i}" for i in (10, 0, 9, 8, 7, 6, 5, 4, 3, 2, 1)}
     edit_json(directory / "config.json", id2label=names)
-    params = flat_params(num_classes=11)
-    save_file(huggingface.to_huggingface(nest(params)), directory / "model.safetensors")
+    tensors = load_file(directory / "model.safetensors")
+    head = {"classifier.weight": np.zeros((11, 6), np.float32), "classifier.bias": np.zeros(11, np.float32)}
+    save_file(tensors | head, directory / "model.safetensors")
     _, metadata = huggingface.load_huggingface(directory)
     assert metadata.class_names == tuple(f"class {i}" for i in range(11))
 
@@ -100,6 +104,13 @@ def test_load_huggingface_of_a_vit_model_has_a_zero_head(directory):
     params, _ = huggingface.load_huggingface(directory)
     assert params["head"]["kernel"].shape == (6, 5) and not np.any(params["head"]["kernel"])
     np.testing.assert_array_equal(params["cls"], flat_params()["cls"])
+
+
+def test_load_huggingface_reads_configs_of_old_versions(directory):
+    config = json.loads((directory / "config.json").read_text())
+    del config["qkv_bias"], config["num_channels"]
+    (directory / "config.json").write_text(json.dumps(config))
+    assert huggingface.load_huggingface(directory)[1].model["num_layers"] == 3
 
 
 def test_load_huggingface_normalizes_to_plus_minus_one_without_a_preprocessor(directory):

@@ -26,12 +26,13 @@ def test_from_json_reads_the_names_of_version_0_1_and_ignores_unknown_ones():
     assert (metadata.image_mean, metadata.image_std, metadata.dtype) == ((0.25,) * 3, (0.125,) * 3, "float32")
 
 
-@pytest.mark.parametrize("name", ["architecture", "model", "image_size", "class_names"])
-def test_from_json_names_what_is_missing(name):
+@pytest.mark.parametrize("name", ["model", "image_size", "class_names"])
+def test_load_metadata_names_what_is_missing(name, tmp_path):
     value = METADATA.to_json()
     del value[name]
-    with pytest.raises(UserError, match=f"^{name} is None; expected "):
-        ModelMetadata.from_json(value)
+    (tmp_path / "about.json").write_text(json.dumps(value))
+    with pytest.raises(UserError, match=f"{tmp_path} is damaged: .*{name}"):
+        load_metadata(tmp_path, nest(flat_params()))
 
 
 @pytest.mark.parametrize(
@@ -40,11 +41,11 @@ def test_from_json_names_what_is_missing(name):
         ({"architecture": "vgg"}, "architecture is 'vgg'; expected one of vit, resnet50"),
         ({"image_size": 0}, "image_size is 0; expected a positive integer"),
         ({"image_size": True}, "image_size is True; expected a positive integer"),
-        ({"class_names": [1, 2]}, r"class_names is \[1, 2\]; expected strings"),
+        ({"class_names": [1, 2]}, r"class_names is \(1, 2\); expected strings"),
         ({"dtype": "float16"}, "dtype is 'float16'; expected one of float32, bfloat16"),
-        ({"image_mean": [127, 127, 127]}, r"image_mean is \[127, 127, 127\]; expected three numbers from 0 to 1"),
-        ({"image_std": [0.5, 0.5, 0.0]}, r"image_std is \[0.5, 0.5, 0.0\]; expected three numbers above 0, at most 1"),
-        ({"image_std": [0.5, 0.5]}, r"image_std is \[0.5, 0.5\]; expected three numbers above 0"),
+        ({"image_mean": [127, 127, 127]}, r"image_mean is \(127, 127, 127\); expected three numbers from 0 to 1"),
+        ({"image_std": [0.5, 0.5, 0.0]}, r"image_std is \(0.5, 0.5, 0.0\); expected three numbers above 0, at most 1"),
+        ({"image_std": [0.5, 0.5]}, r"image_std is \(0.5, 0.5\); expected three numbers above 0"),
     ],
 )
 def test_metadata_names_a_wrong_attribute(changes, message):

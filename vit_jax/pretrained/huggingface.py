@@ -131,13 +131,17 @@ def _metadata(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Mod
     """Returns the metadata in the two JSON files of Hugging Face."""
     supported = {"model_type": ("vit",), "hidden_act": tuple(_ACTIVATIONS), "qkv_bias": (True,), "num_channels": (3,)}
     for key, values in supported.items():
-        if config[key] not in values:
+        if config.get(key, values[0]) not in values:  # configs of old versions lack some
             raise ValueError(f"{key} of config.json is {config[key]!r}; expected one of {values}")
     names = config.get("id2label") or {"0": "0", "1": "1"}  # left out for two classes without names
     model = {ours: config[theirs] for ours, theirs in _ARGUMENTS.items()}
     value = {
         "architecture": "vit",
-        "model": {**model, "gelu_approximate": _ACTIVATIONS[config["hidden_act"]], "num_classes": len(names)},
+        "model": {
+            **model,
+            "gelu_approximate": _ACTIVATIONS[config.get("hidden_act", "gelu")],
+            "num_classes": len(names),
+        },
         "image_size": config["image_size"],
         "class_names": [names[key] for key in sorted(names, key=int)],
     }
