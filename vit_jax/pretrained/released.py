@@ -43,6 +43,11 @@ def is_name(text: str) -> bool:
     return text == "micro" or text in RELEASED or (text.startswith(_AUGREG) and not Path(text).exists())
 
 
+def needs_download(name_or_path: str) -> bool:
+    """Returns whether `resolve` would download the checkpoint."""
+    return is_name(name_or_path) and name_or_path != "micro" and not _cached(f"{name_or_path}.npz").exists()
+
+
 def resolve(name_or_path: str) -> Path:
     """Returns the path of a checkpoint; downloads it if necessary.
 
@@ -65,7 +70,7 @@ def resolve(name_or_path: str) -> Path:
     names = ["micro", *RELEASED, f"{_AUGREG}B_16"]
     wanted = name_or_path.removesuffix(".npz")
     near = [name for name in names if name.endswith(f"/{wanted}")]
-    near = near or difflib.get_close_matches(wanted, names, n=3, cutoff=0.4) or names
+    near = near or difflib.get_close_matches(wanted, names, n=3, cutoff=0.4) or names[:3]
     raise (UserError if path.suffix == ".npz" else UsageError)(
         f"there is no file {name_or_path}, and no pretrained checkpoint of that name; check the path, or give a name "
         f"such as {', '.join(near)}"
@@ -74,7 +79,11 @@ def resolve(name_or_path: str) -> Path:
 
 def _fetch(file: str, check: Callable[[Path], object]) -> Path:
     bucket = "" if file.startswith(("bit_models/", "big_vision/")) else "vit_models/"
-    return download.fetch(_URL + bucket + urllib.parse.quote(file), download.cache_dir() / file, check=check)
+    return download.fetch(_URL + bucket + urllib.parse.quote(file), _cached(file), check=check)
+
+
+def _cached(file: str) -> Path:
+    return download.cache_dir() / file
 
 
 def _best_augreg(variant: str) -> str:

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from vit_jax import pretrained
 from vit_jax.data.batches import Batch
 from vit_jax.runtime import sharding
-from vit_jax.runtime.errors import UserError
+from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.training import steps
 from vit_jax.training.experiment import Plan, create_model, describe_dataset, plan_experiment
 from vit_jax.training.inference import Inference
@@ -41,9 +42,13 @@ def dry_run(config: ConfigDict) -> None:
     mesh = sharding.create_mesh(**config.mesh)
     info = describe_dataset(config)
     needs_file = needs_pretrained(config.model, config.architecture)
-    model = create_model(
-        config, load_pretrained(config.pretrained) if needs_file else None, num_classes=len(info.class_names)
-    )
+    if needs_file and pretrained.needs_download(config.pretrained):
+        raise UsageError(
+            f"model has no sizes and {config.pretrained} is not in the cache, while a dry run downloads nothing; set "
+            "config.model, for example to configs.models.get_config('B_16')"
+        )
+    source = load_pretrained(config.pretrained) if needs_file else None
+    model = create_model(config, source, num_classes=len(info.class_names))
     plan = plan_experiment(config, model, mesh, info)
     print("compiling the training step and the evaluation …", flush=True)
     training = measure(plan.lower().compile(), mesh.size, config.batch_size // config.accumulation_steps)
