@@ -25,7 +25,7 @@ def train_batches(resident, mesh, **options):
     return list(batches.resident_batches(*resident, mesh, **options))
 
 
-def test_resident_batches_follow_the_order_of_each_epoch(resident, mesh):
+def test_resident_batches_follow_epoch_order(resident, mesh):
     key = jax.random.PRNGKey(3)
     orders = [np.asarray(rng.epoch_order(key, epoch, 40)) for epoch in range(3)]
     assert (orders[0] != orders[1]).any()
@@ -38,14 +38,14 @@ def test_resident_batches_follow_the_order_of_each_epoch(resident, mesh):
         assert {shard.data.shape[0] for shard in batch.inputs.addressable_shards} == {8}
 
 
-def test_resident_batches_resume_with_the_batch_after_the_last_step(resident, mesh):
+def test_resident_batches_resume_after_completed_steps(resident, mesh):
     whole, resumed = train_batches(resident, mesh), train_batches(resident, mesh, first_step=3)
     assert [step for step, _ in resumed] == [4, 5, 6]
     for (_, ours), (_, theirs) in zip(resumed, whole[3:], strict=True):
         np.testing.assert_array_equal(ours.rows, theirs.rows)
 
 
-def test_resident_batches_of_several_updates_end_at_stops_and_epochs(resident, mesh):
+def test_resident_batches_with_max_updates_end_at_stops_and_epochs(resident, mesh):
     single = train_batches(resident, mesh, batch_size=8, num_steps=17)  # five updates per epoch
     several = train_batches(resident, mesh, batch_size=8, num_steps=17, max_updates=4, stops=(7,))
     assert [step for step, _ in several] == [4, 5, 7, 10, 14, 15, 17]
@@ -54,7 +54,7 @@ def test_resident_batches_of_several_updates_end_at_stops_and_epochs(resident, m
     assert {batch.labels.shape for _, batch in several} == {(32,)}
 
 
-def test_resident_batches_take_views_in_turn(mesh):
+def test_resident_batches_cycle_through_views(mesh):
     inputs = jnp.arange(3 * 10.0)[:, None]  # three views of ten examples
     arrays = sharding.device_put((inputs, LABELS[:10]), sharding.replicated(mesh))
     for step, batch in train_batches(arrays, mesh, batch_size=4, num_views=3, num_steps=8):
@@ -66,7 +66,7 @@ def test_resident_batches_take_views_in_turn(mesh):
 
 @pytest.mark.parametrize("on_device", [True, False])
 @pytest.mark.parametrize("batch_size", [2, 16, 64])
-def test_evaluation_batches_read_every_example_once_in_order(resident, mesh, on_device, batch_size):
+def test_evaluation_batches_contain_each_example_once_in_order(resident, mesh, on_device, batch_size):
     images, labels = resident if on_device else (IMAGES, LABELS)
     read = list(batches.evaluation_batches(images, labels, mesh, batch_size=batch_size))
     assert {len(batch.labels) for batch in read} == {batch_size}

@@ -73,19 +73,19 @@ def archive(tmp_path):
         ("test[:1]", [7]),
     ],
 )
-def test_open_cifar_slices_as_tfds_does(archive, split, labels):
+def test_open_cifar_slices_like_tfds(archive, split, labels):
     test_split = "train" if split.startswith("test") else "test"
     dataset = load("cifar10", data_dir=str(archive), train_split=split, test_split=test_split)
     assert dataset.train.labels.tolist() == list(labels)
     assert len(dataset.train.images) == len(labels)
 
 
-def test_open_cifar_cuts_both_splits_from_one(archive):
+def test_open_cifar_takes_both_splits_from_train(archive):
     dataset = load("cifar10", data_dir=str(archive), train_split="train[:70%]", test_split="train[70%:]")
     assert dataset.train.labels.tolist() + dataset.test.labels.tolist() == list(range(10))
 
 
-def test_open_cifar_reads_the_archive(archive):
+def test_open_cifar_reads_archive(archive):
     dataset = load("cifar10", data_dir=str(archive))
     assert dataset.train.images.shape == (10, 32, 32, 3)
     assert dataset.train.labels.tolist() == list(range(10))
@@ -93,31 +93,31 @@ def test_open_cifar_reads_the_archive(archive):
     assert dataset.class_names == tuple(CIFAR10_CLASSES)
 
 
-def test_open_cifar_puts_channels_last(archive):
+def test_open_cifar_returns_channels_last(archive):
     image = load("cifar10", data_dir=str(archive)).test.images[0]
     assert image[0, 0].tolist() == [50, 2, 3]
     assert image[0, 1].tolist() == [60, 2, 3]  # the second pixel of the first row
     assert image[1, 0].tolist() == [50, 2, 3]
 
 
-def test_open_cifar_gives_contiguous_arrays(archive):
+def test_open_cifar_returns_contiguous_arrays(archive):
     dataset = load("cifar10", data_dir=str(archive))
     assert dataset.train.images.flags.c_contiguous
     assert dataset.train.images.dtype == np.uint8
     assert dataset.train.labels.dtype == np.int32
 
 
-def test_open_cifar_finds_the_archive_in_a_folder(archive):
+def test_open_cifar_finds_archive_in_directory(archive):
     assert len(load("cifar10", data_dir=str(archive.parent)).train) == 10
 
 
 @pytest.mark.parametrize("subfolder", [".", "cifar-10-batches-bin"])
-def test_open_cifar_finds_unpacked_files(tmp_path, subfolder):
+def test_open_cifar_finds_extracted_files(tmp_path, subfolder):
     write_files(tmp_path / subfolder, cifar10_files())
     assert len(load("cifar10", data_dir=str(tmp_path)).train) == 10
 
 
-def test_open_cifar_fetches_the_official_archive_into_the_cache(archive, monkeypatch, tmp_path):
+def test_open_cifar_downloads_official_archive_to_cache(archive, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(download, "fetch", lambda url, path, **kwargs: asked.append((url, path, kwargs)) or archive)
@@ -133,7 +133,7 @@ def test_open_cifar_fetches_the_official_archive_into_the_cache(archive, monkeyp
     ]
 
 
-def test_open_cifar_uses_the_fine_labels(tmp_path):
+def test_open_cifar_reads_fine_labels(tmp_path):
     write_archive(tmp_path / "cifar-100-binary.tar.gz", cifar100_files(), folder="cifar-100-binary")
     dataset = load("cifar100", data_dir=str(tmp_path))
     assert dataset.train.labels.tolist() == [98, 99]
@@ -142,39 +142,39 @@ def test_open_cifar_uses_the_fine_labels(tmp_path):
     assert len(dataset.class_names) == 100
 
 
-def test_open_cifar_finds_unpacked_files_of_cifar100(tmp_path):
+def test_open_cifar_finds_extracted_cifar100_files(tmp_path):
     write_files(tmp_path / "cifar-100-binary", cifar100_files())
     assert load("cifar100", data_dir=str(tmp_path)).test.labels.tolist() == [99]
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.99])
-def test_open_cifar_refuses_a_truncated_archive(archive, fraction):
+def test_open_cifar_rejects_truncated_archive(archive, fraction):
     content = archive.read_bytes()
     archive.write_bytes(content[: int(len(content) * fraction)])
     with pytest.raises(UserError, match=r"cifar-10-binary.tar.gz \([\d,]+ bytes\) is truncated or damaged"):
         load("cifar10", data_dir=str(archive))
 
 
-def test_open_cifar_refuses_an_archive_without_its_checksum(archive):
+def test_open_cifar_rejects_truncated_gzip_trailer(archive):
     archive.write_bytes(archive.read_bytes()[:-4])
     with pytest.raises(UserError, match="is truncated or damaged"):
         load("cifar10", data_dir=str(archive))
 
 
 @pytest.mark.parametrize("content", [b"<html>sorry</html>", b"", gzip.compress(b"no tar" * 1000, mtime=0)])
-def test_open_cifar_refuses_what_is_not_an_archive(archive, content):
+def test_open_cifar_rejects_invalid_archive(archive, content):
     archive.write_bytes(content)
     with pytest.raises(UserError, match="cifar-10-binary.tar.gz"):
         load("cifar10", data_dir=str(archive))
 
 
-def test_open_cifar_refuses_the_python_version(tmp_path):
+def test_open_cifar_rejects_python_version(tmp_path):
     archive = write_archive(tmp_path / "cifar-10-python.tar.gz", {"data_batch_1": b""}, folder="cifar-10-batches-py")
     with pytest.raises(UserError, match=r"has no .*data_batch_1.bin.*set data_dir to cifar-10-binary.tar.gz"):
         load("cifar10", data_dir=str(archive))
 
 
-def test_open_cifar_refuses_a_file_that_is_cut_off(tmp_path):
+def test_open_cifar_rejects_truncated_file(tmp_path):
     files = cifar10_files()
     files["data_batch_2.bin"] = files["data_batch_2.bin"][:-1]
     write_files(tmp_path, files)
@@ -182,13 +182,13 @@ def test_open_cifar_refuses_a_file_that_is_cut_off(tmp_path):
         load("cifar10", data_dir=str(tmp_path))
 
 
-def test_open_cifar_refuses_an_empty_file(tmp_path):
+def test_open_cifar_rejects_empty_file(tmp_path):
     write_files(tmp_path, cifar10_files() | {"test_batch.bin": b""})
     with pytest.raises(UserError, match="test_batch.bin has 0 bytes"):
         load("cifar10", data_dir=str(tmp_path))
 
 
-def test_open_cifar_refuses_labels_out_of_range(tmp_path):
+def test_open_cifar_rejects_labels_out_of_range(tmp_path):
     write_files(tmp_path, cifar10_files() | {"test_batch.bin": cifar_record([9]) + cifar_record([10])})
     with pytest.raises(
         UserError, match=r"test_batch.bin has .* with labels from 0 to 9: it is damaged or of another dataset"
@@ -196,17 +196,17 @@ def test_open_cifar_refuses_labels_out_of_range(tmp_path):
         load("cifar10", data_dir=str(tmp_path))
 
 
-def test_open_cifar_says_what_a_data_dir_lacks(tmp_path):
+def test_open_cifar_names_missing_files(tmp_path):
     with pytest.raises(UserError, match="has no .*data_batch_1.bin.*; set data_dir to cifar-10-binary.tar.gz"):
         load("cifar10", data_dir=str(tmp_path))
 
 
-def test_open_cifar_says_that_a_data_dir_is_missing(tmp_path):
+def test_open_cifar_rejects_missing_data_dir(tmp_path):
     with pytest.raises(UserError, match="nowhere is missing; set data_dir to cifar-10-binary.tar.gz"):
         load("cifar10", data_dir=str(tmp_path / "nowhere"))
 
 
-def test_open_cifar_reads_the_real_images(cifar10_archive):
+def test_open_cifar_reads_full_dataset(cifar10_archive):
     dataset = load("cifar10", data_dir=str(cifar10_archive))
     assert dataset.train.images.shape == (50_000, 32, 32, 3)
     assert dataset.test.images.shape == (10_000, 32, 32, 3)
@@ -222,7 +222,7 @@ def test_open_cifar_reads_the_real_images(cifar10_archive):
     ("train", "test", "shared"),
     [("train", "train[80%:]", "2 of 10"), ("train[:5]", "train[4:]", "1 of 10"), ("test", "test", "3 of 3")],
 )
-def test_open_cifar_refuses_overlapping_slices(archive, train, test, shared):
+def test_open_cifar_rejects_overlapping_slices(archive, train, test, shared):
     with pytest.raises(UsageError, match=rf"overlap in {shared} images; choose disjoint slices"):
         load("cifar10", data_dir=str(archive), train_split=train, test_split=test)
 
@@ -231,7 +231,7 @@ def count(name, **options):
     return data.dataset_info(name, image_size=224, **options)
 
 
-def test_dataset_info_of_cifar_needs_no_files(monkeypatch):
+def test_dataset_info_reads_no_cifar_files(monkeypatch):
     monkeypatch.setattr(download, "fetch", None)
     info = count("cifar100", train_split="train[:90%]", data_dir="nowhere")
     assert (info.num_train, info.num_test, info.image_shape, info.in_memory) == (45_000, 10_000, (32, 32, 3), True)
@@ -239,7 +239,7 @@ def test_dataset_info_of_cifar_needs_no_files(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "classes"), [("cifar10", ("dog", "cat")), ("cifar100", ("worm", "apple", "sea"))])
-def test_dataset_info_of_cifar_counts_classes(name, classes):
+def test_dataset_info_counts_images_of_selected_cifar_classes(name, classes):
     info, half = count(name, classes=classes), count(name, classes=classes, train_split="train[:50%]")
     per_class = 60_000 // {"cifar10": 10, "cifar100": 100}[name]
     assert (info.num_train, info.num_test) == (len(classes) * per_class * 5 // 6, len(classes) * per_class // 6)

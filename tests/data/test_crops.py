@@ -42,7 +42,7 @@ def boxes_of(augment, xp, count, **sizes):
     return np.stack(jax.jit(jax.vmap(lambda row: sample_box(row, **sizes, xp=jnp)))(uniforms), axis=1)
 
 
-def test_padded_box_reaches_an_eighth_of_each_side_outside():
+def test_padded_box_extends_at_most_one_eighth_beyond_image():
     boxes = boxes_of("pad_crop", np, 2000, height=32, width=40, image_size=16)
     for column, margin in ((0, 4), (1, 5)):
         values, counts = np.unique(boxes[:, column], return_counts=True)
@@ -53,14 +53,14 @@ def test_padded_box_reaches_an_eighth_of_each_side_outside():
 
 
 @pytest.mark.parametrize("augment", ["pad_crop", "square_crop", "inception"])
-def test_boxes_are_the_same_in_numpy_and_jax(augment):
+def test_sample_box_matches_between_numpy_and_jax(augment):
     sizes = {"height": 300, "width": 401, "image_size": 224}
     ours, theirs = boxes_of(augment, np, 500, **sizes), boxes_of(augment, jnp, 500, **sizes)
     # Rounding of 32 bits may put a box one pixel further, in few cases.
     assert np.mean(np.abs(ours - theirs).max(axis=1) > 1e-3) < 0.02
 
 
-def test_square_box_has_whole_pixels_of_the_resized_image():
+def test_square_box_covers_whole_pixels_of_resized_image():
     top, left, rows, columns = boxes_of("square_crop", np, 4000, height=32, width=16, image_size=224).T
     side = rows * 224 / 32
     np.testing.assert_allclose(side, np.round(side), atol=1e-4)
@@ -73,7 +73,7 @@ def test_square_box_has_whole_pixels_of_the_resized_image():
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 48)])
-def test_inception_box_follows_the_original_distribution(height, width):
+def test_inception_box_matches_reference_distribution(height, width):
     count = 20_000
     ours = boxes_of("inception", jnp, count, height=height, width=width, image_size=32).astype(int)
     rng = np.random.default_rng(0)

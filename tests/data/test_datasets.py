@@ -14,24 +14,24 @@ def folder(tmp_path):
     return write_folder(tmp_path / "pets")
 
 
-def test_load_dataset_lists_the_known_names_nearest_first():
+def test_load_dataset_suggests_nearest_names():
     with pytest.raises(UsageError, match="unknown dataset 'cifar1000'; known are cifar100, cifar10, "):
         load("cifar1000")
 
 
 @pytest.mark.parametrize("name", ["folder", "folder:", "tfds:", ""])
-def test_load_dataset_refuses_an_incomplete_name(name):
+def test_load_dataset_rejects_incomplete_name(name):
     with pytest.raises(UsageError, match="folder:DIR"):
         load(name)
 
 
 @pytest.mark.parametrize("name", ["digits", "folder:x"])
-def test_load_dataset_refuses_a_data_dir_that_nobody_reads(name):
+def test_load_dataset_rejects_unused_data_dir(name):
     with pytest.raises(UsageError, match="does not read data_dir, got 'here'"):
         load(name, data_dir="here")
 
 
-def test_open_digits_has_1437_and_360_images():
+def test_open_digits_returns_1437_train_and_360_test_images():
     dataset = load("digits")
     assert dataset.train.images.shape == (1437, 8, 8, 3)
     assert dataset.test.images.shape == (360, 8, 8, 3)
@@ -40,7 +40,7 @@ def test_open_digits_has_1437_and_360_images():
     assert dataset.class_names == tuple("0123456789")
 
 
-def test_open_digits_scales_16_to_255():
+def test_open_digits_scales_pixels_from_16_to_255():
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -51,14 +51,14 @@ def test_open_digits_scales_16_to_255():
     assert image.max() == 255
 
 
-def test_open_digits_shuffles_and_keeps_all():
+def test_open_digits_shuffles_and_keeps_all_images():
     dataset = load("digits")
     labels = np.concatenate([dataset.train.labels, dataset.test.labels])
     assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert np.bincount(dataset.test.labels).min() > 25
 
 
-def test_keep_classes_keeps_the_order_given():
+def test_keep_classes_keeps_given_order():
     whole = data.load_dataset("digits", image_size=16)
     some = data.load_dataset("digits", image_size=16, classes=("7", "2", "4"))
     assert some.class_names == ("7", "2", "4")
@@ -76,20 +76,20 @@ def test_keep_classes_keeps_the_order_given():
         (("7", "7"), "expected at least two different names"),
     ],
 )
-def test_keep_classes_refuses_wrong_names(classes, message):
+def test_keep_classes_rejects_invalid_names(classes, message):
     with pytest.raises(UsageError) as error:
         data.load_dataset("digits", image_size=16, classes=classes)
     assert message in str(error.value)
 
 
-def test_keep_classes_refuses_a_split_without_them():
+def test_keep_classes_rejects_split_without_selected_classes():
     labels = data.load_dataset("digits", image_size=16).train.labels[:3]
     absent = sorted({str(digit) for digit in range(10)} - {str(label) for label in labels})
     with pytest.raises(UserError, match=r"no images of the classes .*; choose larger splits"):
         data.load_dataset("digits", image_size=16, classes=absent, train_split="train[:3]")
 
 
-def test_load_dataset_does_not_decode_images_of_other_classes(folder):
+def test_load_dataset_decodes_only_selected_classes(folder):
     for split in ("train", "test"):
         write_image(folder / split / "fox" / "0.png")
         (folder / split / "fox" / "broken.png").write_bytes(b"not an image")
@@ -99,28 +99,28 @@ def test_load_dataset_does_not_decode_images_of_other_classes(folder):
     assert dataset.class_names == ("dog", "cat") and len(dataset.train) == 4
 
 
-def test_choose_storage_keeps_one_small_size(folder):
+def test_choose_storage_keeps_size_of_small_images(folder):
     assert load_folder(folder, image_size=2).train.images.shape == (4, 4, 4, 3)
 
 
-def test_choose_storage_keeps_one_small_size_that_is_not_square(tmp_path):
+def test_choose_storage_keeps_size_of_small_non_square_images(tmp_path):
     for split in ("train", "test"):
         write_image(tmp_path / split / "cat" / "0.png", size=(6, 5))
     assert load_folder(tmp_path).train.images.shape == (1, 5, 6, 3)
 
 
-def test_choose_storage_resizes_images_above_twice_the_size(folder):
+def test_choose_storage_resizes_images_above_twice_image_size(folder):
     assert load_folder(folder, image_size=1).train.images.shape == (4, 1, 1, 3)
 
 
-def test_choose_storage_resizes_where_sizes_differ_between_splits(folder):
+def test_choose_storage_resizes_if_sizes_differ_between_splits(folder):
     write_image(folder / "test" / "cat" / "0.png", size=(5, 4))
     dataset = load_folder(folder, image_size=3)
     assert dataset.train.images.shape == (4, 3, 3, 3)
     assert dataset.test.images.shape == (2, 3, 3, 3)
 
 
-def test_choose_storage_applies_orientation(tmp_path):
+def test_choose_storage_applies_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     write_image(tmp_path / "train" / "cat" / "0.jpg", size=(6, 5), exif=exif)
@@ -128,13 +128,13 @@ def test_choose_storage_applies_orientation(tmp_path):
     assert load_folder(tmp_path).train.images.shape == (1, 6, 5, 3)
 
 
-def test_choose_storage_says_how_much_memory_is_missing(folder, monkeypatch):
+def test_choose_storage_reports_required_and_available_memory(folder, monkeypatch):
     monkeypatch.setattr(resources, "available_memory", lambda: 100)
     with pytest.raises(UserError, match="need 288 bytes of memory, 100 are available"):  # 6 images, 4 x 4 x 3
         load_folder(folder, storage="memory")
 
 
-def test_choose_storage_streams_images_that_fill_half_the_memory(folder, monkeypatch):
+def test_choose_storage_streams_datasets_above_half_of_memory(folder, monkeypatch):
     whole = load_folder(folder)
     assert load_folder(folder, device_bytes=576).train.in_memory  # twice the 288 bytes
     later = load_folder(folder, device_bytes=575)
@@ -146,7 +146,7 @@ def test_choose_storage_streams_images_that_fill_half_the_memory(folder, monkeyp
             np.testing.assert_array_equal(ours.labels, theirs.labels)
 
 
-def test_choose_storage_streams_images_of_different_sizes_that_are_cropped(folder):
+def test_choose_storage_streams_cropped_images_of_different_sizes(folder):
     """In memory they would have to be resized before they are cropped."""
     write_image(folder / "train" / "cat" / "large.png", size=(40, 30))
     assert load_folder(folder).train.in_memory
@@ -155,7 +155,7 @@ def test_choose_storage_streams_images_of_different_sizes_that_are_cropped(folde
         load_folder(folder, crops=True, storage="memory")
 
 
-def test_choose_storage_keeps_the_resolution_of_images_that_are_cropped(tmp_path):
+def test_choose_storage_keeps_resolution_of_cropped_images(tmp_path):
     for split in ("train", "test"):
         write_image(tmp_path / split / "cat" / "0.png", size=(60, 50))
     assert load_folder(tmp_path).train.images.shape == (1, 4, 4, 3)
@@ -164,7 +164,7 @@ def test_choose_storage_keeps_the_resolution_of_images_that_are_cropped(tmp_path
     assert load_folder(tmp_path, crops=True, image_size=30).train.images.shape == (1, 50, 60, 3)
 
 
-def test_dataset_info_describes_what_load_dataset_returns(folder, monkeypatch):
+def test_dataset_info_matches_load_dataset(folder, monkeypatch):
     write_image(folder / "train" / "cat" / "large.png", size=(40, 30))
     cases = [
         ("digits", {}),
@@ -185,12 +185,12 @@ def test_dataset_info_describes_what_load_dataset_returns(folder, monkeypatch):
         assert info.in_memory == dataset.train.in_memory
 
 
-def test_load_split_reads_one_split(folder):
+def test_load_split_returns_split_and_class_names(folder):
     split, class_names = data.load_split(f"folder:{folder}", split="test", image_size=4, classes=("dog", "cat"))
     assert split.labels.tolist() == [1, 0] and class_names == ("dog", "cat")
     assert split.images[:, 0, 0, 0].tolist() == [0, 10]
 
 
-def test_load_dataset_refuses_to_stream_arrays():
+def test_load_dataset_rejects_streaming_of_arrays():
     with pytest.raises(UsageError, match="storage is 'stream', but only folder:DIR and tfds:NAME can be streamed"):
         load("digits", storage="stream")

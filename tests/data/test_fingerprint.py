@@ -24,13 +24,13 @@ def digest(folder, **options):
     return fingerprint(data.load_dataset(f"folder:{folder}", image_size=4, **options)).digest
 
 
-def test_fingerprint_has_names_counts_and_digest(folder):
+def test_fingerprint_returns_class_names_counts_and_digest(folder):
     found = fingerprint(data.load_dataset(f"folder:{folder}", image_size=4, test_split="test[:50%]"))
     assert found.digest.isalnum()
     assert (found.class_names, found.num_train, found.num_test) == (("cat", "dog"), 4, 2)
 
 
-def test_from_json_returns_what_was_saved(folder):
+def test_from_json_inverts_to_json(folder):
     found = fingerprint(data.load_dataset(f"folder:{folder}", image_size=4))
     assert DatasetFingerprint.from_json(json.loads(json.dumps(found.to_json()))) == found
 
@@ -45,39 +45,39 @@ def test_from_json_returns_what_was_saved(folder):
         ({"digest": "b"}, "as many images, but other files or labels"),
     ],
 )
-def test_difference_says_what_has_changed(changes, expected):
+def test_difference_describes_changes(changes, expected):
     ours = DatasetFingerprint(("cat", "dog"), 1000, 2, "a")
     assert ours.difference(dataclasses.replace(ours, **changes)) == expected
 
 
 @pytest.mark.parametrize("options", [{}, {"classes": ["dog", "cat"]}, {"train_split": "train[:50%]"}])
-def test_fingerprint_is_the_same_in_memory_and_streamed(folder, options):
+def test_fingerprint_matches_between_memory_and_stream(folder, options):
     assert digest(folder, storage="memory", **options) == digest(folder, storage="stream", **options)
 
 
-def test_fingerprint_is_the_same_in_another_directory(folder, tmp_path):
+def test_fingerprint_ignores_root_directory(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     assert digest(folder) == digest(tmp_path / "copy")
 
 
-def test_fingerprint_changes_with_a_file_name(folder):
+def test_fingerprint_changes_with_file_name(folder):
     before = digest(folder)
     (folder / "test/dog/1.png").rename(folder / "test/dog/2.png")
     assert digest(folder) != before
 
 
-def test_fingerprint_changes_when_a_file_moves_to_another_class(folder):
+def test_fingerprint_changes_with_class_of_file(folder):
     (folder / "train/dog/1.png").rename(folder / "train/dog/2.png")
     before = digest(folder)
     (folder / "train/dog/2.png").rename(folder / "train/cat/2.png")
     assert digest(folder) != before
 
 
-def test_fingerprint_changes_with_the_order_of_classes(folder):
+def test_fingerprint_changes_with_class_order(folder):
     assert digest(folder, classes=["dog", "cat"]) != digest(folder, classes=["cat", "dog"])
 
 
-def test_fingerprint_ignores_classes_that_are_not_kept(folder):
+def test_fingerprint_ignores_unselected_classes(folder):
     before = digest(folder, classes=["cat", "dog"])
     for split in ("train", "test"):
         shutil.copytree(folder / split / "cat", folder / split / "ant")

@@ -21,12 +21,12 @@ def test_open_folder_sorts_classes_and_files(folder):
     assert dataset.test.images[:, 0, 0, 0].tolist() == [0, 10]
 
 
-def test_open_folder_takes_other_split_names(folder):
+def test_open_folder_accepts_other_split_names(folder):
     (folder / "test").rename(folder / "val")
     assert len(load_folder(folder, test_split="val").test) == 2
 
 
-def test_open_folder_cuts_a_slice_from_all_classes(folder):
+def test_open_folder_slices_across_all_classes(folder):
     for label, name in enumerate(["cat", "dog"]):
         for i in range(2, 50):
             write_image(folder / "train" / name / f"{i}.png", color=(10 * label, 0, 0))
@@ -36,12 +36,12 @@ def test_open_folder_cuts_a_slice_from_all_classes(folder):
 
 
 @pytest.mark.parametrize("suffix", [".PNG", ".jpg", ".JPEG", ".webp"])
-def test_open_folder_reads_the_suffix(folder, suffix):
+def test_open_folder_reads_image_suffixes(folder, suffix):
     write_image(folder / "train" / "cat" / f"more{suffix}")
     assert len(load_folder(folder).train) == 5
 
 
-def test_open_folder_passes_over_other_and_hidden_files(folder):
+def test_open_folder_ignores_hidden_and_non_image_files(folder):
     (folder / "train" / "cat" / "notes.txt").write_text("")
     (folder / "train" / "cat" / "._0.png").write_text("")
     (folder / "train" / ".cache").mkdir()
@@ -49,7 +49,7 @@ def test_open_folder_passes_over_other_and_hidden_files(folder):
     assert len(load_folder(folder).train) == 4
 
 
-def test_open_folder_names_differing_classes(folder):
+def test_open_folder_rejects_classes_that_differ_between_splits(folder):
     write_image(folder / "train" / "bird" / "0.png")
     (folder / "test" / "dog").rename(folder / "test" / "wolf")
     expected = r"these differ: bird \(only in train\), dog \(only in train\), wolf \(only in test\)"
@@ -57,7 +57,7 @@ def test_open_folder_names_differing_classes(folder):
         load_folder(folder)
 
 
-def test_open_folder_names_an_empty_class(folder):
+def test_open_folder_rejects_empty_class(folder):
     (folder / "train" / "bird").mkdir()
     with pytest.raises(
         UserError,
@@ -66,28 +66,28 @@ def test_open_folder_names_an_empty_class(folder):
         load_folder(folder)
 
 
-def test_open_folder_names_a_missing_directory(tmp_path):
+def test_open_folder_rejects_missing_directory(tmp_path):
     with pytest.raises(UserError, match="nowhere/train: no such directory"):
         load_folder(tmp_path / "nowhere")
 
 
-def test_open_folder_names_a_missing_split(folder):
+def test_open_folder_rejects_missing_split(folder):
     with pytest.raises(UserError, match="val: no such directory"):
         load_folder(folder, test_split="val")
 
 
-def test_open_folder_refuses_a_split_without_classes(folder):
+def test_open_folder_rejects_split_without_classes(folder):
     (folder / "val").mkdir()
     with pytest.raises(UserError, match="val: no such directory, or no images"):
         load_folder(folder, test_split="val")
 
 
-def test_open_folder_does_not_wait_for_a_pipe(folder):
+def test_open_folder_ignores_named_pipes(folder):
     os.mkfifo(folder / "train" / "cat" / "9.png")
     assert len(load_folder(folder).train) == 4
 
 
-def test_open_folder_refuses_overlapping_slices(folder):
+def test_open_folder_rejects_overlapping_slices(folder):
     with pytest.raises(
         UsageError, match="train_split 'train' and test_split 'train\\[50%:\\]' overlap in 2 of 4 images"
     ):

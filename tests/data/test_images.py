@@ -17,14 +17,14 @@ def folder(tmp_path):
     return write_folder(tmp_path / "pets")
 
 
-def test_encoded_images_read_like_an_array(folder):
+def test_encoded_images_support_array_indexing(folder):
     whole, later = load_folder(folder).train.images, load_folder(folder, storage="stream").train.images
     for rows in (1, -1, slice(1, 3), np.array([2, 0, 2]), np.array([True, False, True, False])):
         np.testing.assert_array_equal(later[rows], whole[rows])
     np.testing.assert_array_equal(later.take(np.array([3, 1]))[np.array([1])], whole[[1]])
 
 
-def test_decode_image_crops_a_box_and_resizes_it(tmp_path):
+def test_decode_image_crops_and_resizes(tmp_path):
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     cut = images.decode_image(tmp_path / "a.png", size=(2, 2), sample_box=lambda height, width: (1, 2, 2, 2))
@@ -37,7 +37,7 @@ def test_decode_image_crops_a_box_and_resizes_it(tmp_path):
     assert np.unique(np.asarray(shifted)[:, 2:].reshape(-1, 3), axis=0).tolist() == [[9, 8, 7]]
 
 
-def test_decode_image_crops_a_box_after_orientation_is_applied(tmp_path):
+def test_decode_image_crops_after_exif_orientation(tmp_path):
     left_half = np.zeros((400, 800, 3), np.uint8)
     left_half[:, :400] = 200
     Image.fromarray(left_half).save(tmp_path / "a.jpg")
@@ -68,13 +68,13 @@ def test_decode_image_crops_a_box_after_orientation_is_applied(tmp_path):
         ("RGBA", (1, 2, 3, 0), [255, 255, 255]),  # transparent: white
     ],
 )
-def test_decode_image_turns_any_mode_into_rgb(tmp_path, mode, color, rgb):
+def test_decode_image_converts_any_mode_to_rgb(tmp_path, mode, color, rgb):
     image = images.decode_image(write_image(tmp_path / "0.png", mode=mode, color=color))
     assert image.mode == "RGB"
     assert np.asarray(image)[0, 0].tolist() == rgb
 
 
-def test_decode_image_reads_a_palette_with_transparency(tmp_path):
+def test_decode_image_reads_transparent_palette(tmp_path):
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
@@ -87,7 +87,7 @@ def test_decode_image_reads_cmyk(tmp_path):
     assert np.asarray(images.decode_image(path))[0, 0].tolist() == [255, 255, 255]
 
 
-def test_decode_image_turns_it_upright(tmp_path):
+def test_decode_image_applies_exif_orientation(tmp_path):
     image = Image.new("RGB", (2, 1), (0, 0, 0))
     image.putpixel((1, 0), (255, 255, 255))  # black, white
     exif = Image.Exif()
@@ -96,21 +96,21 @@ def test_decode_image_turns_it_upright(tmp_path):
     assert np.asarray(images.decode_image(tmp_path / "0.png"))[..., 0].tolist() == [[0], [255]]
 
 
-def test_decode_image_reads_an_open_file():
+def test_decode_image_reads_file_object():
     file = io.BytesIO()
     Image.new("RGB", (2, 3)).save(file, "png")
     file.seek(0)
     assert images.decode_image(file).size == (2, 3)
 
 
-def test_decode_image_averages_when_it_shrinks(tmp_path):
+def test_decode_image_antialiases_when_downsampling(tmp_path):
     checkered = np.indices((64, 64)).sum(axis=0) % 2 * 255
     Image.fromarray(checkered.astype(np.uint8)).save(tmp_path / "0.png")
     pixels = np.asarray(images.decode_image(tmp_path / "0.png", size=(4, 4)))
     np.testing.assert_allclose(pixels[1:3, 1:3], 127.5, atol=2)
 
 
-def test_decode_image_shrinks_a_big_jpeg_as_without_shortcut(tmp_path):
+def test_decode_image_matches_full_decode_when_downsampling_jpeg(tmp_path):
     ramp = np.linspace(0, 255, 1024).astype(np.uint8)
     Image.fromarray(np.tile(ramp, (1024, 1))).save(tmp_path / "0.jpg", quality=95)
     direct = images.decode_image(tmp_path / "0.jpg").resize((16, 16), Image.Resampling.BILINEAR)
@@ -118,19 +118,19 @@ def test_decode_image_shrinks_a_big_jpeg_as_without_shortcut(tmp_path):
     np.testing.assert_allclose(pixels.astype(int), np.asarray(direct), atol=2)
 
 
-def test_decode_image_names_a_missing_file(tmp_path):
+def test_decode_image_rejects_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"0.png: no such file"):
         images.decode_image(tmp_path / "0.png")
 
 
-def test_decode_image_names_a_truncated_file(tmp_path):
+def test_decode_image_rejects_truncated_file(tmp_path):
     path = write_image(tmp_path / "0.jpg", size=(64, 64))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"0.jpg cannot be decoded \(.*[Tt]runcated.*\); replace or remove it"):
         images.decode_image(path)
 
 
-def test_decode_image_applies_an_orientation_of_xmp_or_late_exif(tmp_path):
+def test_decode_image_applies_orientation_from_xmp_and_trailing_exif(tmp_path):
     """The image is 8 pixels high and 4 wide once it is turned; its upper half is white."""
     stored = np.zeros((4, 8, 3), np.uint8)
     stored[:, :4] = 255  # orientation 6: turned by 90 degrees clockwise, what is left comes to the top
@@ -150,13 +150,13 @@ def test_decode_image_applies_an_orientation_of_xmp_or_late_exif(tmp_path):
         assert decoded[:4].min() == 255 and decoded[4:].max() == 0, name
 
 
-def test_decode_all_names_a_file_that_is_not_an_image(folder):
+def test_decode_all_rejects_non_image_file(folder):
     (folder / "train" / "cat" / "0.png").write_text("hello")
     with pytest.raises(UserError, match=r"cat/0.png cannot be decoded \(not an image\); replace or remove it$"):
         load_folder(folder)
 
 
-def test_decode_all_names_a_truncated_image_and_counts_the_others(folder):
+def test_decode_all_names_first_truncated_image_and_counts_others(folder):
     for name in ("cat", "dog"):
         path = write_image(folder / "train" / name / "1.png", size=(4, 4))
         path.write_bytes(path.read_bytes()[:50])  # the header is whole, the pixels are not
@@ -164,7 +164,7 @@ def test_decode_all_names_a_truncated_image_and_counts_the_others(folder):
         load_folder(folder)
 
 
-def test_decode_all_shows_progress_where_it_takes_long_only(folder, monkeypatch, capfd):
+def test_decode_all_shows_progress_only_after_delay(folder, monkeypatch, capfd):
     load_folder(folder)
     assert capfd.readouterr().err == ""
     monkeypatch.setattr(progress, "_DELAY_SECONDS", 0)

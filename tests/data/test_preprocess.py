@@ -21,24 +21,24 @@ def mix(keys, images, partners, **options):
     return preprocess.mix(keys, images, partners, **options)
 
 
-def test_normalize_maps_the_ends_of_uint8_to_minus_one_and_one():
+def test_normalize_maps_uint8_range_to_minus_one_and_one():
     pixels = jnp.array([[0, 255, 0]], jnp.uint8)
     np.testing.assert_array_equal(preprocess.normalize(pixels), [[-1.0, 1.0, -1.0]])
 
 
-def test_normalize_takes_each_channel_by_its_own_mean_and_std():
+def test_normalize_uses_mean_and_std_of_each_channel():
     pixels = jnp.array([[51, 102, 255]], jnp.uint8)  # 0.2, 0.4, 1
     result = preprocess.normalize(pixels, mean=(0.1, 0.4, 0.5), std=(0.1, 0.5, 0.25))
     np.testing.assert_allclose(result, [[1.0, 0.0, 2.0]], atol=1e-6)
 
 
-def test_prepare_leaves_pixels_alone_at_their_own_size():
+def test_prepare_keeps_pixels_at_original_size():
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
     result = prepare(None, images, image_size=8)
     np.testing.assert_allclose(result, (images - 127.5) / 127.5, rtol=1e-6)
 
 
-def test_prepare_doubles_a_row_as_worked_out_by_hand():
+def test_prepare_upsamples_with_half_pixel_centers():
     # Half-pixel centres: outputs read inputs at -1/4, 1/4, 3/4, 5/4; the first and last are clamped to the edge.
     row = np.array([0, 200], np.uint8)
     images = np.tile(row[None, None, :, None], (1, 2, 1, 3))
@@ -47,7 +47,7 @@ def test_prepare_doubles_a_row_as_worked_out_by_hand():
     np.testing.assert_allclose(result[0, :, :, 0], np.tile(expected, (4, 1)), atol=1e-6)
 
 
-def test_resize_of_a_crop_never_reads_beyond_its_edge():
+def test_resize_clamps_at_crop_edges():
     image = jnp.arange(36.0).reshape(6, 6, 1)
     result = preprocess._resize(image, (1, 2, 2, 2), image_size=4, xp=np)
     crop = image[1:3, 2:4, 0]  # 8 9 / 14 15
@@ -61,7 +61,7 @@ def test_resize_of_a_crop_never_reads_beyond_its_edge():
     ("height", "width", "image_size"),
     [(32, 32, 224), (8, 8, 16), (60, 60, 32), (180, 180, 32), (64, 48, 32), (31, 20, 24), (10, 400, 32)],
 )
-def test_prepare_gives_the_pixels_of_pillow(height, width, image_size):
+def test_prepare_matches_pillow_resize(height, width, image_size):
     """Enlarging, shrinking with antialiasing, or one along each axis."""
     images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3)).astype(np.uint8)
     result = prepare(None, images, image_size=image_size)
@@ -76,7 +76,7 @@ def test_prepare_gives_the_pixels_of_pillow(height, width, image_size):
 
 @pytest.mark.parametrize("augment", crops.CROPS)
 @pytest.mark.parametrize(("height", "width"), [(61, 45), (16, 24)])
-def test_prepare_crops_the_pixels_of_pillow(tmp_path, augment, height, width):
+def test_prepare_matches_pillow_crops(tmp_path, augment, height, width):
     """Crops on the device are those of worker processes but for ties: in rounding a box, and in rounding to 8 bits."""
     images = np.random.default_rng(0).integers(0, 256, (64, height, width, 3)).astype(np.uint8)
     for i, image in enumerate(images):
@@ -95,7 +95,7 @@ def test_prepare_crops_the_pixels_of_pillow(tmp_path, augment, height, width):
     assert np.mean(gaps > 1) <= 1 / 64  # the box of one image may be rounded to the next pixel
 
 
-def test_prepare_mirrors_left_and_right_only():
+def test_prepare_flips_horizontally_only():
     images = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 3)).astype(np.uint8)
     keys = jax.random.split(jax.random.PRNGKey(0), 64)
     result = np.asarray(prepare(keys, images, image_size=4, augment="flip"))
@@ -106,7 +106,7 @@ def test_prepare_mirrors_left_and_right_only():
     assert 16 < mirrored.sum() < 48  # half of 64, within four standard deviations
 
 
-def test_prepare_pads_with_every_shift_and_grey_margins():
+def test_prepare_pads_with_gray_at_every_shift():
     images = np.full((400, 8, 8, 3), 255, np.uint8)
     keys = jax.random.split(jax.random.PRNGKey(1), 400)
     result = np.asarray(prepare(keys, images, image_size=8, augment="pad_crop"))
@@ -118,7 +118,7 @@ def test_prepare_pads_with_every_shift_and_grey_margins():
     assert 0 < first_row_grey.sum() < (white_rows == 7).sum()
 
 
-def test_prepare_samples_by_the_key_of_an_image_alone():
+def test_prepare_depends_only_on_key_of_each_image():
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
     keys = jax.random.split(jax.random.PRNGKey(0), 8)
     whole = prepare(keys, images, image_size=8, augment="inception")
@@ -126,7 +126,7 @@ def test_prepare_samples_by_the_key_of_an_image_alone():
     np.testing.assert_allclose(whole[4:], half, atol=1e-6)
 
 
-def test_prepare_flips_a_crop_of_the_whole_image(monkeypatch):
+def test_prepare_flips_after_square_crop(monkeypatch):
     whole = crops.Augmentation(lambda *_, **options: (0.0, 0.0, 8.0, 8.0))
     monkeypatch.setitem(crops.AUGMENTATIONS, "square_crop", whole)
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3)).astype(np.uint8)
@@ -145,7 +145,7 @@ def mix_black_and_white(count, **alphas):
     return tuple(map(np.asarray, mix(keys, black, white, **options)))
 
 
-def test_mix_blends_by_the_weight_that_the_label_keeps():
+def test_mix_blends_images_by_label_weight():
     mixed, weight = mix_black_and_white(500, mixup_alpha=0.5)
     np.testing.assert_allclose(mixed, np.broadcast_to((1 - weight)[:, None, None, None], mixed.shape), atol=1e-6)
     # Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)): here 1/8; five standard deviations of 500 samples
@@ -153,7 +153,7 @@ def test_mix_blends_by_the_weight_that_the_label_keeps():
     assert weight.var() == pytest.approx(1 / 8, abs=0.02)
 
 
-def test_mix_pastes_a_box_whose_area_the_label_loses():
+def test_mix_pastes_box_with_area_equal_to_partner_weight():
     mixed, weight = mix_black_and_white(300, cutmix_alpha=1.0)
     assert set(np.unique(mixed)) == {0.0, 1.0}
     np.testing.assert_allclose(1 - mixed[..., 0].mean(axis=(1, 2)), weight, atol=1e-6)
@@ -164,14 +164,14 @@ def test_mix_pastes_a_box_whose_area_the_label_loses():
     assert len(np.unique(weight)) > 10
 
 
-def test_mix_with_both_mixes_every_image_in_one_of_two_ways():
+def test_mix_applies_either_mixup_or_cutmix_to_each_image():
     mixed, weight = mix_black_and_white(400, mixup_alpha=1.0, cutmix_alpha=1.0)
     blended = ((mixed > 0) & (mixed < 1)).any(axis=(1, 2, 3))
     assert 150 < blended.sum() < 250
     np.testing.assert_allclose(1 - mixed.mean(axis=(1, 2, 3)), weight, atol=1e-6)
 
 
-def test_prepare_applies_a_function_to_every_image_before_the_resize():
+def test_prepare_applies_custom_augment_before_resize():
     images = np.arange(2 * 4 * 6 * 3, dtype=np.uint8).reshape(2, 4, 6, 3)
     seen = []
 
@@ -187,7 +187,7 @@ def test_prepare_applies_a_function_to_every_image_before_the_resize():
     np.testing.assert_array_equal(resized, prepare(None, 255 - images[:, :, 1:5], image_size=8))
 
 
-def test_device_augment_leaves_the_flip_of_streamed_crops():
+def test_device_augment_returns_flip_for_streamed_crops():
     assert preprocess.device_augment("inception", in_memory=True) == "inception"
     assert preprocess.device_augment("inception", in_memory=False) == "flip"
     assert preprocess.device_augment("none", in_memory=False) == "none"

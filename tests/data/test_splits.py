@@ -9,24 +9,24 @@ def rows(*splits, num_images=1437):
 
 
 @pytest.mark.parametrize("text", ["", "train[", "train[3]", "train[:1.5]", "train[a:b]", "train[:90%", "train+test"])
-def test_parse_split_refuses_what_cannot_be_read(text):
+def test_parse_split_rejects_invalid_syntax(text):
     with pytest.raises(UsageError, match=r"unknown split .*; expected its name, or a slice such as 'train\[:90%\]'"):
         parse_split(text)
 
 
-def test_parse_split_lists_the_known_names_nearest_first():
+def test_parse_split_suggests_nearest_names():
     with pytest.raises(UsageError, match="unknown split 'tset'; expected test, train, or a slice"):
         parse_split("tset", known=("train", "test"))
 
 
 @pytest.mark.parametrize("split", ["train[:2000]", "train[-1438:]", "train[:101%]"])
-def test_select_rows_refuses_a_slice_past_the_end(split):
+def test_select_rows_rejects_slice_past_end(split):
     with pytest.raises(UsageError, match=r"selects the images -?\d+ to \d+ of 1,437 in 'train'"):
         rows(split)
 
 
 @pytest.mark.parametrize("split", ["train[5:5]", "train[10:5]", "train[1437:]", "train[:0%]"])
-def test_select_rows_refuses_an_empty_slice(split):
+def test_select_rows_rejects_empty_slice(split):
     with pytest.raises(UsageError, match="of 1,437 in 'train'; choose at least one of them"):
         rows(split)
 
@@ -47,7 +47,7 @@ def test_select_rows_refuses_an_empty_slice(split):
         ("test[:1]", range(1)),
     ],
 )
-def test_select_rows_slices_as_tfds_does(split, expected):
+def test_select_rows_slices_like_tfds(split, expected):
     assert rows(split, num_images=10) == [expected]
 
 
@@ -55,7 +55,7 @@ def test_select_rows_slices_as_tfds_does(split, expected):
     ("train", "test", "shared"),
     [("train", "train[80%:]", "2 of 10"), ("train[:5]", "train[4:]", "1 of 10"), ("test", "test", "3 of 3")],
 )
-def test_select_rows_refuses_overlapping_slices(train, test, shared):
+def test_select_rows_rejects_overlapping_slices(train, test, shared):
     with pytest.raises(UsageError, match=rf"overlap in {shared} images; choose disjoint slices"):
         rows(train, test, num_images=10)
 

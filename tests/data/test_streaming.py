@@ -57,7 +57,7 @@ def six(folder):
     return batches(load(folder).train)
 
 
-def test_training_batches_gives_those_of_the_reader(folder):
+def test_training_batches_match_batch_reader(folder):
     split, options = load(folder).train, OPTIONS | {"augment": "inception", "part": 1, "num_parts": 2}
     expected = batches(split, **options, first_step=1)
     assert same(
@@ -65,7 +65,7 @@ def test_training_batches_gives_those_of_the_reader(folder):
     )
 
 
-def test_batch_reader_shows_every_image_at_most_once_an_epoch(folder, six):
+def test_batch_reader_returns_each_image_at_most_once_per_epoch(folder, six):
     whole = load(folder, storage="memory").train
     known = {image.tobytes(): int(label) for image, label in zip(whole.images, whole.labels, strict=True)}
     assert len(known) == 2 * COUNT
@@ -77,19 +77,19 @@ def test_batch_reader_shows_every_image_at_most_once_an_epoch(folder, six):
     )
 
 
-def test_batch_reader_depends_on_the_step_alone(folder, six):
+def test_batch_reader_depends_only_on_seed_and_step(folder, six):
     split = load(folder).train
     assert same(batches(split, first_step=3), six[3:])
     assert not same(batches(split, seed=1), six)
 
 
-def test_batch_reader_has_parts_that_make_the_batch(folder, six):
+def test_batch_reader_parts_concatenate_to_batch(folder, six):
     halves = [batches(load(folder).train, part=part, num_parts=2) for part in (0, 1)]
     joined = [tuple(np.concatenate(pair) for pair in zip(*parts, strict=True)) for parts in zip(*halves, strict=True)]
     assert same(joined, six)
 
 
-def test_batch_reader_samples_the_same_crops_again(folder, six):
+def test_batch_reader_samples_deterministic_crops(folder, six):
     split = load(folder).train
     cropped = batches(split, augment="inception")
     assert same(batches(split, augment="inception", first_step=2), cropped[2:])
@@ -99,7 +99,7 @@ def test_batch_reader_samples_the_same_crops_again(folder, six):
     assert {tuple(pixel) for pixel in padded[0][0].reshape(-1, 3)} > {(1, 2, 3)}  # some margin is seen
 
 
-def test_training_batches_names_an_image_that_cannot_be_decoded(folder, tmp_path):
+def test_training_batches_name_undecodable_image(folder, tmp_path):
     import shutil
 
     shutil.copytree(folder, tmp_path / "copy")
@@ -108,7 +108,7 @@ def test_training_batches_names_an_image_that_cannot_be_decoded(folder, tmp_path
         next(training_batches(BatchReader(load(tmp_path / "copy").train, **OPTIONS), first_step=0, num_steps=6))
 
 
-def test_training_batches_reports_a_worker_that_is_killed(folder):
+def test_training_batches_report_killed_worker(folder):
     stream = training_batches(BatchReader(load(folder).train, **OPTIONS), first_step=0, num_steps=10_000, num_workers=2)
     next(stream)
     workers = multiprocessing.active_children()
@@ -120,7 +120,7 @@ def test_training_batches_reports_a_worker_that_is_killed(folder):
     assert multiprocessing.active_children() == []
 
 
-def test_training_batches_leaves_nothing_in_shared_memory(folder, tmp_path):
+def test_training_batches_free_shared_memory(folder, tmp_path):
     """Where batches are left over, and where none are, a process ends without a complaint."""
     script = """
     import sys

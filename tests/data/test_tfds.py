@@ -101,7 +101,7 @@ def test_open_tfds_reads_array_records_without_tensorflow(tfds_dir):
     assert has_tensorflow == "False"
 
 
-def test_open_tfds_streams_what_does_not_fit(tfds_dir, tmp_path):
+def test_open_tfds_streams_records(tfds_dir, tmp_path):
     """The source of records comes into the worker processes."""
     (tmp_path / "main.py").write_text(textwrap.dedent(STREAM))
     code = f"import runpy; runpy.run_path({str(tmp_path / 'main.py')!r}, run_name='__main__')"
@@ -109,28 +109,28 @@ def test_open_tfds_streams_what_does_not_fit(tfds_dir, tmp_path):
     assert pairs == "[(0, 0), (1, 1), (2, 0), (3, 1)]"
 
 
-def test_open_tfds_slices(tfds_dir):
+def test_open_tfds_selects_slice(tfds_dir):
     assert run_python(SHOW, "tfds:pets", tfds_dir, "train[:75%]")[-3] == "(3, 5, 6, 3) (2, 5, 6, 3)"
 
 
-def test_open_tfds_resizes_where_sizes_differ(tmp_path):
+def test_open_tfds_resizes_images_of_different_sizes(tmp_path):
     run_python(PREPARE, tmp_path, "labels", "wide")
     assert run_python(SHOW, "tfds:pets", tmp_path, "train")[-3] == "(4, 4, 4, 3) (2, 4, 4, 3)"
 
 
-def test_open_tfds_wants_class_names(tmp_path):
+def test_open_tfds_requires_class_names(tmp_path):
     run_python(PREPARE, tmp_path)
     message = run_python(SHOW, "tfds:pets", tmp_path, "train")[-1]
     assert "tfds:pets has the features image, label; expected" in message
     assert "a `label` with class names" in message
 
 
-def test_open_tfds_lists_the_known_splits(tfds_dir):
+def test_open_tfds_lists_known_splits(tfds_dir):
     message = run_python(SHOW, "tfds:pets", tfds_dir, "trian")[-1]
     assert message == "UsageError unknown split 'trian'; expected train, test, or a slice such as 'train[:90%]'"
 
 
-def test_open_tfds_gives_the_command_that_prepares(tmp_path):
+def test_open_tfds_prints_command_to_prepare_dataset(tmp_path):
     message = run_python(SHOW, "tfds:mnist", tmp_path, "train")[-1]
     assert message.startswith(f"UserError tfds:mnist is not prepared in {tmp_path}/mnist/")
     assert message.endswith(
@@ -139,12 +139,12 @@ def test_open_tfds_gives_the_command_that_prepares(tmp_path):
     )
 
 
-def test_open_tfds_names_the_nearest_dataset(tmp_path):
+def test_open_tfds_suggests_nearest_dataset(tmp_path):
     message = run_python(SHOW, "tfds:mnits", tmp_path, "train")[-1]
     assert message.startswith(f"UsageError TFDS has no dataset 'mnits', nor has {tmp_path}; nearest are mnist")
 
 
-def test_open_tfds_refuses_another_file_format(tfds_dir, tmp_path):
+def test_open_tfds_rejects_other_file_format(tfds_dir, tmp_path):
     info = (tfds_dir / "pets" / "1.0.0" / "dataset_info.json").read_text()
     copy = tmp_path / "pets" / "1.0.0"
     copy.mkdir(parents=True)
@@ -155,7 +155,7 @@ def test_open_tfds_refuses_another_file_format(tfds_dir, tmp_path):
     assert "prepare it: pip install" in message
 
 
-def test_load_dataset_imports_tfds_for_tfds_only():
+def test_load_dataset_imports_tfds_only_for_tfds_datasets():
     code = """
         import sys
         from vit_jax.data import load_dataset
