@@ -9,7 +9,7 @@ from vit_jax.runtime import sharding
 
 
 @pytest.mark.parametrize(("units", "pixels"), [(None, 1), ((), 4), ((3,), 4), ((3, 4), 8), ((3, 4, 6, 3), 32)])
-def test_reduction_is_the_side_of_an_output_position(units, pixels):
+def test_reduction_returns_pixels_per_output_position(units, pixels):
     assert common.reduction(units) == pixels
 
 
@@ -22,23 +22,23 @@ def test_reduction_is_the_side_of_an_output_position(units, pixels):
         ("embedding/kernel", 4, 3),
     ],
 )
-def test_num_input_axes_counts_heads_of_query_key_and_value_as_outputs(path, num_axes, inputs):
+def test_num_input_axes_counts_query_key_and_value_heads_as_outputs(path, num_axes, inputs):
     assert common.num_input_axes(path, num_axes) == inputs
 
 
 @pytest.mark.parametrize(
     ("dtype", "expected"), [("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")]
 )
-def test_float32_or_wider(dtype, expected):
+def test_float32_or_wider_promotes_dtype(dtype, expected):
     assert common.float32_or_wider(dtype) == jnp.dtype(expected)
 
 
-def test_remat_module_returns_the_module_itself_for_none():
+def test_remat_module_returns_module_unchanged_for_none():
     assert common.remat_module(nn.Dense, "none") is nn.Dense
 
 
 @pytest.mark.parametrize(("remat", "num_products"), [("none", 3), ("dots", 3), ("full", 4)])
-def test_remat_module_recomputes_what_its_policy_does_not_keep(remat, num_products):
+def test_remat_module_recomputes_activations_by_policy(remat, num_products):
     """One matrix product forward, two backward; and with "full" the forward one again."""
 
     class Block(nn.Module):
@@ -52,7 +52,7 @@ def test_remat_module_recomputes_what_its_policy_does_not_keep(remat, num_produc
     assert str(jax.make_jaxpr(gradient)(variables, x)).count("dot_general[") == num_products
 
 
-def test_shard_batch_shards_the_batch_over_all_axes_of_the_mesh():
+def test_shard_batch_shards_batch_over_all_mesh_axes():
     x = jnp.zeros((16, 2))
     assert common.shard_batch(x) is x  # without a mesh
     mesh = sharding.create_mesh()
@@ -62,7 +62,7 @@ def test_shard_batch_shards_the_batch_over_all_axes_of_the_mesh():
 
 
 @pytest.mark.parametrize(("head_init", "is_zero"), [("zeros", True), ("xavier", False)])
-def test_create_head_is_a_float32_layer_without_the_model(head_init, is_zero):
+def test_create_head_returns_float32_dense_layer(head_init, is_zero):
     class Model(common.HeadMixin):
         dtype = "bfloat16"
 

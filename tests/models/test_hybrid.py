@@ -20,7 +20,7 @@ def create_params(*, num_tokens=16, **sizes):
 
 
 @pytest.mark.parametrize(("units", "shape"), [((), (2, 8, 6, 32)), ((1,), (2, 8, 6, 128)), ((1, 2), (2, 4, 3, 256))])
-def test_apply_stem_halves_the_size_twice_and_in_each_further_block(units, shape):
+def test_apply_stem_downsamples_by_four_and_by_two_per_further_block(units, shape):
     class Stem(hybrid.nn.Module):
         @hybrid.nn.compact
         def __call__(self, images):
@@ -32,7 +32,7 @@ def test_apply_stem_halves_the_size_twice_and_in_each_further_block(units, shape
     assert variables["params"].keys() == expected
 
 
-def test_unit_starts_as_its_shortcut():
+def test_unit_equals_shortcut_at_initialization():
     """The last norm's scale is zero: a unit without projection returns relu(x)."""
     x = jax.random.normal(jax.random.key(0), (1, 3, 3, 128))
     unit = hybrid.Unit(width=32, stride=1, projects=False, dtype="float32")
@@ -48,7 +48,7 @@ def test_create_conv_standardizes_kernels():
     np.testing.assert_allclose(ours, scaled, atol=1e-3)
 
 
-def test_hybrid_gives_logits_of_the_reference():
+def test_vision_transformer_with_stem_matches_reference_logits():
     flat = create_params(stem_units=(1, 2), num_tokens=1 + 4)
     images = np.random.default_rng(1).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
     model = models.VisionTransformer(7, **SIZES, stem_units=(1, 2))
@@ -56,7 +56,7 @@ def test_hybrid_gives_logits_of_the_reference():
     np.testing.assert_allclose(logits, reference.forward(unflatten_dict(flat, sep="/"), images), atol=2e-4)
 
 
-def test_gradients_flow_through_every_parameter_of_a_hybrid():
+def test_vision_transformer_with_stem_has_gradients_for_all_parameters():
     sizes = SIZES | {"stem_units": (2,), "pool": "map"}
     model = models.VisionTransformer(7, **sizes, remat="full", head_init="xavier")
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
@@ -68,7 +68,7 @@ def test_gradients_flow_through_every_parameter_of_a_hybrid():
         assert np.any(leaf != 0) or key.endswith("/key/bias"), key
 
 
-def test_bfloat16_reaches_the_stem_and_the_pooling():
+def test_vision_transformer_computes_stem_and_pooling_in_bfloat16():
     sizes = SIZES | {"stem_units": (), "pool": "map"}
     flat = create_params(**sizes)
     inputs = np.random.default_rng(1).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
@@ -80,7 +80,7 @@ def test_bfloat16_reaches_the_stem_and_the_pooling():
     assert np.linalg.norm(np.asarray(features, np.float64) - wanted) < 0.03 * np.linalg.norm(wanted)
 
 
-def test_validate_refuses_images_that_a_hybrids_patches_do_not_divide():
+def test_validate_rejects_indivisible_image_size_and_stem_width():
     model = models.VisionTransformer(7, **SIZES, stem_units=(1, 2))
     assert model.pixels_per_patch == 8
     with pytest.raises(UsageError, match="image_size 36 is not a multiple of the patch, 8 pixels"):

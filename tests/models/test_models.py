@@ -8,7 +8,7 @@ MICRO = {"patch_size": 4, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "m
 SIZES = {"vit": MICRO, "resnet50": {"units": (1, 2), "width": 32}}
 
 
-def test_create_model_gives_the_module_of_its_arguments():
+def test_create_model_returns_module_with_given_arguments():
     expected = models.VisionTransformer(5, **MICRO, dtype=jnp.dtype("bfloat16"), remat="full")
     assert models.create_model("vit", MICRO, num_classes=5, dtype="bfloat16", remat="full") == expected
     expected = models.ResNet(5, (1, 2), 32, dtype=jnp.dtype("float32"))
@@ -16,7 +16,7 @@ def test_create_model_gives_the_module_of_its_arguments():
 
 
 @pytest.mark.parametrize("architecture", models.ARCHITECTURES)
-def test_model_arguments_create_the_same_model(architecture):
+def test_model_arguments_recreate_model(architecture):
     model = models.create_model(architecture, SIZES[architecture], num_classes=5)
     arguments = models.model_arguments(model)
     assert not arguments.keys() & {"dtype", "remat", "parent", "name"}
@@ -47,7 +47,7 @@ def test_model_arguments_create_the_same_model(architecture):
         ("resnet50", {"width": 48}, "model.width 48 is not a multiple of 32"),
     ],
 )
-def test_create_model_refuses_wrong_arguments(architecture, arguments, message):
+def test_create_model_rejects_invalid_arguments(architecture, arguments, message):
     with pytest.raises(UsageError) as caught:
         models.create_model(architecture, SIZES.get(architecture, {}) | arguments, num_classes=5)
     assert message in str(caught.value) and "\n" not in str(caught.value)

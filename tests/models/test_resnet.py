@@ -30,7 +30,7 @@ def random_images(*shape):
 
 
 @pytest.mark.parametrize(("num_classes", "num_params"), [(21843, 68_256_659), (1000, 25_549_352)])
-def test_names_are_those_of_the_file_but_for_the_head(num_classes, num_params):
+def test_resnet_parameters_match_checkpoint_except_head(num_classes, num_params):
     """The counts are those that timm gives for BiT-M and BiT-S R50x1, 68.3 and 25.5 million."""
     tree = jax.eval_shape(ResNet(num_classes).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     ours = {key: leaf.shape for key, leaf in flatten_dict(tree, sep="/").items()}
@@ -42,7 +42,7 @@ def test_names_are_those_of_the_file_but_for_the_head(num_classes, num_params):
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 40, 24), (1, 7, 7)])
-def test_float64_reaches_the_reference_to_rounding(shape):
+def test_resnet_matches_reference_in_float64(shape):
     """Ten digits: what float32 hides, such as another epsilon, would show here."""
     images, params = random_images(*shape), released_params()
     for kernel in (leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 4):
@@ -55,7 +55,7 @@ def test_float64_reaches_the_reference_to_rounding(shape):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-4), (jnp.bfloat16, 0.05)])
-def test_narrower_types_stay_near_the_reference(dtype, tolerance):
+def test_resnet_approximates_reference_in_lower_precision(dtype, tolerance):
     images = random_images(3, 32, 32)
     expected = reference.forward(released_params(), images)
     logits = jax.jit(ResNet(7, UNITS, WIDTH, dtype=dtype).apply)({"params": PARAMS}, images)
@@ -63,7 +63,7 @@ def test_narrower_types_stay_near_the_reference(dtype, tolerance):
     np.testing.assert_allclose(logits, expected, atol=tolerance * np.abs(expected).max())
 
 
-def test_bfloat16_reaches_every_submodule():
+def test_resnet_computes_all_submodules_in_bfloat16():
     model = ResNet(7, UNITS, WIDTH, dtype=jnp.bfloat16)
 
     def apply(images):
@@ -79,7 +79,7 @@ def test_bfloat16_reaches_every_submodule():
         assert {leaf.dtype for leaf in jax.tree.leaves(outputs[key])} == {jnp.dtype("bfloat16")}, key
 
 
-def test_a_fresh_head_gives_zeros_and_every_parameter_has_a_gradient():
+def test_resnet_starts_with_zero_logits_and_has_gradients_for_all_parameters():
     images, model = random_images(2, 32, 32), ResNet(7, UNITS, WIDTH)
     params = jax.jit(model.init)(jax.random.key(0), images)["params"]
 
@@ -95,7 +95,7 @@ def test_a_fresh_head_gives_zeros_and_every_parameter_has_a_gradient():
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(remat):
+def test_resnet_gradients_match_with_remat(remat):
     images = random_images(2, 16, 16)
 
     def gradient(model):
@@ -128,7 +128,7 @@ def config_with(*, model=None, **changes):
         (("resnet/block2/.*", "head/.*"), ("resnet/block2/", "head/"), {"fsdp": 8}),
     ],
 )
-def test_a_run_from_a_file_trains_what_it_should_and_evaluates(tmp_path, trainable, moving, mesh):
+def test_train_and_evaluate_updates_only_trainable_resnet_parameters(tmp_path, trainable, moving, mesh):
     pretrained.save_npz(tmp_path / "BiT.npz", released_params(units=(1, 1)))
     config = config_with(pretrained=str(tmp_path / "BiT.npz"), trainable=trainable, mesh=mesh)
     results = trainer.train_and_evaluate(config, tmp_path / "run")
@@ -141,7 +141,7 @@ def test_a_run_from_a_file_trains_what_it_should_and_evaluates(tmp_path, trainab
         assert moved == key.startswith(moving), key
 
 
-def test_a_run_from_scratch_learns(tmp_path):
+def test_train_and_evaluate_learns_with_resnet_from_scratch(tmp_path):
     model = {"units": (1,), "width": WIDTH}
     config = config_with(model=model, num_steps=40, eval_every_steps=40, log_every_steps=10, learning_rate=0.003)
     config.dataset.train_split = "train"
@@ -151,7 +151,7 @@ def test_a_run_from_scratch_learns(tmp_path):
 
 
 @pytest.mark.parametrize("trainable", ["full", "head"])
-def test_a_dry_run_says_what_a_run_costs(capsys, trainable):
+def test_dry_run_prints_parameter_count_and_memory_of_resnet(capsys, trainable):
     dry_run.dry_run(config_with(trainable=trainable))
     out = capsys.readouterr().out
     num_params = sum(map(np.prod, released_shapes((1, 1), WIDTH, 10).values()))
@@ -173,14 +173,14 @@ def test_a_dry_run_says_what_a_run_costs(capsys, trainable):
         ({"optimizer": {"layer_decay": 0.9}}, "layer_decay is for the layers of a VisionTransformer"),
     ],
 )
-def test_what_does_not_fit_a_resnet_is_refused(tmp_path, changes, message):
+def test_train_and_evaluate_rejects_options_unsupported_by_resnet(tmp_path, changes, message):
     with pytest.raises(UsageError) as caught:
         trainer.train_and_evaluate(config_with(**changes), tmp_path)
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("arg", ["scratch", "pretrained", "head"])
-def test_create_model_of_the_config_is_a_resnet_50(arg):
+def test_create_model_returns_resnet50_for_config(arg):
     config = cifar100_resnet50.get_config(arg)
     assert create_model(config, None, num_classes=100) == ResNet(100, dtype=jnp.bfloat16)
     assert not initialize.needs_pretrained(config.model, config.architecture)
@@ -207,7 +207,7 @@ def model_of(file, architecture="resnet50", **sizes):
     return models.create_model(architecture, arguments, num_classes=10)
 
 
-def test_to_original_makes_the_head_a_matrix_and_changes_nothing_else():
+def test_to_original_converts_only_head():
     before, after = released_params(), pretrained.to_original(released_params())
     np.testing.assert_array_equal(after["head"]["kernel"], before["resnet"]["head"]["conv2d"]["kernel"][0, 0])
     np.testing.assert_array_equal(after["head"]["bias"], before["resnet"]["head"]["conv2d"]["bias"])
@@ -216,7 +216,7 @@ def test_to_original_makes_the_head_a_matrix_and_changes_nothing_else():
     jax.tree.map(np.testing.assert_array_equal, pretrained.to_original(after), after)
 
 
-def test_create_params_loads_all_of_a_file_but_the_head(write, capsys):
+def test_create_params_loads_resnet_checkpoint_except_head(write, capsys):
     flat = flat_params()
     file = write(flat)
     model = model_of(file)
@@ -230,20 +230,20 @@ def test_create_params_loads_all_of_a_file_but_the_head(write, capsys):
     assert "resnet/block*/…" in report and "position embeddings" not in report
 
 
-def test_model_arguments_reads_a_trained_file_again(write):
+def test_model_arguments_reads_fine_tuned_resnet_checkpoint(write):
     squeezed = flatten_dict(pretrained.to_original(released_params()), sep="/")
     assert model_of(write(squeezed)).units == UNITS
 
 
 @pytest.mark.parametrize("units", [list(UNITS), UNITS])
-def test_model_arguments_accepts_a_list(write, units):
+def test_model_arguments_accepts_units_as_list(write, units):
     file = write(flat_params())
     assert model_of(file, units=units, width=WIDTH).units == UNITS
     with pytest.raises(UsageError, match=r"which is another one: width 64 \(checkpoint: 32\)"):
         model_of(file, units=units, width=64)
 
 
-def test_model_arguments_refuses_the_file_of_another_architecture(write):
+def test_model_arguments_rejects_checkpoint_of_other_architecture(write):
     with pytest.raises(UsageError, match=r"does not fit micro, .* resnet50 \(checkpoint: vit\)"):
         model_of("micro")
     with pytest.raises(UsageError, match=r"does not fit .*BiT-micro.npz, .* vit \(checkpoint: resnet50\)"):

@@ -65,7 +65,7 @@ def assert_matches_reference(params, images, **kwargs):
 # ---- names and sizes
 
 
-def test_parameter_tree_is_the_released_file():
+def test_vision_transformer_parameters_match_checkpoint():
     model = VisionTransformer(21843, representation_size=768)
     leaves = init_shapes(model, 224)
     expected = reference.released_shapes(
@@ -77,7 +77,7 @@ def test_parameter_tree_is_the_released_file():
     assert {leaf.dtype for leaf in leaves.values()} == {np.dtype(np.float32)}
 
 
-def test_parameter_tree_without_pre_logits_has_200_arrays():
+def test_vision_transformer_without_pre_logits_has_200_arrays():
     leaves = init_shapes(VisionTransformer(1000), 384)
     assert len(leaves) == 200
     assert leaves["Transformer/posembed_input/pos_embedding"].shape == (1, 577, 768)
@@ -102,15 +102,15 @@ def test_parameter_tree_without_pre_logits_has_200_arrays():
         ("R50_L_32", 328_994_856),
     ],
 )
-def test_parameter_counts_are_the_published_ones(variant, count):
+def test_vision_transformer_has_published_parameter_count(variant, count):
     assert count_parameters(create_variant(variant), 224) == count
 
 
-def test_a_model_that_pools_by_the_mean_has_the_published_count():
+def test_vision_transformer_with_mean_pooling_has_published_parameter_count():
     assert count_parameters(create_variant("B_16", pool="mean"), 224) == 86_566_120
 
 
-def test_variants_differ_only_in_the_patch():
+def test_vision_transformer_variants_differ_only_in_patch_size():
     def shapes(name):
         return {key: leaf.shape for key, leaf in init_shapes(create_variant(name), 224).items()}
 
@@ -120,7 +120,7 @@ def test_variants_differ_only_in_the_patch():
 
 
 @pytest.mark.parametrize("variant", variants.VARIANTS)
-def test_sizes_are_read_back_off_the_shapes(variant):
+def test_infer_sizes_recovers_arguments_from_shapes(variant):
     arguments = variants.get_config(variant).to_dict()
     model = create_variant(variant, num_classes=10)
     tree = unflatten_dict(init_shapes(model, 7 * model.pixels_per_patch), sep="/")
@@ -130,7 +130,7 @@ def test_sizes_are_read_back_off_the_shapes(variant):
     assert pretrained.infer_sizes(tree) == ("vit", expected)
 
 
-def test_the_head_and_the_class_token_start_at_zero():
+def test_vision_transformer_initializes_head_and_class_token_to_zero():
     model = VisionTransformer(5, **MICRO)
 
     def init(key):
@@ -145,17 +145,17 @@ def test_the_head_and_the_class_token_start_at_zero():
 
 
 @pytest.mark.parametrize("representation_size", [None, 16])
-def test_logits_match_the_reference(representation_size):
+def test_vision_transformer_matches_reference_logits(representation_size):
     params = random_params(grid=(4, 4), representation_size=representation_size)
     assert_matches_reference(params, random_images(16, 16), representation_size=representation_size)
 
 
-def test_logits_match_the_reference_on_oblong_pictures():
+def test_vision_transformer_matches_reference_logits_on_non_square_images():
     assert_matches_reference(random_params(grid=(2, 4)), random_images(8, 16))
 
 
 @pytest.mark.parametrize(("grid", "new_grid"), [((4, 4), (6, 6)), ((4, 4), (3, 5)), ((2, 6), (4, 4))])
-def test_logits_match_the_reference_after_resampling(grid, new_grid):
+def test_vision_transformer_matches_reference_logits_after_adapt_params(grid, new_grid):
     source = random_params(grid=grid, representation_size=16, num_classes=7)
     height, width = (4 * size for size in new_grid)
     target = random_params(grid=new_grid, seed=2)
@@ -163,7 +163,7 @@ def test_logits_match_the_reference_after_resampling(grid, new_grid):
     assert_matches_reference(params, random_images(height, width))
 
 
-def test_patches_are_numbered_row_by_row():
+def test_reference_forward_changes_with_transposed_images():
     params = random_params(grid=(2, 4))
     images = random_images(8, 16)
     plain = reference.forward(params, images)
@@ -171,7 +171,7 @@ def test_patches_are_numbered_row_by_row():
     assert np.abs(plain - upright).max() > 0.1  # the reference itself sees the difference
 
 
-def test_float64_reaches_the_reference_to_rounding():
+def test_vision_transformer_matches_reference_in_float64():
     """Twelve digits: what float32 hides, such as another epsilon or form of GELU, would show here."""
     params, images = random_params(grid=(4, 4), representation_size=16), random_images(16, 16)
     with jax.enable_x64(True):
@@ -185,7 +185,7 @@ def test_float64_reaches_the_reference_to_rounding():
 # ---- dtype, dropout, refusals
 
 
-def test_bfloat16_reaches_every_submodule():
+def test_vision_transformer_computes_all_submodules_in_bfloat16():
     model = VisionTransformer(5, **MICRO, representation_size=16, dtype=jnp.bfloat16)
     images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
 
@@ -204,7 +204,7 @@ def test_bfloat16_reaches_every_submodule():
     assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype(jnp.float32)}
 
 
-def test_bfloat16_sums_softmax_and_norms_in_float32():
+def test_vision_transformer_computes_softmax_and_norms_in_float32():
     model = VisionTransformer(5, **MICRO, dtype=jnp.bfloat16)
     images = jnp.zeros((2, 16, 16, 3))
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -216,7 +216,7 @@ def test_bfloat16_sums_softmax_and_norms_in_float32():
     assert ":bf16[" in program
 
 
-def test_bfloat16_stays_near_the_reference():
+def test_vision_transformer_approximates_reference_in_bfloat16():
     params, images = random_params(grid=(4, 4)), random_images(16, 16)
     logits = jax.jit(VisionTransformer(5, **MICRO, dtype=jnp.bfloat16).apply)({"params": params}, images)
     expected = reference.forward(params, images)
@@ -224,7 +224,7 @@ def test_bfloat16_stays_near_the_reference():
 
 
 @pytest.mark.parametrize("rate", ["dropout_rate", "attention_dropout_rate"])
-def test_dropout_is_active_in_training_only(rate):
+def test_vision_transformer_applies_dropout_only_in_training(rate):
     small = {**MICRO, "num_layers": 1}
     model = VisionTransformer(5, **small, **{rate: 0.5})
     variables, images = {"params": random_params(grid=(4, 4))}, random_images(16, 16)
@@ -237,7 +237,7 @@ def test_dropout_is_active_in_training_only(rate):
     assert np.abs(first - second).max() > 1e-3
 
 
-def test_training_without_dropout_needs_no_key():
+def test_vision_transformer_without_dropout_needs_no_rng_in_training():
     variables, images = {"params": random_params(grid=(4, 4))}, random_images(16, 16)
     model = VisionTransformer(5, **MICRO)
     trained = apply_plain(model, variables, images, train=True)
@@ -245,13 +245,13 @@ def test_training_without_dropout_needs_no_key():
 
 
 @pytest.mark.parametrize(("height", "width"), [(18, 16), (16, 18)])
-def test_pictures_that_are_no_multiple_of_the_patch_are_refused(height, width):
+def test_vision_transformer_rejects_image_size_indivisible_by_patch_size(height, width):
     model = VisionTransformer(5, **MICRO)
     with pytest.raises(ValueError, match=f"{height} × {width} pixels.*patches of 4 × 4"):
         jax.eval_shape(model.init, jax.random.key(0), random_images(height, width))
 
 
-def test_without_classes_the_model_gives_what_its_head_would_see():
+def test_vision_transformer_without_num_classes_returns_head_inputs():
     model = VisionTransformer(5, **MICRO, representation_size=7)
     params = random_params(grid=(2, 2), representation_size=7)
     images = random_images(8, 8)
@@ -262,7 +262,7 @@ def test_without_classes_the_model_gives_what_its_head_would_see():
 
 
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
-def test_remat_changes_neither_names_nor_gradients(remat):
+def test_vision_transformer_parameters_and_gradients_match_with_remat(remat):
     plain = VisionTransformer(5, **MICRO, dropout_rate=0.1)
     other = plain.clone(remat=remat)
     assert init_shapes(other, 8) == init_shapes(plain, 8)
@@ -278,7 +278,7 @@ def test_remat_changes_neither_names_nor_gradients(remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), grads(plain), grads(other))
 
 
-def test_stochastic_depth_leaves_out_whole_branches_picture_by_picture():
+def test_encoder_skips_last_block_at_stochastic_depth_rate_near_one():
     """With a rate that is almost one the last block leaves almost every token as it is; the first is never left out."""
     model = VisionTransformer(None, **MICRO, stochastic_depth_rate=0.999999)
     params, images = random_params(grid=(2, 2)), random_images(8, 8)
@@ -296,7 +296,7 @@ def test_stochastic_depth_leaves_out_whole_branches_picture_by_picture():
     assert not np.allclose(out, calm, atol=1e-2)
 
 
-def test_stochastic_depth_gives_a_single_block_the_full_rate():
+def test_encoder_uses_full_stochastic_depth_rate_for_single_block():
     """A block that is left out returns its input: the embedded tokens."""
     model = VisionTransformer(None, **{**MICRO, "num_layers": 1}, stochastic_depth_rate=0.999999)
     images = random_images(8, 8)
@@ -314,7 +314,7 @@ def test_stochastic_depth_gives_a_single_block_the_full_rate():
     assert not np.allclose(evaluated, tokens, atol=1e-2)
 
 
-def test_stochastic_depth_scales_what_it_keeps():
+def test_encoder_block_rescales_kept_residual_branches():
     """Of a block with rate 1/2 a kept branch counts twice: with one branch, outputs are x or x + 2 · branch."""
     params = random_params(grid=(2, 2))["Transformer"]["encoderblock_1"]
     params["MlpBlock_3"] = jax.tree.map(jnp.zeros_like, params["MlpBlock_3"])  # leaves attention alone
@@ -329,7 +329,7 @@ def test_stochastic_depth_scales_what_it_keeps():
 
 
 @pytest.mark.parametrize("approximate", [True, False])
-def test_gelu_is_the_tanh_form_or_the_exact_one(approximate):
+def test_mlp_block_uses_tanh_or_exact_gelu(approximate):
     identity = {"kernel": np.eye(5), "bias": np.zeros(5)}
     x = np.array([[[-3.0, -1.0, 0.5, 1.0, 3.0]]])
     block = vit.MlpBlock(vit.BlockConfig(num_heads=1, mlp_dim=5, gelu_approximate=approximate))
@@ -342,7 +342,7 @@ def test_gelu_is_the_tanh_form_or_the_exact_one(approximate):
 
 
 @pytest.mark.parametrize(("head_init", "bound"), [("zeros", 0.0), ("xavier", np.sqrt(6 / (24 + 7)))])
-def test_the_head_starts_as_it_is_told(head_init, bound):
+def test_vision_transformer_initializes_head_by_head_init(head_init, bound):
     model = VisionTransformer(
         7, patch_size=4, hidden_size=24, num_layers=1, num_heads=3, mlp_dim=40, head_init=head_init
     )
