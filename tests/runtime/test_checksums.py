@@ -7,7 +7,7 @@ import pytest
 from vit_jax.runtime.checksums import checksum, checksums, mismatches
 
 
-def test_checksum_is_the_crc32_of_the_bytes_of_a_small_array():
+def test_checksum_of_small_array_equals_crc32():
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     assert checksum(array) == f"{zlib.crc32(array.tobytes()):08x}"
     assert checksum(array.T) == f"{zlib.crc32(array.T.tobytes()):08x}"
@@ -15,11 +15,11 @@ def test_checksum_is_the_crc32_of_the_bytes_of_a_small_array():
 
 
 @pytest.mark.parametrize("array", [jnp.ones(3, jnp.bfloat16), np.float32(2), np.zeros((0, 3)), np.array(True)])
-def test_checksum_takes_any_dtype_and_shape(array):
+def test_checksum_accepts_any_dtype_and_shape(array):
     assert checksum(array) == f"{zlib.crc32(np.asarray(array).tobytes()):08x}"
 
 
-def test_checksum_of_a_large_array_differs_for_flipped_and_exchanged_values():
+def test_checksum_of_large_array_changes_with_flipped_bits_and_swapped_values():
     array = np.random.default_rng(0).standard_normal((1100, 2050), dtype=np.float32)  # not a multiple of a row
     expected = checksum(array)
     assert checksum(array.copy()) == expected
@@ -37,12 +37,12 @@ def test_checksum_of_a_large_array_differs_for_flipped_and_exchanged_values():
     assert checksum(rows) != expected
 
 
-def test_checksums_are_named_by_the_joined_keys():
+def test_checksums_are_keyed_by_joined_paths():
     tree = {"head": {"kernel": np.ones(2), "bias": np.zeros(1)}, "opt_state": (np.zeros(3), None)}
     assert checksums(tree).keys() == {"head/kernel", "head/bias", "opt_state/0"}
 
 
-def test_mismatches_names_changed_missing_and_unexpected_arrays():
+def test_mismatches_list_changed_missing_and_unexpected_arrays():
     expected = checksums({"a": np.ones(2), "b": {"c": np.ones(2)}, "d": np.ones(1)})
     assert mismatches({"a": np.ones(2), "b": {"c": np.ones(2)}, "d": np.ones(1)}, expected) == []
     flipped = np.ones(2)

@@ -84,7 +84,7 @@ def records(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_killed_pair_goes_on_and_equals_one_process(tmp_path, run_command):
+def test_train_and_evaluate_resumes_two_killed_processes_and_matches_one_process(tmp_path, run_command):
     pair = start_training(tmp_path / "pair")
     wait_for(tmp_path / "pair/checkpoints/4", pair)
     pair[1].send_signal(signal.SIGKILL)
@@ -114,7 +114,7 @@ def test_a_killed_pair_goes_on_and_equals_one_process(tmp_path, run_command):
 
 
 @pytest.mark.slow
-def test_a_pair_that_streams_its_pictures_equals_one_process(tmp_path, run_command):
+def test_train_and_evaluate_with_two_streaming_processes_matches_one_process(tmp_path, run_command):
     """Each process decodes its half of every batch, and of the test pictures."""
     dataset = data.load_dataset("digits", image_size=8)
     for name, split, count in (("train", dataset.train, 160), ("test", dataset.test, 44)):
@@ -139,7 +139,7 @@ def test_a_pair_that_streams_its_pictures_equals_one_process(tmp_path, run_comma
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
-def test_a_signal_to_one_of_them_stops_both_at_one_step(tmp_path):
+def test_train_and_evaluate_stops_both_processes_at_same_step_after_sigterm(tmp_path):
     pair = start_training(tmp_path / "run", "--config.num_steps=2000")
     wait_for(tmp_path / "run/checkpoints/4", pair)
     pair[1].send_signal(signal.SIGTERM)
@@ -152,7 +152,7 @@ def test_a_signal_to_one_of_them_stops_both_at_one_step(tmp_path):
     assert records(tmp_path / "run")[-1]["step"] == step
 
 
-def test_a_process_that_fails_does_not_wait_for_the_other(tmp_path):
+def test_train_and_evaluate_exits_on_error_without_waiting_for_other_process(tmp_path):
     pair = start_training(tmp_path / "run", second=("--config.dataset.data_dir=/nowhere",))
     try:
         assert pair[1].wait(60) == 2
@@ -162,7 +162,7 @@ def test_a_process_that_fails_does_not_wait_for_the_other(tmp_path):
     assert last == "error: dataset 'digits' does not read data_dir, got '/nowhere'; leave it empty"
 
 
-def test_create_job_refuses_processes_that_read_different_datasets(tmp_path):
+def test_create_experiment_rejects_processes_with_different_datasets(tmp_path):
     pair = start_training(tmp_path / "run", second=("--config.dataset.train_split=train[:150]",))
     assert wait(pair, 100) == [1, 1]
     last, same = (text.splitlines()[-1] for text in read_both(tmp_path / "run"))
@@ -171,7 +171,7 @@ def test_create_job_refuses_processes_that_read_different_datasets(tmp_path):
     assert "the first process read 160 training and 44 test images of 10 classes (digest " in last
 
 
-def test_initialize_processes_gives_up_in_one_line_when_the_others_do_not_come(tmp_path, run_command):
+def test_initialize_processes_times_out_when_other_processes_are_missing(tmp_path, run_command):
     port = free_port()
     for process_id in range(2):
         flags = ("--coordinator", f"localhost:{port}", "--num_processes", 2, "--process_id", process_id)
@@ -195,7 +195,7 @@ def test_initialize_processes_gives_up_in_one_line_when_the_others_do_not_come(t
         (("localhost:1234", 0, 0), "--num_processes 0, --process_id 0; expected "),
     ],
 )
-def test_initialize_processes_refuses_flags_that_do_not_belong_together(flags, message):
+def test_initialize_processes_rejects_inconsistent_flags(flags, message):
     with pytest.raises(UsageError) as error, distributed.initialize_processes(*flags):
         pass
     assert message in str(error.value)
@@ -248,7 +248,7 @@ def read_both(log: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_initialize_processes_ends_all_processes_when_one_is_out_of_memory(tmp_path, which):
+def test_initialize_processes_stops_all_processes_when_one_is_out_of_memory(tmp_path, which):
     assert wait(start_failing(tmp_path / "log", "out of memory", which), 60) == [1, 1]
     said = read_both(tmp_path / "log")
     message = "RESOURCE_EXHAUSTED: Out of memory allocating 400000000000000 bytes."
@@ -257,7 +257,7 @@ def test_initialize_processes_ends_all_processes_when_one_is_out_of_memory(tmp_p
     assert said[1 - which] == f"error: process {which} of 2 failed: {message}{RESUME}\n"
 
 
-def test_initialize_processes_prints_the_traceback_of_a_bug_in_its_own_process_only(tmp_path):
+def test_initialize_processes_prints_traceback_only_in_failing_process(tmp_path):
     assert wait(start_failing(tmp_path / "log", "bug", 1), 60) == [1, 1]
     said = read_both(tmp_path / "log")
     assert said[0] == f"error: process 1 of 2 failed: KeyError: 'ours'{RESUME}\n"
@@ -265,20 +265,20 @@ def test_initialize_processes_prints_the_traceback_of_a_bug_in_its_own_process_o
     assert said[1].endswith("KeyError: 'ours'\n")
 
 
-def test_initialize_processes_reports_in_each_process_an_error_that_all_have(tmp_path):
+def test_initialize_processes_reports_shared_error_in_each_process(tmp_path):
     assert wait(start_failing(tmp_path / "log", "user error", "all"), 60) == [1, 1]
     assert read_both(tmp_path / "log") == ["error: the disk is full\n"] * 2
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_initialize_processes_ends_a_process_that_waits_for_one_that_fails_late(tmp_path, which):
+def test_initialize_processes_stops_waiting_process_when_other_fails_late(tmp_path, which):
     assert wait(start_failing(tmp_path / "log", "late", which), 60) == [1, 1]
     said = read_both(tmp_path / "log")
     assert said[which] == "error: the disk is full\n"
     assert said[1 - which] == f"error: process {which} of 2 failed: the disk is full{RESUME}\n"
 
 
-def test_initialize_processes_ends_the_first_process_when_another_is_killed(tmp_path):
+def test_initialize_processes_stops_main_process_when_other_is_killed(tmp_path):
     assert wait(start_failing(tmp_path / "log", "kill", 1), 60) == [1, -signal.SIGKILL]
     assert read_both(tmp_path / "log")[0] == f"error: process 1 of 2 has not responded for 5 seconds{RESUME}\n"
 
@@ -299,7 +299,7 @@ with distributed.initialize_processes():
 """
 
 
-def test_initialize_processes_connects_the_tasks_of_slurm(tmp_path):
+def test_initialize_processes_connects_slurm_tasks(tmp_path):
     """The variables that `srun --ntasks=2` gives its tasks."""
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     env = tuple({**job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2))
@@ -317,7 +317,7 @@ def test_initialize_processes_connects_the_tasks_of_slurm(tmp_path):
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},  # any pod
     ],
 )
-def test_initialize_processes_runs_alone_where_a_cluster_starts_one_process(variables, run_command):
+def test_initialize_processes_runs_alone_in_single_process_cluster_job(variables, run_command):
     script = (
         "from vit_jax.runtime import distributed\n"
         "with distributed.initialize_processes():\n    import jax; print(jax.process_count())"
@@ -326,7 +326,7 @@ def test_initialize_processes_runs_alone_where_a_cluster_starts_one_process(vari
     assert (result.returncode, result.stdout) == (0, "1\n"), result.stderr
 
 
-def test_initialize_processes_gives_advice_without_jaxs_kubernetes_extra(tmp_path, run_command):
+def test_initialize_processes_suggests_missing_jax_k8s_extra(tmp_path, run_command):
     pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
     result = run_command(*training(tmp_path), env=pod)
     assert result.returncode == 1

@@ -108,7 +108,7 @@ def part(path):
     return path.with_name("file.bin.part")
 
 
-def test_fetch_writes_the_whole_file(path, part):
+def test_fetch_downloads_file(path, part):
     with serve() as server:
         assert fetch(server.url, path) == path
     assert path.read_bytes() == CONTENT
@@ -123,13 +123,13 @@ def test_fetch_shows_progress_on_stderr(path, capfd):
     assert out == ""
 
 
-def test_fetch_returns_an_existing_file_without_asking(path, part):
+def test_fetch_returns_existing_file_without_request(path, part):
     path.write_bytes(b"mine")
     assert fetch("http://127.0.0.1:1/file.bin", path) == path
     assert path.read_bytes() == b"mine"
 
 
-def test_fetch_resumes_a_part_of_an_earlier_call(path, part):
+def test_fetch_resumes_partial_file_of_earlier_call(path, part):
     part.write_bytes(CONTENT[:100])
     with serve() as server:
         fetch(server.url, path)
@@ -137,14 +137,14 @@ def test_fetch_resumes_a_part_of_an_earlier_call(path, part):
     assert path.read_bytes() == CONTENT
 
 
-def test_fetch_resumes_where_a_connection_broke_off(path, part):
+def test_fetch_resumes_after_dropped_connection(path, part):
     with serve({"break_at": 300}, {"break_at": 700}, {}) as server:
         fetch(server.url, path)
     assert server.asked_ranges == [None, "bytes=300-", "bytes=700-"]
     assert path.read_bytes() == CONTENT
 
 
-def test_fetch_keeps_the_part_when_the_connection_stays_broken(path, part):
+def test_fetch_keeps_partial_file_after_repeated_disconnects(path, part):
     with (
         serve({"break_at": 300}) as server,
         pytest.raises(UserError, match="broke off after 300 bytes .rerun to resume.; download"),
@@ -155,14 +155,14 @@ def test_fetch_keeps_the_part_when_the_connection_stays_broken(path, part):
     assert not path.exists()
 
 
-def test_fetch_starts_again_where_the_server_ignores_ranges(path, part):
+def test_fetch_restarts_if_server_ignores_ranges(path, part):
     part.write_bytes(b"x" * 100)
     with serve({"ranges": False}) as server:
         fetch(server.url, path)
     assert path.read_bytes() == CONTENT
 
 
-def test_fetch_takes_a_complete_part(path, part):
+def test_fetch_accepts_complete_partial_file(path, part):
     part.write_bytes(CONTENT)
     with serve() as server:
         fetch(server.url, path)
@@ -170,26 +170,26 @@ def test_fetch_takes_a_complete_part(path, part):
     assert path.read_bytes() == CONTENT
 
 
-def test_fetch_checks_the_sha256(path, part):
+def test_fetch_verifies_sha256(path, part):
     with serve() as server:
         fetch(server.url, path, sha256=hashlib.sha256(CONTENT).hexdigest())
     assert path.read_bytes() == CONTENT
 
 
-def test_fetch_refuses_a_wrong_sha256(path, part):
+def test_fetch_rejects_sha256_mismatch(path, part):
     with serve() as server, pytest.raises(UserError, match=f"expected {'0' * 64}"):
         fetch(server.url, path, sha256="0" * 64)
     assert not part.exists() and not path.exists()
 
 
-def test_fetch_hands_the_part_to_check(path, part):
+def test_fetch_passes_partial_file_to_check(path, part):
     seen = []
     with serve() as server:
         fetch(server.url, path, check=lambda file: seen.append((file, file.read_bytes())))
     assert seen == [(part, CONTENT)]
 
 
-def test_fetch_refuses_what_check_refuses(path, part):
+def test_fetch_rejects_file_that_fails_check(path, part):
     def refuse(file):
         raise UserError("no array in it")
 
@@ -198,7 +198,7 @@ def test_fetch_refuses_what_check_refuses(path, part):
     assert not part.exists() and not path.exists()
 
 
-def test_fetch_refuses_an_html_page(path, part):
+def test_fetch_rejects_html_page(path, part):
     with (
         serve({"type": "text/html; charset=utf-8"}) as server,
         pytest.raises(UserError, match="got HTTP 200 OK text/html; charset=utf-8; download"),
@@ -207,7 +207,7 @@ def test_fetch_refuses_an_html_page(path, part):
     assert not part.exists() and not path.exists()
 
 
-def test_fetch_reports_url_reason_and_advice_in_one_line(path, part):
+def test_fetch_reports_http_error_in_one_line(path, part):
     with serve({"status": 404}) as server, pytest.raises(UserError) as caught:
         fetch(server.url, path)
     assert str(caught.value) == (
@@ -217,7 +217,7 @@ def test_fetch_reports_url_reason_and_advice_in_one_line(path, part):
     assert not part.exists() and not path.exists()
 
 
-def test_fetch_waits_as_long_as_a_busy_server_asks(path, part):
+def test_fetch_respects_retry_after(path, part):
     with serve({"status": 429, "headers": {"Retry-After": "1"}}, {}) as server:
         start = time.monotonic()
         fetch(server.url, path)
@@ -226,20 +226,20 @@ def test_fetch_waits_as_long_as_a_busy_server_asks(path, part):
 
 
 @pytest.mark.parametrize("mirror", ["mirror.example", "ftp://mirror.example"])
-def test_fetch_reports_a_mirror_that_is_not_an_address(path, monkeypatch, mirror):
+def test_fetch_rejects_invalid_mirror_url(path, monkeypatch, mirror):
     monkeypatch.setenv("VIT_JAX_MIRROR", mirror)
     with pytest.raises(UserError, match=f"^cannot fetch {mirror}/storage.googleapis.com/x.npz: "):
         fetch("https://storage.googleapis.com/x.npz", path)
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_fetch_tries_again_when_the_server_is_busy(path, part, status):
+def test_fetch_retries_when_server_is_busy(path, part, status):
     with serve({"status": status}, {"status": status}, {}) as server:
         fetch(server.url, path)
     assert path.read_bytes() == CONTENT
 
 
-def test_fetch_resumes_where_a_connection_stalls(path, part, monkeypatch):
+def test_fetch_resumes_after_stalled_connection(path, part, monkeypatch):
     with serve({"break_at": 300, "stall": 30}, {}) as server:
         monkeypatch.setattr(download, "_TIMEOUT_SECONDS", 0.3)
         fetch(server.url, path)
@@ -247,7 +247,7 @@ def test_fetch_resumes_where_a_connection_stalls(path, part, monkeypatch):
     assert path.read_bytes() == CONTENT
 
 
-def test_fetch_gives_up_where_the_server_sends_too_large_a_length(path, part):
+def test_fetch_fails_if_content_length_is_too_large(path, part):
     with (
         serve({"length": 5000, "ranges": False}) as server,
         pytest.raises(UserError, match="broke off after 1,000 bytes"),
@@ -256,7 +256,7 @@ def test_fetch_gives_up_where_the_server_sends_too_large_a_length(path, part):
     assert not path.exists()
 
 
-def test_fetch_reports_a_full_disk(path, part):
+def test_fetch_reports_full_disk(path, part):
     part.symlink_to("/dev/full")
     with serve() as server, pytest.raises(UserError) as caught:
         fetch(server.url, path)
@@ -267,24 +267,24 @@ def test_fetch_reports_a_full_disk(path, part):
 
 
 @pytest.mark.parametrize("cache", ["/proc/nowhere", "/dev/null"])
-def test_fetch_reports_a_directory_that_cannot_be_written(cache):
+def test_fetch_reports_unwritable_directory(cache):
     with pytest.raises(UserError, match=rf"^cannot write {cache}/sub/file.bin: .*; free disk space, or set"):
         fetch("http://127.0.0.1:1/file.bin", f"{cache}/sub/file.bin")
 
 
-def test_fetch_reports_a_lock_that_cannot_be_made(path, part):
+def test_fetch_reports_unwritable_lock_file(path, part):
     path.with_name("file.bin.lock").mkdir()
     with pytest.raises(UserError, match="cannot write .*file.bin: "):
         fetch("http://127.0.0.1:1/file.bin", path)
 
 
-def test_fetch_gives_up_on_a_busy_server(path, part):
+def test_fetch_fails_after_retries_on_busy_server(path, part):
     with serve({"status": 503}) as server, pytest.raises(UserError, match="got HTTP 503"):
         fetch(server.url, path)
     assert len(server.asked_ranges) == 3
 
 
-def test_fetch_reports_a_refused_connection(path, part):
+def test_fetch_reports_refused_connection(path, part):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))  # bound, not listening: nobody else can take the port
         with pytest.raises(UserError, match="Connection refused; download it by hand"):
@@ -292,25 +292,25 @@ def test_fetch_reports_a_refused_connection(path, part):
     assert not part.exists() and not path.exists()
 
 
-def test_fetch_reports_a_silent_server(path, part, monkeypatch):
+def test_fetch_reports_timeout(path, part, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match="timed out"):
         monkeypatch.setattr(download, "_TIMEOUT_SECONDS", 0.1)
         fetch(f"http://127.0.0.1:{silent.getsockname()[1]}/file.bin", path)
     assert not path.exists()
 
 
-def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
+def test_cache_dir_uses_environment_variable(monkeypatch, tmp_path):
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))
     assert download.cache_dir() == tmp_path
 
 
-def test_cache_dir_defaults_to_the_home(monkeypatch, tmp_path):
+def test_cache_dir_defaults_to_home_directory(monkeypatch, tmp_path):
     monkeypatch.delenv("VIT_JAX_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert download.cache_dir() == tmp_path / ".cache" / "vit_jax"
 
 
-def test_a_mirror_is_asked_for_host_and_path(path, monkeypatch):
+def test_fetch_requests_host_and_path_from_mirror(path, monkeypatch):
     with serve() as server:
         monkeypatch.setenv("VIT_JAX_MIRROR", server.url.removesuffix("file.bin"))
         fetch("https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz", path)
@@ -318,7 +318,7 @@ def test_a_mirror_is_asked_for_host_and_path(path, monkeypatch):
     assert server.asked_paths == ["/storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz"]
 
 
-def test_two_processes_fetch_a_file_once(path):
+def test_fetch_downloads_once_for_two_processes(path):
     script = "import sys; from vit_jax.runtime import download; download.fetch(sys.argv[1], sys.argv[2])"
     with serve({"delay": 1.5}) as server:
         command = [sys.executable, "-c", script, server.url, str(path)]
@@ -328,7 +328,7 @@ def test_two_processes_fetch_a_file_once(path):
     assert len(server.asked_ranges) == 1
 
 
-def test_a_process_that_is_killed_leaves_no_lock(path):
+def test_fetch_succeeds_after_lock_holder_is_killed(path):
     script = "import sys; from vit_jax.runtime import download; download.fetch(sys.argv[1], sys.argv[2])"
     with serve({"delay": 60}, {}) as server:
         first = subprocess.Popen([sys.executable, "-c", script, server.url, str(path)], cwd=ROOT)

@@ -25,12 +25,12 @@ def raising(error):
         (KeyboardInterrupt(), 130, "interrupted; rerun the same command to resume from the last checkpoint\n"),
     ],
 )
-def test_run_command_prints_one_line_and_returns_an_exit_code(capsys, error, code, line):
+def test_run_command_prints_one_line_and_returns_exit_code(capsys, error, code, line):
     assert run_command(raising(error)) == code
     assert capsys.readouterr().err == line
 
 
-def test_run_command_prints_names_that_are_not_text(monkeypatch):
+def test_run_command_escapes_undecodable_file_names(monkeypatch):
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     monkeypatch.setattr("sys.stdout", stdout)
     assert run_command(lambda: print("\udcff.png") or 0) == 0
@@ -38,18 +38,18 @@ def test_run_command_prints_names_that_are_not_text(monkeypatch):
     assert stdout.buffer.getvalue() == b"\\udcff.png\n"
 
 
-def test_run_command_returns_the_code_of_the_command():
+def test_run_command_returns_exit_code_of_main():
     assert run_command(lambda: 0) == 0
 
 
-def test_run_command_raises_bugs():
+def test_run_command_reraises_unexpected_errors():
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 // 0)
     with pytest.raises(RuntimeError, match="ours"):
         run_command(raising(RuntimeError("ours")))
 
 
-def test_run_command_gives_advice_when_the_device_is_out_of_memory(capsys):
+def test_run_command_suggests_accumulation_steps_when_out_of_memory(capsys):
     def main():
         jnp.ones(10**14).block_until_ready()  # 400 TB
         return 0
@@ -68,13 +68,13 @@ def test_run_command_gives_advice_when_the_device_is_out_of_memory(capsys):
         ("/site-packages/grain/a.py", logging.WARNING, False, True),
     ],
 )
-def test_run_command_drops_warnings_and_tracebacks_of_orbax_only(path, level, has_traceback, shown):
+def test_run_command_hides_warnings_and_tracebacks_only_of_orbax(path, level, has_traceback, shown):
     exception = (KeyError, KeyError(), None) if has_traceback else None
     record = logging.LogRecord("absl", level, path, 1, "message", None, exception)
     assert run_command(lambda: int(bool(logging.getLogger("absl").filter(record)))) == shown
 
 
-def test_parse_arguments_raises_a_usage_error():
+def test_parse_arguments_raises_usage_error():
     parser = argparse.ArgumentParser(prog="tool")
     parser.add_argument("--number", type=int)
     with pytest.raises(UsageError, match="argument --number: invalid int value: 'x' .see `tool --help`."):

@@ -6,7 +6,7 @@ import pytest
 from vit_jax.runtime.event_loops import patient_event_loops
 
 
-def test_patient_event_loops_end_all_tasks_when_one_fails(caplog):
+def test_patient_event_loops_finish_all_tasks_when_one_fails(caplog):
     ended = []
 
     async def work(number):

@@ -5,19 +5,19 @@ from vit_jax.runtime.files import atomic_path, write_atomically
 
 
 @pytest.mark.parametrize("content", ["grün\n", "grün\n".encode()])
-def test_write_atomically_replaces_the_content_and_leaves_no_other_file(tmp_path, content):
+def test_write_atomically_replaces_content_and_leaves_no_temporary_file(tmp_path, content):
     (tmp_path / "a.json").write_text("before")
     write_atomically(tmp_path / "a.json", content)
     assert (tmp_path / "a.json").read_bytes() == "grün\n".encode()
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_write_atomically_reports_a_missing_directory_in_one_line(tmp_path):
+def test_write_atomically_reports_missing_directory(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*/nowhere/a.json: No such file or directory; check the disk"):
         write_atomically(tmp_path / "nowhere" / "a.json", "{}")
 
 
-def test_atomic_path_renames_a_directory(tmp_path):
+def test_atomic_path_renames_directory(tmp_path):
     with atomic_path(tmp_path / "out") as directory:
         directory.mkdir()
         (directory / "a").write_text("1")
@@ -27,7 +27,7 @@ def test_atomic_path_renames_a_directory(tmp_path):
 
 
 @pytest.mark.parametrize("is_directory", [False, True])
-def test_atomic_path_keeps_what_was_there_when_the_body_fails(tmp_path, is_directory):
+def test_atomic_path_keeps_previous_file_on_failure(tmp_path, is_directory):
     (tmp_path / "out").write_text("before")
     with pytest.raises(KeyError), atomic_path(tmp_path / "out") as temporary:
         if is_directory:
@@ -39,7 +39,7 @@ def test_atomic_path_keeps_what_was_there_when_the_body_fails(tmp_path, is_direc
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
-def test_atomic_path_reports_a_full_disk_in_one_line(tmp_path):
+def test_atomic_path_reports_full_disk(tmp_path):
     with pytest.raises(UserError, match="cannot write .*/out: No space left on device; check the disk"):
         with atomic_path(tmp_path / "out") as temporary:
             temporary.symlink_to("/dev/full")

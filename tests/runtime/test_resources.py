@@ -44,7 +44,7 @@ VERSION_1 = {
 
 
 @pytest.mark.parametrize("files", [VERSION_2, VERSION_1], ids=["version_2", "version_1"])
-def test_available_memory_and_cpus_obey_control_groups(tmp_path, monkeypatch, files):
+def test_available_memory_and_cpus_respect_cgroup_limits(tmp_path, monkeypatch, files):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     write_files(tmp_path, files)
     assert resources.total_memory() == 4 * GIB
@@ -59,7 +59,7 @@ UNLIMITED = {
 }
 
 
-def test_available_memory_and_cpus_without_limits_are_those_of_the_machine(tmp_path, monkeypatch):
+def test_available_memory_and_cpus_equal_machine_totals_without_limits(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
     write_files(tmp_path, UNLIMITED)
     assert resources.total_memory() == 32 * GIB
@@ -67,7 +67,7 @@ def test_available_memory_and_cpus_without_limits_are_those_of_the_machine(tmp_p
     assert resources.available_cpus() == 2
 
 
-def test_available_memory_and_cpus_are_known_without_proc(tmp_path):
+def test_available_memory_and_cpus_work_without_proc(tmp_path):
     assert resources.total_memory() == 32 * GIB
     assert resources.available_memory() == 16 * GIB
     assert resources.available_cpus() >= 1

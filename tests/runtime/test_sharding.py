@@ -11,12 +11,12 @@ from vit_jax.runtime.errors import UsageError
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(4, 4), (0, 3), (0, 16)])
-def test_create_mesh_refuses_a_mesh_that_the_devices_do_not_fill(data, fsdp):
+def test_create_mesh_rejects_shape_that_does_not_fit_devices(data, fsdp):
     with pytest.raises(UsageError, match=f"^mesh: data {data} × fsdp {fsdp} does not fit 8 devices; fsdp must divide"):
         sharding.create_mesh(data=data, fsdp=fsdp)
 
 
-def test_create_mesh_refuses_to_leave_out_devices_of_several_processes(monkeypatch):
+def test_create_mesh_rejects_unused_devices_with_several_processes(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UsageError, match="mesh: data 2 × fsdp 2 does not fit 8 devices; .* several processes must use"):
         sharding.create_mesh(data=2, fsdp=2)
@@ -25,7 +25,7 @@ def test_create_mesh_refuses_to_leave_out_devices_of_several_processes(monkeypat
 @pytest.mark.parametrize(
     ("data", "fsdp", "shape"), [(0, 1, (8, 1)), (0, 4, (2, 4)), (2, 1, (2, 1)), (1, 3, (1, 3)), (4, 2, (4, 2))]
 )
-def test_create_mesh_takes_the_devices_it_needs(data, fsdp, shape):
+def test_create_mesh_uses_required_devices(data, fsdp, shape):
     assert tuple(sharding.create_mesh(data=data, fsdp=fsdp).shape.values()) == shape
 
 
@@ -40,7 +40,7 @@ def test_create_mesh_takes_the_devices_it_needs(data, fsdp, shape):
         ((), PartitionSpec()),
     ],
 )
-def test_param_shardings_splits_the_longest_axis_that_divides(shape, spec):
+def test_param_shardings_split_longest_divisible_axis(shape, spec):
     mesh = sharding.create_mesh(fsdp=4)
     shardings = sharding.param_shardings({"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}, mesh)
     assert shardings["kernel"].spec == spec
@@ -60,7 +60,7 @@ def test_device_put_shards_host_arrays(one_for_all):
     assert jax.tree.map(lambda leaf: leaf.sharding, shapes) == jax.tree.map(lambda leaf: leaf.sharding, placed)
 
 
-def test_shard_rows_selects_images():
+def test_shard_rows_selects_and_shards_images():
     images = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
     rows = np.array([3, 19, 0, 7, 7, 1, 2, 4])
     batch = sharding.shard_rows(images, rows, sharding.create_mesh())
@@ -69,7 +69,7 @@ def test_shard_rows_selects_images():
 
 
 @pytest.mark.parametrize(("batch_size", "num_images", "padded"), [(16, 100, 16), (10, 100, 16), (512, 44, 48)])
-def test_pad_to_devices_rounds_up_what_is_needed(batch_size, num_images, padded):
+def test_pad_to_devices_rounds_up_to_device_multiple(batch_size, num_images, padded):
     assert sharding.pad_to_devices(batch_size, num_images, sharding.create_mesh()) == padded
 
 
@@ -77,7 +77,7 @@ def test_pad_to_devices_rounds_up_what_is_needed(batch_size, num_images, padded)
     ("stats", "expected"),
     [({"bytes_limit": 100}, (100, "the device's own figure")), (None, (2**30, "the machine's memory"))],
 )
-def test_device_memory_is_the_devices_or_a_fraction_of_the_machines(monkeypatch, stats, expected):
+def test_device_memory_returns_device_limit_or_fraction_of_machine_memory(monkeypatch, stats, expected):
     monkeypatch.setattr(resources, "total_memory", lambda: 8 * 2**30)
     device = mock.Mock(spec=jax.Device, memory_stats=lambda: stats)
     assert sharding.device_memory(device) == expected

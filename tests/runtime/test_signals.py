@@ -7,7 +7,7 @@ from vit_jax.runtime.signals import stop_requested, stop_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stop_signals_collects_signals_and_restores_handlers(number, capfd):
+def test_stop_signals_collect_signals_and_restore_handlers(number, capfd):
     usual = signal.getsignal(number)
     with stop_signals() as signals:
         assert stop_requested(signals, synchronize=True) is None
