@@ -1,4 +1,4 @@
-"""Small image files and folder datasets."""
+"""Helpers that write small image files and load `folder:` datasets."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ def write_image(path: Path, *, size=(4, 4), color=(255, 0, 0), mode="RGB", **opt
     return path
 
 
-def write_folder(root: Path) -> Path:
-    """Two classes, cat and dog: two images each to train on, one each to test on; red is 10 * class + number."""
+def write_image_dir(root: Path) -> Path:
+    """Writes two classes, cat and dog, with two training images and one test image each; red is 10 * label + index."""
     for split, num_images in {"train": 2, "test": 1}.items():
         for label, name in enumerate(["cat", "dog"]):
             for i in range(num_images):

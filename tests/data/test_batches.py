@@ -30,7 +30,7 @@ def test_resident_batches_follow_epoch_order(resident, mesh):
     orders = [np.asarray(rng.epoch_order(key, epoch, 40)) for epoch in range(3)]
     assert (orders[0] != orders[1]).any()
     for step, batch in train_batches(resident, mesh):
-        epoch, position = divmod(step - 1, 2)  # two whole batches per epoch
+        epoch, position = divmod(step - 1, 2)  # two full batches per epoch
         rows = orders[epoch][position * 16 :][:16]
         np.testing.assert_array_equal(batch.rows, rows)
         np.testing.assert_array_equal(batch.labels, rows)
@@ -39,10 +39,10 @@ def test_resident_batches_follow_epoch_order(resident, mesh):
 
 
 def test_resident_batches_resume_after_completed_steps(resident, mesh):
-    whole, resumed = train_batches(resident, mesh), train_batches(resident, mesh, first_step=3)
+    uninterrupted, resumed = train_batches(resident, mesh), train_batches(resident, mesh, first_step=3)
     assert [step for step, _ in resumed] == [4, 5, 6]
-    for (_, ours), (_, theirs) in zip(resumed, whole[3:], strict=True):
-        np.testing.assert_array_equal(ours.rows, theirs.rows)
+    for (_, actual), (_, expected) in zip(resumed, uninterrupted[3:], strict=True):
+        np.testing.assert_array_equal(actual.rows, expected.rows)
 
 
 def test_resident_batches_with_max_updates_end_at_stops_and_epochs(resident, mesh):

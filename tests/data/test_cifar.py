@@ -1,4 +1,4 @@
-"""CIFAR's layouts, with files small enough to count by hand."""
+"""CIFAR-10 and CIFAR-100 readers, on archives of a few records."""
 
 import gzip
 import io
@@ -16,40 +16,40 @@ CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".
 
 
 def cifar_record(labels, red=1, green=2, blue=3):
-    """One record whose pixels are constant, but for the second of the first row, which is red + 10."""
+    """Returns one record with constant channels, except that red of pixel (0, 1) is `red + 10`."""
     pixels = np.repeat(np.array([red, green, blue], np.uint8), 32 * 32)
     pixels[1] = red + 10
     return bytes(labels) + pixels.tobytes()
 
 
 def cifar10_files():
-    """Two records in each training file, labels 0..9 in turn, and three to test on."""
+    """Returns five training files of two records each, with labels 0 to 9 in order, and a test file of three."""
     files = {f"data_batch_{i + 1}.bin": cifar_record([2 * i]) + cifar_record([2 * i + 1]) for i in range(5)}
     files["test_batch.bin"] = cifar_record([7], red=50) + cifar_record([8]) + cifar_record([9])
     return files
 
 
 def cifar100_files():
-    """Coarse labels are 1, fine ones 98 and 99."""
+    """Returns files with coarse label 1 and fine labels 98 and 99."""
     return {
         "train.bin": cifar_record([1, 98]) + cifar_record([1, 99]),
         "test.bin": cifar_record([1, 99]),
     }
 
 
-def write_archive(path, files, folder="cifar-10-batches-bin"):
+def write_archive(path, files, directory="cifar-10-batches-bin"):
     with tarfile.open(path, "w:gz") as tar:
         for name, content in files.items():
-            info = tarfile.TarInfo(f"{folder}/{name}")
+            info = tarfile.TarInfo(f"{directory}/{name}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return path
 
 
-def write_files(folder, files):
-    folder.mkdir(parents=True, exist_ok=True)
+def write_files(directory, files):
+    directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        (folder / name).write_bytes(content)
+        (directory / name).write_bytes(content)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def archive(tmp_path):
         ("train[:90%]", range(9)),
         ("train[90%:]", [9]),
         ("train[-20%:-10%]", [8]),
-        ("train[:14%]", [0]),  # 1.4 images: the closest
+        ("train[:14%]", [0]),  # 1.4 images, rounded
         ("test[:1]", [7]),
     ],
 )
@@ -118,11 +118,11 @@ def test_open_cifar_finds_extracted_files(tmp_path, subfolder):
 
 
 def test_open_cifar_downloads_official_archive_to_cache(archive, monkeypatch, tmp_path):
-    asked = []
+    requests = []
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(download, "fetch", lambda url, path, **kwargs: asked.append((url, path, kwargs)) or archive)
+    monkeypatch.setattr(download, "fetch", lambda url, path, **kwargs: requests.append((url, path, kwargs)) or archive)
     assert len(load("cifar10").train) == 10
-    assert asked == [
+    assert requests == [
         (
             "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
             tmp_path / "cache" / "cifar-10-binary.tar.gz",
@@ -134,7 +134,7 @@ def test_open_cifar_downloads_official_archive_to_cache(archive, monkeypatch, tm
 
 
 def test_open_cifar_reads_fine_labels(tmp_path):
-    write_archive(tmp_path / "cifar-100-binary.tar.gz", cifar100_files(), folder="cifar-100-binary")
+    write_archive(tmp_path / "cifar-100-binary.tar.gz", cifar100_files(), directory="cifar-100-binary")
     dataset = load("cifar100", data_dir=str(tmp_path))
     assert dataset.train.labels.tolist() == [98, 99]
     assert dataset.train.images[0, 0, :2].tolist() == [[1, 2, 3], [11, 2, 3]]
@@ -161,7 +161,7 @@ def test_open_cifar_rejects_truncated_gzip_trailer(archive):
         load("cifar10", data_dir=str(archive))
 
 
-@pytest.mark.parametrize("content", [b"<html>sorry</html>", b"", gzip.compress(b"no tar" * 1000, mtime=0)])
+@pytest.mark.parametrize("content", [b"<html>error</html>", b"", gzip.compress(b"not tar" * 1000, mtime=0)])
 def test_open_cifar_rejects_invalid_archive(archive, content):
     archive.write_bytes(content)
     with pytest.raises(UserError, match="cifar-10-binary.tar.gz"):
@@ -169,7 +169,7 @@ def test_open_cifar_rejects_invalid_archive(archive, content):
 
 
 def test_open_cifar_rejects_python_version(tmp_path):
-    archive = write_archive(tmp_path / "cifar-10-python.tar.gz", {"data_batch_1": b""}, folder="cifar-10-batches-py")
+    archive = write_archive(tmp_path / "cifar-10-python.tar.gz", {"data_batch_1": b""}, directory="cifar-10-batches-py")
     with pytest.raises(UserError, match=r"has no .*data_batch_1.bin.*set data_dir to cifar-10-binary.tar.gz"):
         load("cifar10", data_dir=str(archive))
 
@@ -202,8 +202,8 @@ def test_open_cifar_names_missing_files(tmp_path):
 
 
 def test_open_cifar_rejects_missing_data_dir(tmp_path):
-    with pytest.raises(UserError, match="nowhere is missing; set data_dir to cifar-10-binary.tar.gz"):
-        load("cifar10", data_dir=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="missing_dir is missing; set data_dir to cifar-10-binary.tar.gz"):
+        load("cifar10", data_dir=str(tmp_path / "missing_dir"))
 
 
 def test_open_cifar_reads_full_dataset(cifar10_archive):
@@ -213,7 +213,7 @@ def test_open_cifar_reads_full_dataset(cifar10_archive):
     assert dataset.class_names == tuple(CIFAR10_CLASSES)
     assert np.bincount(dataset.train.labels).tolist() == [5000] * 10
     assert np.bincount(dataset.test.labels).tolist() == [1000] * 10
-    # Krizhevsky's means, 0.4914, 0.4822, 0.4465: wrong axes or a shifted record would move them.
+    # Channel means of CIFAR-10. A wrong axis order or a shifted record would change them.
     means = dataset.train.images.mean(axis=(0, 1, 2)) / 255
     np.testing.assert_allclose(means, [0.4914, 0.4822, 0.4465], atol=2e-3)
 
@@ -227,20 +227,20 @@ def test_open_cifar_rejects_overlapping_slices(archive, train, test, shared):
         load("cifar10", data_dir=str(archive), train_split=train, test_split=test)
 
 
-def count(name, **options):
+def load_info(name, **options):
     return data.dataset_info(name, image_size=224, **options)
 
 
 def test_dataset_info_reads_no_cifar_files(monkeypatch):
     monkeypatch.setattr(download, "fetch", None)
-    info = count("cifar100", train_split="train[:90%]", data_dir="nowhere")
+    info = load_info("cifar100", train_split="train[:90%]", data_dir="missing_dir")
     assert (info.num_train, info.num_test, info.image_shape, info.in_memory) == (45_000, 10_000, (32, 32, 3), True)
     assert info.class_names[:2] == ("apple", "aquarium_fish") and len(info.class_names) == 100
 
 
 @pytest.mark.parametrize(("name", "classes"), [("cifar10", ("dog", "cat")), ("cifar100", ("worm", "apple", "sea"))])
 def test_dataset_info_counts_images_of_selected_cifar_classes(name, classes):
-    info, half = count(name, classes=classes), count(name, classes=classes, train_split="train[:50%]")
+    info, half = load_info(name, classes=classes), load_info(name, classes=classes, train_split="train[:50%]")
     per_class = 60_000 // {"cifar10": 10, "cifar100": 100}[name]
     assert (info.num_train, info.num_test) == (len(classes) * per_class * 5 // 6, len(classes) * per_class // 6)
     assert half.num_train == info.num_train // 2

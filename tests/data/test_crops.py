@@ -1,4 +1,4 @@
-"""The geometry of random crops, on uniform random numbers of NumPy and of JAX."""
+"""Random crop boxes in NumPy and in JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from vit_jax.data import crops
 
 
 def original_crop(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
-    """The original's rejection sampler, written from its description with plain Python numbers."""
+    """Samples a crop by rejection, as TensorFlow's `sample_distorted_bounding_box` does."""
     while True:
         aspect = rng.uniform(0.75, 1.33)
         smallest, largest = 0.05 * height * width, 1.0 * height * width
@@ -33,8 +33,8 @@ def original_crop(rng: np.random.Generator, height: int, width: int) -> tuple[in
         return top, left, rows, columns
 
 
-def boxes_of(augment, xp, count, **sizes):
-    """[count 4] boxes, by NumPy one at a time or by JAX all at once."""
+def sample_boxes(augment, xp, count, **sizes):
+    """Returns boxes [count 4], sampled one by one with NumPy or vectorized with JAX."""
     sample_box = crops.AUGMENTATIONS[augment].sample_box
     uniforms = np.random.default_rng(1).uniform(size=(count, 4)).astype(np.float32)
     if xp is np:
@@ -43,7 +43,7 @@ def boxes_of(augment, xp, count, **sizes):
 
 
 def test_padded_box_extends_at_most_one_eighth_beyond_image():
-    boxes = boxes_of("pad_crop", np, 2000, height=32, width=40, image_size=16)
+    boxes = sample_boxes("pad_crop", np, 2000, height=32, width=40, image_size=16)
     for column, margin in ((0, 4), (1, 5)):
         values, counts = np.unique(boxes[:, column], return_counts=True)
         assert values.tolist() == list(range(-margin, margin + 1))
@@ -55,13 +55,13 @@ def test_padded_box_extends_at_most_one_eighth_beyond_image():
 @pytest.mark.parametrize("augment", ["pad_crop", "square_crop", "inception"])
 def test_sample_box_matches_between_numpy_and_jax(augment):
     sizes = {"height": 300, "width": 401, "image_size": 224}
-    ours, theirs = boxes_of(augment, np, 500, **sizes), boxes_of(augment, jnp, 500, **sizes)
-    # Rounding of 32 bits may put a box one pixel further, in few cases.
-    assert np.mean(np.abs(ours - theirs).max(axis=1) > 1e-3) < 0.02
+    actual, expected = sample_boxes(augment, np, 500, **sizes), sample_boxes(augment, jnp, 500, **sizes)
+    # Float32 rounding may shift a few boxes by one pixel.
+    assert np.mean(np.abs(actual - expected).max(axis=1) > 1e-3) < 0.02
 
 
 def test_square_box_covers_whole_pixels_of_resized_image():
-    top, left, rows, columns = boxes_of("square_crop", np, 4000, height=32, width=16, image_size=224).T
+    top, left, rows, columns = sample_boxes("square_crop", np, 4000, height=32, width=16, image_size=224).T
     side = rows * 224 / 32
     np.testing.assert_allclose(side, np.round(side), atol=1e-4)
     np.testing.assert_allclose(columns, rows / 2, rtol=1e-6)
@@ -75,11 +75,11 @@ def test_square_box_covers_whole_pixels_of_resized_image():
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 48)])
 def test_inception_box_matches_reference_distribution(height, width):
     count = 20_000
-    ours = boxes_of("inception", jnp, count, height=height, width=width, image_size=32).astype(int)
+    actual = sample_boxes("inception", jnp, count, height=height, width=width, image_size=32).astype(int)
     rng = np.random.default_rng(0)
-    theirs = np.array([original_crop(rng, height, width) for _ in range(count)])
-    assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
+    expected = np.array([original_crop(rng, height, width) for _ in range(count)])
+    assert (actual[:, 0] + actual[:, 2] <= height).all() and (actual[:, 1] + actual[:, 3] <= width).all()
     for column, size in enumerate((height, width, height, width)):
-        histograms = [np.bincount(boxes[:, column], minlength=size + 1) / count for boxes in (ours, theirs)]
-        # Largest gap between the cumulative distributions; 0.0195 is the 0.1 % point of Kolmogorov and Smirnov.
+        histograms = [np.bincount(boxes[:, column], minlength=size + 1) / count for boxes in (actual, expected)]
+        # Two-sample Kolmogorov-Smirnov test; the critical value for p = 0.001 is 1.95 * sqrt(2 / count) = 0.0195.
         assert np.abs(np.cumsum(histograms[0] - histograms[1])).max() < 1.95 * (2 / count) ** 0.5

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from image_files import load, load_folder, write_folder, write_image
+from image_files import load, load_folder, write_image, write_image_dir
 from PIL import Image
 
 from vit_jax import data
@@ -10,8 +10,8 @@ from vit_jax.runtime.errors import UsageError, UserError
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return write_folder(tmp_path / "pets")
+def image_dir(tmp_path):
+    return write_image_dir(tmp_path / "pets")
 
 
 def test_load_dataset_suggests_nearest_names():
@@ -27,8 +27,8 @@ def test_load_dataset_rejects_incomplete_name(name):
 
 @pytest.mark.parametrize("name", ["digits", "folder:x"])
 def test_load_dataset_rejects_unused_data_dir(name):
-    with pytest.raises(UsageError, match="does not read data_dir, got 'here'"):
-        load(name, data_dir="here")
+    with pytest.raises(UsageError, match="does not read data_dir, got 'some_dir'"):
+        load(name, data_dir="some_dir")
 
 
 def test_open_digits_returns_1437_train_and_360_test_images():
@@ -59,13 +59,13 @@ def test_open_digits_shuffles_and_keeps_all_images():
 
 
 def test_keep_classes_keeps_given_order():
-    whole = data.load_dataset("digits", image_size=16)
-    some = data.load_dataset("digits", image_size=16, classes=("7", "2", "4"))
-    assert some.class_names == ("7", "2", "4")
-    for split, ours in ((whole.train, some.train), (whole.test, some.test)):
+    full = data.load_dataset("digits", image_size=16)
+    selected = data.load_dataset("digits", image_size=16, classes=("7", "2", "4"))
+    assert selected.class_names == ("7", "2", "4")
+    for split, actual in ((full.train, selected.train), (full.test, selected.test)):
         kept = np.isin(split.labels, (7, 2, 4))
-        np.testing.assert_array_equal(ours.images, split.images[kept])
-        np.testing.assert_array_equal(np.array([7, 2, 4])[ours.labels], split.labels[kept])
+        np.testing.assert_array_equal(actual.images, split.images[kept])
+        np.testing.assert_array_equal(np.array([7, 2, 4])[actual.labels], split.labels[kept])
 
 
 @pytest.mark.parametrize(
@@ -84,23 +84,23 @@ def test_keep_classes_rejects_invalid_names(classes, message):
 
 def test_keep_classes_rejects_split_without_selected_classes():
     labels = data.load_dataset("digits", image_size=16).train.labels[:3]
-    absent = sorted({str(digit) for digit in range(10)} - {str(label) for label in labels})
+    absent_classes = sorted({str(digit) for digit in range(10)} - {str(label) for label in labels})
     with pytest.raises(UserError, match=r"no images of the classes .*; choose larger splits"):
-        data.load_dataset("digits", image_size=16, classes=absent, train_split="train[:3]")
+        data.load_dataset("digits", image_size=16, classes=absent_classes, train_split="train[:3]")
 
 
-def test_load_dataset_decodes_only_selected_classes(folder):
+def test_load_dataset_decodes_only_selected_classes(image_dir):
     for split in ("train", "test"):
-        write_image(folder / split / "fox" / "0.png")
-        (folder / split / "fox" / "broken.png").write_bytes(b"not an image")
+        write_image(image_dir / split / "fox" / "0.png")
+        (image_dir / split / "fox" / "broken.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match="broken.png cannot be decoded"):
-        load_folder(folder)
-    dataset = load_folder(folder, classes=("dog", "cat"))
+        load_folder(image_dir)
+    dataset = load_folder(image_dir, classes=("dog", "cat"))
     assert dataset.class_names == ("dog", "cat") and len(dataset.train) == 4
 
 
-def test_choose_storage_keeps_size_of_small_images(folder):
-    assert load_folder(folder, image_size=2).train.images.shape == (4, 4, 4, 3)
+def test_choose_storage_keeps_size_of_small_images(image_dir):
+    assert load_folder(image_dir, image_size=2).train.images.shape == (4, 4, 4, 3)
 
 
 def test_choose_storage_keeps_size_of_small_non_square_images(tmp_path):
@@ -109,50 +109,50 @@ def test_choose_storage_keeps_size_of_small_non_square_images(tmp_path):
     assert load_folder(tmp_path).train.images.shape == (1, 5, 6, 3)
 
 
-def test_choose_storage_resizes_images_above_twice_image_size(folder):
-    assert load_folder(folder, image_size=1).train.images.shape == (4, 1, 1, 3)
+def test_choose_storage_resizes_images_above_twice_image_size(image_dir):
+    assert load_folder(image_dir, image_size=1).train.images.shape == (4, 1, 1, 3)
 
 
-def test_choose_storage_resizes_if_sizes_differ_between_splits(folder):
-    write_image(folder / "test" / "cat" / "0.png", size=(5, 4))
-    dataset = load_folder(folder, image_size=3)
+def test_choose_storage_resizes_if_sizes_differ_between_splits(image_dir):
+    write_image(image_dir / "test" / "cat" / "0.png", size=(5, 4))
+    dataset = load_folder(image_dir, image_size=3)
     assert dataset.train.images.shape == (4, 3, 3, 3)
     assert dataset.test.images.shape == (2, 3, 3, 3)
 
 
 def test_choose_storage_applies_exif_orientation(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # rotate by 90 degrees
     write_image(tmp_path / "train" / "cat" / "0.jpg", size=(6, 5), exif=exif)
     write_image(tmp_path / "test" / "cat" / "0.jpg", size=(5, 6))
     assert load_folder(tmp_path).train.images.shape == (1, 6, 5, 3)
 
 
-def test_choose_storage_reports_required_and_available_memory(folder, monkeypatch):
+def test_choose_storage_reports_required_and_available_memory(image_dir, monkeypatch):
     monkeypatch.setattr(resources, "available_memory", lambda: 100)
     with pytest.raises(UserError, match="need 288 bytes of memory, 100 are available"):  # 6 images, 4 x 4 x 3
-        load_folder(folder, storage="memory")
+        load_folder(image_dir, storage="memory")
 
 
-def test_choose_storage_streams_datasets_above_half_of_memory(folder, monkeypatch):
-    whole = load_folder(folder)
-    assert load_folder(folder, device_bytes=576).train.in_memory  # twice the 288 bytes
-    later = load_folder(folder, device_bytes=575)
+def test_choose_storage_streams_datasets_above_half_of_memory(image_dir, monkeypatch):
+    full = load_folder(image_dir)
+    assert load_folder(image_dir, device_bytes=576).train.in_memory  # twice the 288 bytes
+    streamed = load_folder(image_dir, device_bytes=575)
     monkeypatch.setattr(resources, "available_memory", lambda: 575)
-    for dataset in (later, load_folder(folder), load_folder(folder, device_bytes=10**6)):
-        for ours, theirs in ((dataset.train, whole.train), (dataset.test, whole.test)):
-            assert not ours.in_memory and ours.images.shape == theirs.images.shape
-            np.testing.assert_array_equal(ours.images[:], theirs.images)
-            np.testing.assert_array_equal(ours.labels, theirs.labels)
+    for dataset in (streamed, load_folder(image_dir), load_folder(image_dir, device_bytes=10**6)):
+        for actual, expected in ((dataset.train, full.train), (dataset.test, full.test)):
+            assert not actual.in_memory and actual.images.shape == expected.images.shape
+            np.testing.assert_array_equal(actual.images[:], expected.images)
+            np.testing.assert_array_equal(actual.labels, expected.labels)
 
 
-def test_choose_storage_streams_cropped_images_of_different_sizes(folder):
-    """In memory they would have to be resized before they are cropped."""
-    write_image(folder / "train" / "cat" / "large.png", size=(40, 30))
-    assert load_folder(folder).train.in_memory
-    assert not load_folder(folder, crops=True).train.in_memory
+def test_choose_storage_streams_cropped_images_of_different_sizes(image_dir):
+    """Images in memory have one size, so that they would be resized before cropping."""
+    write_image(image_dir / "train" / "cat" / "large.png", size=(40, 30))
+    assert load_folder(image_dir).train.in_memory
+    assert not load_folder(image_dir, crops=True).train.in_memory
     with pytest.raises(UsageError, match="images of different sizes cannot be cropped in memory; set it to 'auto'"):
-        load_folder(folder, crops=True, storage="memory")
+        load_folder(image_dir, crops=True, storage="memory")
 
 
 def test_choose_storage_keeps_resolution_of_cropped_images(tmp_path):
@@ -164,15 +164,15 @@ def test_choose_storage_keeps_resolution_of_cropped_images(tmp_path):
     assert load_folder(tmp_path, crops=True, image_size=30).train.images.shape == (1, 50, 60, 3)
 
 
-def test_dataset_info_matches_load_dataset(folder, monkeypatch):
-    write_image(folder / "train" / "cat" / "large.png", size=(40, 30))
+def test_dataset_info_matches_load_dataset(image_dir, monkeypatch):
+    write_image(image_dir / "train" / "cat" / "large.png", size=(40, 30))
     cases = [
         ("digits", {}),
         ("digits", {"classes": ("3", "1"), "train_split": "train[:50%]", "test_split": "train[50%:]"}),
-        (f"folder:{folder}", {}),
-        (f"folder:{folder}", {"crops": True}),
-        (f"folder:{folder}", {"classes": ("dog", "cat"), "test_split": "train[:1]", "train_split": "train[1:]"}),
-        (f"folder:{folder}", {"device_bytes": 100}),
+        (f"folder:{image_dir}", {}),
+        (f"folder:{image_dir}", {"crops": True}),
+        (f"folder:{image_dir}", {"classes": ("dog", "cat"), "test_split": "train[:1]", "train_split": "train[1:]"}),
+        (f"folder:{image_dir}", {"device_bytes": 100}),
     ]
     for name, options in cases:
         dataset = load(name, **options)
@@ -185,8 +185,8 @@ def test_dataset_info_matches_load_dataset(folder, monkeypatch):
         assert info.in_memory == dataset.train.in_memory
 
 
-def test_load_split_returns_split_and_class_names(folder):
-    split, class_names = data.load_split(f"folder:{folder}", split="test", image_size=4, classes=("dog", "cat"))
+def test_load_split_returns_split_and_class_names(image_dir):
+    split, class_names = data.load_split(f"folder:{image_dir}", split="test", image_size=4, classes=("dog", "cat"))
     assert split.labels.tolist() == [1, 0] and class_names == ("dog", "cat")
     assert split.images[:, 0, 0, 0].tolist() == [0, 10]
 

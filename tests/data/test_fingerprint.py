@@ -11,8 +11,8 @@ from vit_jax.data import DatasetFingerprint, fingerprint
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Two classes, cat and dog, with two images each to train on and to test on."""
+def image_dir(tmp_path):
+    """Directory with classes cat and dog, and two training and two test images of each."""
     for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for i in range(2):
@@ -20,19 +20,19 @@ def folder(tmp_path):
     return tmp_path / "pets"
 
 
-def digest(folder, **options):
-    return fingerprint(data.load_dataset(f"folder:{folder}", image_size=4, **options)).digest
+def digest(image_dir, **options):
+    return fingerprint(data.load_dataset(f"folder:{image_dir}", image_size=4, **options)).digest
 
 
-def test_fingerprint_returns_class_names_counts_and_digest(folder):
-    found = fingerprint(data.load_dataset(f"folder:{folder}", image_size=4, test_split="test[:50%]"))
-    assert found.digest.isalnum()
-    assert (found.class_names, found.num_train, found.num_test) == (("cat", "dog"), 4, 2)
+def test_fingerprint_returns_class_names_counts_and_digest(image_dir):
+    actual = fingerprint(data.load_dataset(f"folder:{image_dir}", image_size=4, test_split="test[:50%]"))
+    assert actual.digest.isalnum()
+    assert (actual.class_names, actual.num_train, actual.num_test) == (("cat", "dog"), 4, 2)
 
 
-def test_from_json_inverts_to_json(folder):
-    found = fingerprint(data.load_dataset(f"folder:{folder}", image_size=4))
-    assert DatasetFingerprint.from_json(json.loads(json.dumps(found.to_json()))) == found
+def test_from_json_inverts_to_json(image_dir):
+    original = fingerprint(data.load_dataset(f"folder:{image_dir}", image_size=4))
+    assert DatasetFingerprint.from_json(json.loads(json.dumps(original.to_json()))) == original
 
 
 @pytest.mark.parametrize(
@@ -46,48 +46,48 @@ def test_from_json_inverts_to_json(folder):
     ],
 )
 def test_difference_describes_changes(changes, expected):
-    ours = DatasetFingerprint(("cat", "dog"), 1000, 2, "a")
-    assert ours.difference(dataclasses.replace(ours, **changes)) == expected
+    original = DatasetFingerprint(("cat", "dog"), 1000, 2, "a")
+    assert original.difference(dataclasses.replace(original, **changes)) == expected
 
 
 @pytest.mark.parametrize("options", [{}, {"classes": ["dog", "cat"]}, {"train_split": "train[:50%]"}])
-def test_fingerprint_matches_between_memory_and_stream(folder, options):
-    assert digest(folder, storage="memory", **options) == digest(folder, storage="stream", **options)
+def test_fingerprint_matches_between_memory_and_stream(image_dir, options):
+    assert digest(image_dir, storage="memory", **options) == digest(image_dir, storage="stream", **options)
 
 
-def test_fingerprint_ignores_root_directory(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "copy")
-    assert digest(folder) == digest(tmp_path / "copy")
+def test_fingerprint_ignores_root_directory(image_dir, tmp_path):
+    shutil.copytree(image_dir, tmp_path / "copy")
+    assert digest(image_dir) == digest(tmp_path / "copy")
 
 
-def test_fingerprint_changes_with_file_name(folder):
-    before = digest(folder)
-    (folder / "test/dog/1.png").rename(folder / "test/dog/2.png")
-    assert digest(folder) != before
+def test_fingerprint_changes_with_file_name(image_dir):
+    before = digest(image_dir)
+    (image_dir / "test/dog/1.png").rename(image_dir / "test/dog/2.png")
+    assert digest(image_dir) != before
 
 
-def test_fingerprint_changes_with_class_of_file(folder):
-    (folder / "train/dog/1.png").rename(folder / "train/dog/2.png")
-    before = digest(folder)
-    (folder / "train/dog/2.png").rename(folder / "train/cat/2.png")
-    assert digest(folder) != before
+def test_fingerprint_changes_with_class_of_file(image_dir):
+    (image_dir / "train/dog/1.png").rename(image_dir / "train/dog/2.png")
+    before = digest(image_dir)
+    (image_dir / "train/dog/2.png").rename(image_dir / "train/cat/2.png")
+    assert digest(image_dir) != before
 
 
-def test_fingerprint_changes_with_class_order(folder):
-    assert digest(folder, classes=["dog", "cat"]) != digest(folder, classes=["cat", "dog"])
+def test_fingerprint_changes_with_class_order(image_dir):
+    assert digest(image_dir, classes=["dog", "cat"]) != digest(image_dir, classes=["cat", "dog"])
 
 
-def test_fingerprint_ignores_unselected_classes(folder):
-    before = digest(folder, classes=["cat", "dog"])
+def test_fingerprint_ignores_unselected_classes(image_dir):
+    before = digest(image_dir, classes=["cat", "dog"])
     for split in ("train", "test"):
-        shutil.copytree(folder / split / "cat", folder / split / "ant")
-    assert digest(folder, classes=["cat", "dog"]) == before
+        shutil.copytree(image_dir / split / "cat", image_dir / split / "ant")
+    assert digest(image_dir, classes=["cat", "dog"]) == before
 
 
 def test_fingerprint_of_arrays_covers_labels_and_shape():
     dataset = data.load_dataset("digits", image_size=8)
     labels = np.roll(dataset.train.labels, 1)
     images = dataset.train.images[:, :4]
-    others = [dataclasses.replace(dataset.train, labels=labels), dataclasses.replace(dataset.train, images=images)]
-    digests = {fingerprint(dataclasses.replace(dataset, train=train)).digest for train in (dataset.train, *others)}
+    changed = [dataclasses.replace(dataset.train, labels=labels), dataclasses.replace(dataset.train, images=images)]
+    digests = {fingerprint(dataclasses.replace(dataset, train=train)).digest for train in (dataset.train, *changed)}
     assert len(digests) == 3

@@ -4,7 +4,7 @@ import zlib
 
 import numpy as np
 import pytest
-from image_files import load_folder, write_folder, write_image
+from image_files import load_folder, write_image, write_image_dir
 from PIL import Image
 
 from vit_jax.data import images
@@ -13,22 +13,22 @@ from vit_jax.runtime.errors import UserError
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return write_folder(tmp_path / "pets")
+def image_dir(tmp_path):
+    return write_image_dir(tmp_path / "pets")
 
 
-def test_encoded_images_support_array_indexing(folder):
-    whole, later = load_folder(folder).train.images, load_folder(folder, storage="stream").train.images
+def test_encoded_images_support_array_indexing(image_dir):
+    decoded, encoded = load_folder(image_dir).train.images, load_folder(image_dir, storage="stream").train.images
     for rows in (1, -1, slice(1, 3), np.array([2, 0, 2]), np.array([True, False, True, False])):
-        np.testing.assert_array_equal(later[rows], whole[rows])
-    np.testing.assert_array_equal(later.take(np.array([3, 1]))[np.array([1])], whole[[1]])
+        np.testing.assert_array_equal(encoded[rows], decoded[rows])
+    np.testing.assert_array_equal(encoded.take(np.array([3, 1]))[np.array([1])], decoded[[1]])
 
 
 def test_decode_image_crops_and_resizes(tmp_path):
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    cut = images.decode_image(tmp_path / "a.png", size=(2, 2), sample_box=lambda height, width: (1, 2, 2, 2))
-    np.testing.assert_array_equal(cut, pixels[1:3, 2:4])
+    cropped = images.decode_image(tmp_path / "a.png", size=(2, 2), sample_box=lambda height, width: (1, 2, 2, 2))
+    np.testing.assert_array_equal(cropped, pixels[1:3, 2:4])
     shifted = images.decode_image(
         tmp_path / "a.png", size=(4, 4), sample_box=lambda height, width: (-1, 2, 4, 4), margin_color=(9, 8, 7)
     )
@@ -42,8 +42,8 @@ def test_decode_image_crops_after_exif_orientation(tmp_path):
     left_half[:, :400] = 200
     Image.fromarray(left_half).save(tmp_path / "a.jpg")
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees: what is left comes to the top
-    Image.fromarray(left_half).save(tmp_path / "turned.jpg", exif=exif)
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise: the left half becomes the top
+    Image.fromarray(left_half).save(tmp_path / "rotated.jpg", exif=exif)
     sizes = []
 
     def right_half(height, width):
@@ -51,8 +51,8 @@ def test_decode_image_crops_after_exif_orientation(tmp_path):
         return 0, width / 2, height, width / 2
 
     assert np.asarray(images.decode_image(tmp_path / "a.jpg", size=(8, 8), sample_box=right_half)).max() < 10
-    turned = np.asarray(images.decode_image(tmp_path / "turned.jpg", size=(8, 8), sample_box=right_half))
-    assert turned[:3].min() > 190 and turned[5:].max() < 10
+    rotated = np.asarray(images.decode_image(tmp_path / "rotated.jpg", size=(8, 8), sample_box=right_half))
+    assert rotated[:3].min() > 190 and rotated[5:].max() < 10
     assert sizes == [(400, 800), (800, 400)]
 
 
@@ -65,7 +65,7 @@ def test_decode_image_crops_after_exif_orientation(tmp_path):
         ("I;16", 0x1234, [0x12, 0x12, 0x12]),
         ("LA", (9, 255), [9, 9, 9]),
         ("RGBA", (1, 2, 3, 255), [1, 2, 3]),
-        ("RGBA", (1, 2, 3, 0), [255, 255, 255]),  # transparent: white
+        ("RGBA", (1, 2, 3, 0), [255, 255, 255]),  # transparent pixels become white
     ],
 )
 def test_decode_image_converts_any_mode_to_rgb(tmp_path, mode, color, rgb):
@@ -91,7 +91,7 @@ def test_decode_image_applies_exif_orientation(tmp_path):
     image = Image.new("RGB", (2, 1), (0, 0, 0))
     image.putpixel((1, 0), (255, 255, 255))  # black, white
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise: black above white
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise: black above white
     image.save(tmp_path / "0.png", exif=exif)
     assert np.asarray(images.decode_image(tmp_path / "0.png"))[..., 0].tolist() == [[0], [255]]
 
@@ -131,9 +131,9 @@ def test_decode_image_rejects_truncated_file(tmp_path):
 
 
 def test_decode_image_applies_orientation_from_xmp_and_trailing_exif(tmp_path):
-    """The image is 8 pixels high and 4 wide once it is turned; its upper half is white."""
+    """With the orientation applied, the image is 8 pixels high and 4 wide, and its upper half is white."""
     stored = np.zeros((4, 8, 3), np.uint8)
-    stored[:, :4] = 255  # orientation 6: turned by 90 degrees clockwise, what is left comes to the top
+    stored[:, :4] = 255  # orientation 6 rotates by 90 degrees clockwise: the left half becomes the top
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     Image.fromarray(stored).save(tmp_path / "xmp.webp", lossless=True, xmp=xmp)
     buffer = io.BytesIO()
@@ -150,25 +150,25 @@ def test_decode_image_applies_orientation_from_xmp_and_trailing_exif(tmp_path):
         assert decoded[:4].min() == 255 and decoded[4:].max() == 0, name
 
 
-def test_decode_all_rejects_non_image_file(folder):
-    (folder / "train" / "cat" / "0.png").write_text("hello")
+def test_decode_all_rejects_non_image_file(image_dir):
+    (image_dir / "train" / "cat" / "0.png").write_text("hello")
     with pytest.raises(UserError, match=r"cat/0.png cannot be decoded \(not an image\); replace or remove it$"):
-        load_folder(folder)
+        load_folder(image_dir)
 
 
-def test_decode_all_names_first_truncated_image_and_counts_others(folder):
+def test_decode_all_names_first_truncated_image_and_counts_others(image_dir):
     for name in ("cat", "dog"):
-        path = write_image(folder / "train" / name / "1.png", size=(4, 4))
-        path.write_bytes(path.read_bytes()[:50])  # the header is whole, the pixels are not
+        path = write_image(image_dir / "train" / name / "1.png", size=(4, 4))
+        path.write_bytes(path.read_bytes()[:50])  # the header is complete, the pixel data is truncated
     with pytest.raises(UserError, match=r"cat/1.png cannot be decoded \(.*; 1 more images fail$"):
-        load_folder(folder)
+        load_folder(image_dir)
 
 
-def test_decode_all_shows_progress_only_after_delay(folder, monkeypatch, capfd):
-    load_folder(folder)
+def test_decode_all_shows_progress_only_after_delay(image_dir, monkeypatch, capfd):
+    load_folder(image_dir)
     assert capfd.readouterr().err == ""
     monkeypatch.setattr(progress, "_DELAY_SECONDS", 0)
-    load_folder(folder)
+    load_folder(image_dir)
     out, err = capfd.readouterr()
     assert "decoding" in err and "0/4" in err
     assert out == ""

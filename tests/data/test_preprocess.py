@@ -39,7 +39,7 @@ def test_prepare_keeps_pixels_at_original_size():
 
 
 def test_prepare_upsamples_with_half_pixel_centers():
-    # Half-pixel centres: outputs read inputs at -1/4, 1/4, 3/4, 5/4; the first and last are clamped to the edge.
+    # With half-pixel centers, outputs sample inputs at -1/4, 1/4, 3/4, 5/4; the first and last are clamped to the edge.
     row = np.array([0, 200], np.uint8)
     images = np.tile(row[None, None, :, None], (1, 2, 1, 3))
     result = prepare(None, images, image_size=4)
@@ -62,37 +62,37 @@ def test_resize_clamps_at_crop_edges():
     [(32, 32, 224), (8, 8, 16), (60, 60, 32), (180, 180, 32), (64, 48, 32), (31, 20, 24), (10, 400, 32)],
 )
 def test_prepare_matches_pillow_resize(height, width, image_size):
-    """Enlarging, shrinking with antialiasing, or one along each axis."""
+    """Upsampling, downsampling with antialiasing, and one of them along each axis."""
     images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3)).astype(np.uint8)
     result = prepare(None, images, image_size=image_size)
     pixels = np.round(np.asarray(result) * 127.5 + 127.5)
-    for ours, image in zip(pixels, images, strict=True):
+    for actual, image in zip(pixels, images, strict=True):
         pillow = Image.fromarray(image)
         columns_first = pillow.resize((image_size, height), Image.Resampling.BILINEAR).resize((image_size,) * 2, 2)
-        np.testing.assert_array_equal(ours, columns_first)
-        at_once = np.asarray(pillow.resize((image_size,) * 2, Image.Resampling.BILINEAR), int)
-        assert np.abs(ours - at_once).max() <= 1  # rows first in some versions
+        np.testing.assert_array_equal(actual, columns_first)
+        single_pass = np.asarray(pillow.resize((image_size,) * 2, Image.Resampling.BILINEAR), int)
+        assert np.abs(actual - single_pass).max() <= 1  # some versions of Pillow resize rows first
 
 
 @pytest.mark.parametrize("augment", crops.CROPS)
 @pytest.mark.parametrize(("height", "width"), [(61, 45), (16, 24)])
 def test_prepare_matches_pillow_crops(tmp_path, augment, height, width):
-    """Crops on the device are those of worker processes but for ties: in rounding a box, and in rounding to 8 bits."""
+    """Crops on the device equal those of worker processes, up to ties in rounding boxes and in rounding to 8 bits."""
     images = np.random.default_rng(0).integers(0, 256, (64, height, width, 3)).astype(np.uint8)
     for i, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     keys = sampling.row_keys(np.arange(64))
     encoded = data.EncodedImages(lambda number: str(tmp_path / f"{number}.png"), np.arange(64), (20, 20))
     uniforms = np.asarray(preprocess.sample_uniforms(keys))
-    theirs = encoded.crop(
+    streamed = encoded.crop(
         np.arange(64), augment=augment, uniforms=uniforms, margin_color=preprocess.margin_color((0.5, 0.4, 0.3))
     )
     options = {"image_size": 20, "mean": (0.5, 0.4, 0.3), "std": (1.0, 1.0, 1.0)}
-    ours = np.asarray(prepare(keys, images, augment=augment, **options))
-    expected = np.asarray(prepare(keys, theirs[:], augment="flip", **options))
-    gaps = np.round(np.abs(ours - expected) * 255)
-    assert np.mean(gaps > 0) < 0.06
-    assert np.mean(gaps > 1) <= 1 / 64  # the box of one image may be rounded to the next pixel
+    actual = np.asarray(prepare(keys, images, augment=augment, **options))
+    expected = np.asarray(prepare(keys, streamed[:], augment="flip", **options))
+    differences = np.round(np.abs(actual - expected) * 255)
+    assert np.mean(differences > 0) < 0.06
+    assert np.mean(differences > 1) <= 1 / 64  # the box of one image may be rounded to the next pixel
 
 
 def test_prepare_flips_horizontally_only():
@@ -103,42 +103,42 @@ def test_prepare_flips_horizontally_only():
     same = np.isclose(result, plain, atol=1e-6).all(axis=(1, 2, 3))
     mirrored = np.isclose(result, plain[:, :, ::-1], atol=1e-6).all(axis=(1, 2, 3))
     assert (same ^ mirrored).all()
-    assert 16 < mirrored.sum() < 48  # half of 64, within four standard deviations
+    assert 16 < mirrored.sum() < 48  # 32 expected, within four standard deviations
 
 
 def test_prepare_pads_with_gray_at_every_shift():
     images = np.full((400, 8, 8, 3), 255, np.uint8)
     keys = jax.random.split(jax.random.PRNGKey(1), 400)
     result = np.asarray(prepare(keys, images, image_size=8, augment="pad_crop"))
-    grey = np.float32(0.5 / 127.5)  # of 127.5, rounded to 128
-    assert set(np.unique(result)) == {grey, 1.0}  # margin, white image
+    gray = np.float32(0.5 / 127.5)  # 127.5 is rounded to 128
+    assert set(np.unique(result)) == {gray, 1.0}  # margin, white image
     white_rows = (result[:, :, 4, 0] == 1).sum(axis=1)
-    first_row_grey = result[:, 0, 4, 0] == grey
-    assert set(white_rows) == {7, 8}  # margin of one pixel: shifted up or down by one, or not
-    assert 0 < first_row_grey.sum() < (white_rows == 7).sum()
+    first_row_gray = result[:, 0, 4, 0] == gray
+    assert set(white_rows) == {7, 8}  # a shift by one pixel leaves a margin of one row
+    assert 0 < first_row_gray.sum() < (white_rows == 7).sum()
 
 
 def test_prepare_depends_only_on_key_of_each_image():
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
     keys = jax.random.split(jax.random.PRNGKey(0), 8)
-    whole = prepare(keys, images, image_size=8, augment="inception")
+    full = prepare(keys, images, image_size=8, augment="inception")
     half = prepare(keys[4:], images[4:], image_size=8, augment="inception")
-    np.testing.assert_allclose(whole[4:], half, atol=1e-6)
+    np.testing.assert_allclose(full[4:], half, atol=1e-6)
 
 
 def test_prepare_flips_after_square_crop(monkeypatch):
-    whole = crops.Augmentation(lambda *_, **options: (0.0, 0.0, 8.0, 8.0))
-    monkeypatch.setitem(crops.AUGMENTATIONS, "square_crop", whole)
+    identity = crops.Augmentation(lambda *_, **options: (0.0, 0.0, 8.0, 8.0))
+    monkeypatch.setitem(crops.AUGMENTATIONS, "square_crop", identity)
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3)).astype(np.uint8)
     result = prepare(jax.random.split(jax.random.key(0), 16), images, image_size=8, augment="square_crop")
     plain = np.asarray(preprocess.normalize(images))
-    mirrored = [np.allclose(ours, theirs[:, ::-1], atol=1e-6) for ours, theirs in zip(result, plain, strict=True)]
-    same = [np.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(result, plain, strict=True)]
+    mirrored = [np.allclose(actual, image[:, ::-1], atol=1e-6) for actual, image in zip(result, plain, strict=True)]
+    same = [np.allclose(actual, image, atol=1e-6) for actual, image in zip(result, plain, strict=True)]
     assert np.all(np.logical_xor(same, mirrored)) and 0 < sum(same) < 16
 
 
 def mix_black_and_white(count, **alphas):
-    """Black images mixed with white ones: what is white is the partner's."""
+    """Mixes black images with white partners."""
     keys = jax.random.split(jax.random.PRNGKey(0), count)
     black, white = jnp.zeros((count, 8, 8, 3)), jnp.ones((count, 8, 8, 3))
     options = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0} | alphas
@@ -148,7 +148,7 @@ def mix_black_and_white(count, **alphas):
 def test_mix_blends_images_by_label_weight():
     mixed, weight = mix_black_and_white(500, mixup_alpha=0.5)
     np.testing.assert_allclose(mixed, np.broadcast_to((1 - weight)[:, None, None, None], mixed.shape), atol=1e-6)
-    # Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)): here 1/8; five standard deviations of 500 samples
+    # Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)), 1/8 for a = 1/2; bound: five standard deviations
     assert weight.mean() == pytest.approx(0.5, abs=5 * (1 / 8 / 500) ** 0.5)
     assert weight.var() == pytest.approx(1 / 8, abs=0.02)
 
@@ -159,8 +159,8 @@ def test_mix_pastes_box_with_area_equal_to_partner_weight():
     np.testing.assert_allclose(1 - mixed[..., 0].mean(axis=(1, 2)), weight, atol=1e-6)
     for image in mixed[..., 0]:
         rows, columns = image.any(axis=1), image.any(axis=0)
-        assert (image == np.outer(rows, columns)).all()  # a box, and nothing else
-        assert np.abs(np.diff(np.r_[0, rows.astype(int), 0])).sum() in (0, 2)  # of rows that follow each other
+        assert (image == np.outer(rows, columns)).all()  # a single rectangle
+        assert np.abs(np.diff(np.r_[0, rows.astype(int), 0])).sum() in (0, 2)  # of contiguous rows
     assert len(np.unique(weight)) > 10
 
 

@@ -43,7 +43,7 @@ def test_select_rows_rejects_empty_slice(split):
         ("train[:90%]", range(9)),
         ("train[90%:]", range(9, 10)),
         ("train[-20%:-10%]", range(8, 9)),
-        ("train[:14%]", range(1)),  # 1.4 images: the closest
+        ("train[:14%]", range(1)),  # 1.4 images, rounded
         ("test[:1]", range(1)),
     ],
 )

@@ -8,13 +8,13 @@ import pytest
 
 
 def run_python(code, *arguments):
-    """TFDS registers builders and logs for a whole process: each of these tests gets its own."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONWARNINGS")}
+    """Runs code in a new process, because TFDS registers builders and configures logging per process."""
+    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONWARNINGS")}
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=environment,
+        env=env,
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
@@ -61,8 +61,8 @@ STREAM = """
 
     if __name__ == "__main__":
         train = load_dataset(sys.argv[1], data_dir=sys.argv[2], image_size=4, storage="stream").train
-        read = BatchReader(train, augment="none", margin_color=(0, 0, 0), batch_size=2, seed=0)
-        batches = training_batches(read, first_step=0, num_steps=2, num_workers=1)
+        reader = BatchReader(train, augment="none", margin_color=(0, 0, 0), batch_size=2, seed=0)
+        batches = training_batches(reader, first_step=0, num_steps=2, num_workers=1)
         pairs = [(int(image[0, 0, 0]) // 10, int(label)) for batch in batches for image, label in zip(*batch)]
         print(sorted(pairs))
 """
@@ -102,7 +102,7 @@ def test_open_tfds_reads_array_records_without_tensorflow(tfds_dir):
 
 
 def test_open_tfds_streams_records(tfds_dir, tmp_path):
-    """The source of records comes into the worker processes."""
+    """The record source is pickled into the worker processes."""
     (tmp_path / "main.py").write_text(textwrap.dedent(STREAM))
     code = f"import runpy; runpy.run_path({str(tmp_path / 'main.py')!r}, run_name='__main__')"
     (pairs,) = run_python(code, "tfds:pets", tfds_dir)[-1:]
