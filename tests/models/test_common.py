@@ -39,7 +39,7 @@ def test_remat_module_returns_module_unchanged_for_none():
 
 @pytest.mark.parametrize(("remat", "num_products"), [("none", 3), ("dots", 3), ("full", 4)])
 def test_remat_module_recomputes_activations_by_policy(remat, num_products):
-    """One matrix product forward, two backward; and with "full" the forward one again."""
+    """There is one matrix product in the forward pass and two in the backward pass; "full" recomputes the first."""
 
     class Block(nn.Module):
         @nn.compact

@@ -13,7 +13,7 @@ SIZES = {"patch_size": 1, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "m
 
 
 def create_params(*, num_tokens=16, **sizes):
-    """Key -> random numbers."""
+    """Returns random parameters by joined key."""
     shapes = reference.released_shapes(**SIZES | sizes, representation_size=None, num_classes=7, num_tokens=num_tokens)
     rng = np.random.default_rng(0)
     return {key: rng.normal(scale=0.3, size=shape).astype(np.float32) for key, shape in shapes.items()}
@@ -33,19 +33,19 @@ def test_apply_stem_downsamples_by_four_and_by_two_per_further_block(units, shap
 
 
 def test_unit_equals_shortcut_at_initialization():
-    """The last norm's scale is zero: a unit without projection returns relu(x)."""
+    """The scale of the last norm is zero, so that a unit without projection returns relu(x)."""
     x = jax.random.normal(jax.random.key(0), (1, 3, 3, 128))
     unit = hybrid.Unit(width=32, stride=1, projects=False, dtype="float32")
     np.testing.assert_array_equal(unit.init_with_output(jax.random.key(1), x)[0], np.maximum(x, 0))
 
 
 def test_create_conv_standardizes_kernels():
-    """Scaling and shifting a kernel changes nothing (but for the epsilon)."""
+    """Scaling and shifting a kernel does not change the output, up to epsilon."""
     x = jax.random.normal(jax.random.key(0), (1, 4, 4, 8))
     conv = hybrid.create_conv(4, 3, 1, "float32")
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 8, 4))
-    ours, scaled = (conv.apply({"params": {"kernel": leaf}}, x) for leaf in (kernel, 5 * kernel + 2))
-    np.testing.assert_allclose(ours, scaled, atol=1e-3)
+    actual, scaled = (conv.apply({"params": {"kernel": leaf}}, x) for leaf in (kernel, 5 * kernel + 2))
+    np.testing.assert_allclose(actual, scaled, atol=1e-3)
 
 
 def test_vision_transformer_with_stem_matches_reference_logits():
@@ -64,7 +64,7 @@ def test_vision_transformer_with_stem_has_gradients_for_all_parameters():
     gradients = jax.jit(jax.grad(lambda p: model.apply({"params": p}, images).std()))(params)
     for key, leaf in flatten_dict(gradients, sep="/").items():
         assert np.all(np.isfinite(leaf)), key
-        # A key's bias moves all of a query's scores alike, which the softmax does not see.
+        # The bias of a key adds a constant to all scores of a query, to which the softmax is invariant.
         assert np.any(leaf != 0) or key.endswith("/key/bias"), key
 
 
@@ -76,8 +76,8 @@ def test_vision_transformer_computes_stem_and_pooling_in_bfloat16():
     features = jax.jit(model.apply)({"params": unflatten_dict(flat, sep="/")}, inputs)
     assert features.dtype == jnp.bfloat16
     flat |= {"head/kernel": np.eye(24), "head/bias": np.zeros(24)}
-    wanted = reference.forward(unflatten_dict(flat, sep="/"), inputs)
-    assert np.linalg.norm(np.asarray(features, np.float64) - wanted) < 0.03 * np.linalg.norm(wanted)
+    expected = reference.forward(unflatten_dict(flat, sep="/"), inputs)
+    assert np.linalg.norm(np.asarray(features, np.float64) - expected) < 0.03 * np.linalg.norm(expected)
 
 
 def test_validate_rejects_indivisible_image_size_and_stem_width():

@@ -1,4 +1,4 @@
-"""ResNet (BiT): names, numbers against a float64 reference, and the same way through trainer and commands."""
+"""ResNet (BiT): parameter names, logits against a float64 reference, training and checkpoints."""
 
 import json
 
@@ -26,30 +26,30 @@ def random_images(*shape):
     return np.random.default_rng(1).uniform(-1, 1, (*shape, 3)).astype(np.float32)
 
 
-# ---- names and numbers
+# ---- parameters and logits
 
 
 @pytest.mark.parametrize(("num_classes", "num_params"), [(21843, 68_256_659), (1000, 25_549_352)])
 def test_resnet_parameters_match_checkpoint_except_head(num_classes, num_params):
-    """The counts are those that timm gives for BiT-M and BiT-S R50x1, 68.3 and 25.5 million."""
+    """Parameter counts are those of timm for BiT-M and BiT-S R50x1, 68.3 and 25.5 million."""
     tree = jax.eval_shape(ResNet(num_classes).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    ours = {key: leaf.shape for key, leaf in flatten_dict(tree, sep="/").items()}
-    assert sum(map(np.prod, ours.values())) == num_params
+    actual = {key: leaf.shape for key, leaf in flatten_dict(tree, sep="/").items()}
+    assert sum(map(np.prod, actual.values())) == num_params
     expected = released_shapes((3, 4, 6, 3), 64, num_classes)
-    assert ours.pop("head/kernel") == expected.pop("resnet/head/conv2d/kernel")[2:]
-    assert ours.pop("head/bias") == expected.pop("resnet/head/conv2d/bias")
-    assert ours == expected
+    assert actual.pop("head/kernel") == expected.pop("resnet/head/conv2d/kernel")[2:]
+    assert actual.pop("head/bias") == expected.pop("resnet/head/conv2d/bias")
+    assert actual == expected
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 40, 24), (1, 7, 7)])
 def test_resnet_matches_reference_in_float64(shape):
-    """Ten digits: what float32 hides, such as another epsilon, would show here."""
+    """Float64 agreement to ten digits also detects a different epsilon, which float32 hides."""
     images, params = random_images(*shape), released_params()
     for kernel in (leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 4):
-        kernel[..., ::4] *= 1e-5  # channels that are nearly constant, where the kernels' epsilon matters
+        kernel[..., ::4] *= 1e-5  # nearly constant channels, for which the epsilon of weight standardization matters
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), pretrained.to_original(params))
-        logits = jax.jit(ResNet(7, UNITS, WIDTH, dtype=jnp.float64).apply)({"params": wide}, jnp.float64(images))
+        params64 = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), pretrained.to_original(params))
+        logits = jax.jit(ResNet(7, UNITS, WIDTH, dtype=jnp.float64).apply)({"params": params64}, jnp.float64(images))
         assert logits.dtype == jnp.float64
         np.testing.assert_allclose(logits, reference.forward(params, images), rtol=1e-10, atol=1e-10)
 
@@ -101,15 +101,15 @@ def test_resnet_gradients_match_with_remat(remat):
     def gradient(model):
         return jax.jit(jax.grad(lambda params: jnp.sum(model.apply({"params": params}, images) ** 2)))(PARAMS)
 
-    ours, expected = gradient(ResNet(7, UNITS, WIDTH, remat=remat)), gradient(ResNet(7, UNITS, WIDTH))
-    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * np.abs(other).max())
+    actual, expected = gradient(ResNet(7, UNITS, WIDTH, remat=remat)), gradient(ResNet(7, UNITS, WIDTH))
+    for actual_leaf, expected_leaf in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(actual_leaf, expected_leaf, rtol=1e-3, atol=1e-4 * np.abs(expected_leaf).max())
 
 
-# ---- the same trainer and commands
+# ---- training
 
 
-def config_with(*, model=None, **changes):
+def create_config(*, model=None, **changes):
     config = digits.get_config("scratch")
     config.architecture = "resnet50"
     config.model = ConfigDict(model or {"units": (1, 1), "width": WIDTH})
@@ -121,29 +121,29 @@ def config_with(*, model=None, **changes):
 
 
 @pytest.mark.parametrize(
-    ("trainable", "moving", "mesh"),
+    ("trainable", "updated", "mesh"),
     [
         ("full", ("",), {}),
         ("head", ("head/",), {}),
         (("resnet/block2/.*", "head/.*"), ("resnet/block2/", "head/"), {"fsdp": 8}),
     ],
 )
-def test_train_and_evaluate_updates_only_trainable_resnet_parameters(tmp_path, trainable, moving, mesh):
+def test_train_and_evaluate_updates_only_trainable_resnet_parameters(tmp_path, trainable, updated, mesh):
     pretrained.save_npz(tmp_path / "BiT.npz", released_params(units=(1, 1)))
-    config = config_with(pretrained=str(tmp_path / "BiT.npz"), trainable=trainable, mesh=mesh)
+    config = create_config(pretrained=str(tmp_path / "BiT.npz"), trainable=trainable, mesh=mesh)
     results = trainer.train_and_evaluate(config, tmp_path / "run")
     run = load_run(tmp_path / "run")
     assert run.model == ResNet(10, (1, 1), WIDTH)
     assert run.evaluate() == pytest.approx(results, abs=1e-5)
     before = flatten_dict(released_params(units=(1, 1)), sep="/")
     for key, leaf in flatten_dict(run.params, sep="/").items():
-        moved = np.any(leaf) if key.startswith("head/") else not np.array_equal(leaf, before[key])
-        assert moved == key.startswith(moving), key
+        changed = np.any(leaf) if key.startswith("head/") else not np.array_equal(leaf, before[key])
+        assert changed == key.startswith(updated), key
 
 
 def test_train_and_evaluate_learns_with_resnet_from_scratch(tmp_path):
     model = {"units": (1,), "width": WIDTH}
-    config = config_with(model=model, num_steps=40, eval_every_steps=40, log_every_steps=10, learning_rate=0.003)
+    config = create_config(model=model, num_steps=40, eval_every_steps=40, log_every_steps=10, learning_rate=0.003)
     config.dataset.train_split = "train"
     results = trainer.train_and_evaluate(config, tmp_path)
     losses = [json.loads(line).get("train/loss") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -152,7 +152,7 @@ def test_train_and_evaluate_learns_with_resnet_from_scratch(tmp_path):
 
 @pytest.mark.parametrize("trainable", ["full", "head"])
 def test_dry_run_prints_parameter_count_and_memory_of_resnet(capsys, trainable):
-    dry_run.dry_run(config_with(trainable=trainable))
+    dry_run.dry_run(create_config(trainable=trainable))
     out = capsys.readouterr().out
     num_params = sum(map(np.prod, released_shapes((1, 1), WIDTH, 10).values()))
     assert f"of {num_params:,}\n" in out and "memory per device" in out
@@ -175,7 +175,7 @@ def test_dry_run_prints_parameter_count_and_memory_of_resnet(capsys, trainable):
 )
 def test_train_and_evaluate_rejects_options_unsupported_by_resnet(tmp_path, changes, message):
     with pytest.raises(UsageError) as caught:
-        trainer.train_and_evaluate(config_with(**changes), tmp_path)
+        trainer.train_and_evaluate(create_config(**changes), tmp_path)
     assert message in str(caught.value)
 
 
@@ -187,12 +187,12 @@ def test_create_model_returns_resnet50_for_config(arg):
     assert config.pretrained in ("", *pretrained.RELEASED)
 
 
-# ---- files
+# ---- checkpoints
 
 
 @pytest.fixture
 def write(tmp_path):
-    """Flat parameters -> path of a file of them."""
+    """Function that saves flat parameters and returns the path of the file."""
 
     def save(flat):
         pretrained.save_npz(tmp_path / "BiT-micro.npz", unflatten_dict(flat, sep="/"))
@@ -201,7 +201,7 @@ def write(tmp_path):
     return save
 
 
-def model_of(file, architecture="resnet50", **sizes):
+def create_model_from(file, architecture="resnet50", **sizes):
     source = initialize.load_pretrained(file)
     arguments = initialize.model_arguments(sizes, architecture, source)
     return models.create_model(architecture, arguments, num_classes=10)
@@ -219,7 +219,7 @@ def test_to_original_converts_only_head():
 def test_create_params_loads_resnet_checkpoint_except_head(write, capsys):
     flat = flat_params()
     file = write(flat)
-    model = model_of(file)
+    model = create_model_from(file)
     assert (model.units, model.width) == (UNITS, WIDTH)
     params = initialize.create_params(model, initialize.load_pretrained(file), image_size=32, seed=0)
     params = flatten_dict(params, sep="/")
@@ -231,20 +231,20 @@ def test_create_params_loads_resnet_checkpoint_except_head(write, capsys):
 
 
 def test_model_arguments_reads_fine_tuned_resnet_checkpoint(write):
-    squeezed = flatten_dict(pretrained.to_original(released_params()), sep="/")
-    assert model_of(write(squeezed)).units == UNITS
+    converted = flatten_dict(pretrained.to_original(released_params()), sep="/")
+    assert create_model_from(write(converted)).units == UNITS
 
 
 @pytest.mark.parametrize("units", [list(UNITS), UNITS])
 def test_model_arguments_accepts_units_as_list(write, units):
     file = write(flat_params())
-    assert model_of(file, units=units, width=WIDTH).units == UNITS
+    assert create_model_from(file, units=units, width=WIDTH).units == UNITS
     with pytest.raises(UsageError, match=r"which is another one: width 64 \(checkpoint: 32\)"):
-        model_of(file, units=units, width=64)
+        create_model_from(file, units=units, width=64)
 
 
 def test_model_arguments_rejects_checkpoint_of_other_architecture(write):
     with pytest.raises(UsageError, match=r"does not fit micro, .* resnet50 \(checkpoint: vit\)"):
-        model_of("micro")
+        create_model_from("micro")
     with pytest.raises(UsageError, match=r"does not fit .*BiT-micro.npz, .* vit \(checkpoint: resnet50\)"):
-        model_of(write(flat_params()), architecture="vit")
+        create_model_from(write(flat_params()), architecture="vit")

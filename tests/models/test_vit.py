@@ -18,7 +18,7 @@ MICRO = {"patch_size": 4, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "m
 
 
 def init_shapes(model, image_size):
-    """Key -> shape and dtype, without computing anything."""
+    """Returns the shape and dtype of each parameter by joined key, without computing values."""
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images)["params"], sep="/")
 
@@ -32,7 +32,7 @@ def create_variant(name, num_classes=1000, **options):
 
 
 def random_params(*, grid, num_classes=5, representation_size=None, seed=0):
-    """Every array far from its neutral value, so that none can be left out unnoticed."""
+    """Returns parameters far from their initial values, so that leaving out any of them changes the logits."""
     shapes = reference.released_shapes(
         **MICRO,
         representation_size=representation_size,
@@ -62,7 +62,7 @@ def assert_matches_reference(params, images, **kwargs):
     assert error < 1e-5
 
 
-# ---- names and sizes
+# ---- parameters
 
 
 def test_vision_transformer_parameters_match_checkpoint():
@@ -114,8 +114,8 @@ def test_vision_transformer_variants_differ_only_in_patch_size():
     def shapes(name):
         return {key: leaf.shape for key, leaf in init_shapes(create_variant(name), 224).items()}
 
-    sixteen, thirty_two = shapes("L_16"), shapes("L_32")
-    different = {key for key in sixteen if sixteen[key] != thirty_two[key]}
+    shapes_16, shapes_32 = shapes("L_16"), shapes("L_32")
+    different = {key for key in shapes_16 if shapes_16[key] != shapes_32[key]}
     assert different == {"embedding/kernel", "Transformer/posembed_input/pos_embedding"}
 
 
@@ -135,7 +135,7 @@ def test_vision_transformer_initializes_head_and_class_token_to_zero():
 
     def init(key):
         params = model.init(key, random_images(8, 8))["params"]
-        return {"head": params["head"], "cls": params["cls"]}  # the rest is never computed
+        return {"head": params["head"], "cls": params["cls"]}  # XLA does not compute the rest
 
     for leaf in jax.tree.leaves(jax.jit(init)(jax.random.key(0))):
         assert not np.any(leaf)
@@ -167,22 +167,22 @@ def test_reference_forward_changes_with_transposed_images():
     params = random_params(grid=(2, 4))
     images = random_images(8, 16)
     plain = reference.forward(params, images)
-    upright = reference.forward(params, images.swapaxes(1, 2))
-    assert np.abs(plain - upright).max() > 0.1  # the reference itself sees the difference
+    transposed = reference.forward(params, images.swapaxes(1, 2))
+    assert np.abs(plain - transposed).max() > 0.1  # the reference depends on the order of patches
 
 
 def test_vision_transformer_matches_reference_in_float64():
-    """Twelve digits: what float32 hides, such as another epsilon or form of GELU, would show here."""
+    """Float64 agreement also detects a different epsilon or form of GELU, which float32 hides."""
     params, images = random_params(grid=(4, 4), representation_size=16), random_images(16, 16)
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+        params64 = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
         model = VisionTransformer(5, **MICRO, representation_size=16, dtype=jnp.float64)
-        logits = jax.jit(model.apply)({"params": wide}, jnp.asarray(images, jnp.float64))
+        logits = jax.jit(model.apply)({"params": params64}, jnp.asarray(images, jnp.float64))
         assert logits.dtype == jnp.float64
         np.testing.assert_allclose(logits, reference.forward(params, images), rtol=1e-11, atol=1e-11)
 
 
-# ---- dtype, dropout, refusals
+# ---- dtypes, dropout, remat, errors
 
 
 def test_vision_transformer_computes_all_submodules_in_bfloat16():
@@ -195,11 +195,12 @@ def test_vision_transformer_computes_all_submodules_in_bfloat16():
 
     variables, (logits, state) = jax.eval_shape(apply, images)
     outputs = flatten_dict(state["intermediates"], sep="/")
-    exact = ("__call__", "head/__call__", "attention_weights")  # logits, and weights as the softmax gives them
+    float32_outputs = ("__call__", "head/__call__", "attention_weights")  # logits and attention weights are float32
     assert logits.dtype == jnp.float32
     assert len(outputs) > 2 * 10
     assert {key: leaf[0].dtype for key, leaf in outputs.items()} == {
-        key: jnp.dtype(jnp.float32 if key.endswith(exact[2]) or key in exact else jnp.bfloat16) for key in outputs
+        key: jnp.dtype(jnp.float32 if key.endswith(float32_outputs[2]) or key in float32_outputs else jnp.bfloat16)
+        for key in outputs
     }
     assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype(jnp.float32)}
 
@@ -209,10 +210,10 @@ def test_vision_transformer_computes_softmax_and_norms_in_float32():
     images = jnp.zeros((2, 16, 16, 3))
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     program = str(jax.make_jaxpr(model.apply)(variables, images))
-    found = re.findall(r":(\w+)\[[^]]*\] = (exp|rsqrt|reduce_sum|reduce_max)\b", program)
-    # Two blocks: a softmax each; five norms with two sums each.
+    reductions = re.findall(r":(\w+)\[[^]]*\] = (exp|rsqrt|reduce_sum|reduce_max)\b", program)
+    # Two blocks with one softmax each, and five norms with two sums each.
     counts = {"exp": 2, "reduce_max": 2, "rsqrt": 5, "reduce_sum": 2 + 5 * 2}
-    assert collections.Counter(found) == {("f32", name): count for name, count in counts.items()}
+    assert collections.Counter(reductions) == {("f32", name): count for name, count in counts.items()}
     assert ":bf16[" in program
 
 
@@ -264,8 +265,8 @@ def test_vision_transformer_without_num_classes_returns_head_inputs():
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_vision_transformer_parameters_and_gradients_match_with_remat(remat):
     plain = VisionTransformer(5, **MICRO, dropout_rate=0.1)
-    other = plain.clone(remat=remat)
-    assert init_shapes(other, 8) == init_shapes(plain, 8)
+    with_remat = plain.clone(remat=remat)
+    assert init_shapes(with_remat, 8) == init_shapes(plain, 8)
     params, images = random_params(grid=(2, 2)), random_images(8, 8)
 
     def grads(model):
@@ -275,11 +276,11 @@ def test_vision_transformer_parameters_and_gradients_match_with_remat(remat):
 
         return jax.jit(jax.grad(loss))(params)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), grads(plain), grads(other))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), grads(plain), grads(with_remat))
 
 
 def test_encoder_skips_last_block_at_stochastic_depth_rate_near_one():
-    """With a rate that is almost one the last block leaves almost every token as it is; the first is never left out."""
+    """The rate increases linearly with depth: near one for the last block, zero for the first."""
     model = VisionTransformer(None, **MICRO, stochastic_depth_rate=0.999999)
     params, images = random_params(grid=(2, 2)), random_images(8, 8)
     out, state = model.apply(
@@ -292,12 +293,12 @@ def test_encoder_skips_last_block_at_stochastic_depth_rate_near_one():
     blocks = state["intermediates"]["Transformer"]
     first, last = (blocks[f"encoderblock_{i}"]["__call__"][0] for i in (0, 1))
     np.testing.assert_array_equal(first, last)
-    calm = model.apply({"params": params}, images)
-    assert not np.allclose(out, calm, atol=1e-2)
+    evaluated = model.apply({"params": params}, images)
+    assert not np.allclose(out, evaluated, atol=1e-2)
 
 
 def test_encoder_uses_full_stochastic_depth_rate_for_single_block():
-    """A block that is left out returns its input: the embedded tokens."""
+    """A skipped block returns its input, the embedded tokens."""
     model = VisionTransformer(None, **{**MICRO, "num_layers": 1}, stochastic_depth_rate=0.999999)
     images = random_images(8, 8)
     variables = model.init(jax.random.key(0), images)
@@ -315,9 +316,9 @@ def test_encoder_uses_full_stochastic_depth_rate_for_single_block():
 
 
 def test_encoder_block_rescales_kept_residual_branches():
-    """Of a block with rate 1/2 a kept branch counts twice: with one branch, outputs are x or x + 2 · branch."""
+    """At rate 1/2 a kept branch is scaled by two: outputs of a single branch are x or x + 2 · branch."""
     params = random_params(grid=(2, 2))["Transformer"]["encoderblock_1"]
-    params["MlpBlock_3"] = jax.tree.map(jnp.zeros_like, params["MlpBlock_3"])  # leaves attention alone
+    params["MlpBlock_3"] = jax.tree.map(jnp.zeros_like, params["MlpBlock_3"])  # keeps only the attention branch
     x = jnp.asarray(random_images(5, 24, num=1)[..., 0])  # [1 n d]
     block = functools.partial(vit.EncoderBlock, vit.BlockConfig(num_heads=3, mlp_dim=40))
     branch = block(0.0).apply({"params": params}, x, True) - x
@@ -334,10 +335,10 @@ def test_mlp_block_uses_tanh_or_exact_gelu(approximate):
     x = np.array([[[-3.0, -1.0, 0.5, 1.0, 3.0]]])
     block = vit.MlpBlock(vit.BlockConfig(num_heads=1, mlp_dim=5, gelu_approximate=approximate))
     params = {"Dense_0": identity, "Dense_1": identity}
-    ours = block.apply({"params": params}, jnp.asarray(x), deterministic=True)
+    actual = block.apply({"params": params}, jnp.asarray(x), deterministic=True)
     tanh = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
     exact = 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
-    np.testing.assert_allclose(ours, tanh if approximate else exact, atol=1e-6)
+    np.testing.assert_allclose(actual, tanh if approximate else exact, atol=1e-6)
     assert np.abs(tanh - exact).max() > 1e-4
 
 
