@@ -20,7 +20,7 @@ def test_checksum_accepts_any_dtype_and_shape(array):
 
 
 def test_checksum_of_large_array_changes_with_flipped_bits_and_swapped_values():
-    array = np.random.default_rng(0).standard_normal((1100, 2050), dtype=np.float32)  # not a multiple of a row
+    array = np.random.default_rng(0).standard_normal((1100, 2050), dtype=np.float32)  # size is not a multiple of a row
     expected = checksum(array)
     assert checksum(array.copy()) == expected
     rng = np.random.default_rng(1)

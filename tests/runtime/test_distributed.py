@@ -1,4 +1,4 @@
-"""Two real processes of four devices each, on loopback."""
+"""Two processes with four devices each, connected over localhost."""
 
 import json
 import os
@@ -39,10 +39,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_two(log: Path, *arguments: object, each=((), ()), env=({}, {}), stdout=None) -> list[subprocess.Popen]:
-    """Starts a command twice, with what only the first and only the second gets; their output goes to log.0, log.1.
+def start_processes(log: Path, *arguments: object, each=((), ()), env=({}, {}), stdout=None) -> list[subprocess.Popen]:
+    """Starts a command in two processes, which log to log.0 and log.1.
 
-    `stdout` sends their standard output elsewhere.
+    Args:
+        log: path of the logs, without suffix.
+        arguments: of both processes.
+        each: additional arguments of the first and of the second process.
+        env: additional environment variables of the first and of the second process.
+        stdout: destination of standard output instead of the logs.
     """
     processes = []
     for i in range(2):
@@ -54,10 +59,10 @@ def start_two(log: Path, *arguments: object, each=((), ()), env=({}, {}), stdout
     return processes
 
 
-def start_training(workdir: Path, *both: str, second: tuple[str, ...] = ()) -> list[subprocess.Popen]:
+def start_training(workdir: Path, *overrides: str, second: tuple[str, ...] = ()) -> list[subprocess.Popen]:
     flags = ("--coordinator", f"localhost:{free_port()}", "--num_processes", 2, "--wait_seconds", 100)
     ids = (("--process_id", 0), ("--process_id", 1, *second))
-    return start_two(workdir, *training(workdir), *both, *flags, each=ids)
+    return start_processes(workdir, *training(workdir), *overrides, *flags, each=ids)
 
 
 def training(workdir: Path) -> list[object]:
@@ -85,27 +90,27 @@ def records(workdir: Path) -> list[dict]:
 
 
 def test_train_and_evaluate_resumes_two_killed_processes_and_matches_one_process(tmp_path, run_command):
-    pair = start_training(tmp_path / "pair")
-    wait_for(tmp_path / "pair/checkpoints/4", pair)
-    pair[1].send_signal(signal.SIGKILL)
-    pair[1].wait()
-    pair[0].kill()
-    pair[0].wait()
+    processes = start_training(tmp_path / "pair")
+    wait_for(tmp_path / "pair/checkpoints/4", processes)
+    processes[1].send_signal(signal.SIGKILL)
+    processes[1].wait()
+    processes[0].kill()
+    processes[0].wait()
 
-    codes = wait(start_training(tmp_path / "pair"))
+    exit_codes = wait(start_training(tmp_path / "pair"))
     first, second = ((tmp_path / f"pair.{i}").read_text() for i in range(2))
-    assert codes == [0, 0], first + second
+    assert exit_codes == [0, 0], first + second
     assert "resuming from step" in first
     assert "2 processes, 8 devices, 4 of them here" in first
     assert "test accuracy" in first
     assert "test accuracy" not in second
 
-    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    alone = run_command(*training(tmp_path / "alone"), env=eight)
-    assert alone.returncode == 0, alone.stderr
-    for ours, theirs in zip(records(tmp_path / "pair"), records(tmp_path / "alone"), strict=True):
-        ours.pop("images_per_second", None), theirs.pop("images_per_second", None)
-        assert ours == pytest.approx(theirs, abs=1e-5)
+    eight_devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    single = run_command(*training(tmp_path / "single"), env=eight_devices)
+    assert single.returncode == 0, single.stderr
+    for actual, expected in zip(records(tmp_path / "pair"), records(tmp_path / "single"), strict=True):
+        actual.pop("images_per_second", None), expected.pop("images_per_second", None)
+        assert actual == pytest.approx(expected, abs=1e-5)
 
     evaluated = run_command("-m", "vit_jax.evaluate", "--workdir", tmp_path / "pair", "--json")  # one device
     assert evaluated.returncode == 0, evaluated.stderr
@@ -115,35 +120,35 @@ def test_train_and_evaluate_resumes_two_killed_processes_and_matches_one_process
 
 @pytest.mark.slow
 def test_train_and_evaluate_with_two_streaming_processes_matches_one_process(tmp_path, run_command):
-    """Each process decodes its half of every batch, and of the test pictures."""
+    """Each process decodes half of every batch and half of the test images."""
     dataset = data.load_dataset("digits", image_size=8)
     for name, split, count in (("train", dataset.train, 160), ("test", dataset.test, 44)):
         for i in range(count):
-            folder = tmp_path / "pictures" / name / str(split.labels[i])
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(split.images[i]).save(folder / f"{i:03}.png")
-    words = [f"--config.dataset.name=folder:{tmp_path}/pictures", "--config.dataset.storage=stream"]
-    words += [
+            directory = tmp_path / "images" / name / str(split.labels[i])
+            directory.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(split.images[i]).save(directory / f"{i:03}.png")
+    overrides = [f"--config.dataset.name=folder:{tmp_path}/images", "--config.dataset.storage=stream"]
+    overrides += [
         "--config.dataset.num_workers=1",
         "--config.dataset.train_split=train",
         "--config.dataset.test_split=test",
     ]
-    words += ["--config.augment=square_crop", "--config.mixup_alpha=0.2"]
-    codes = wait(start_training(tmp_path / "pair", *words))
-    assert codes == [0, 0], (tmp_path / "pair.0").read_text() + (tmp_path / "pair.1").read_text()
-    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    alone = run_command(*training(tmp_path / "alone"), *words, env=eight)
-    assert alone.returncode == 0, alone.stderr
-    for ours, theirs in zip(records(tmp_path / "pair"), records(tmp_path / "alone"), strict=True):
-        ours.pop("images_per_second", None), theirs.pop("images_per_second", None)
-        assert ours == pytest.approx(theirs, abs=1e-5)
+    overrides += ["--config.augment=square_crop", "--config.mixup_alpha=0.2"]
+    exit_codes = wait(start_training(tmp_path / "pair", *overrides))
+    assert exit_codes == [0, 0], (tmp_path / "pair.0").read_text() + (tmp_path / "pair.1").read_text()
+    eight_devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    single = run_command(*training(tmp_path / "single"), *overrides, env=eight_devices)
+    assert single.returncode == 0, single.stderr
+    for actual, expected in zip(records(tmp_path / "pair"), records(tmp_path / "single"), strict=True):
+        actual.pop("images_per_second", None), expected.pop("images_per_second", None)
+        assert actual == pytest.approx(expected, abs=1e-5)
 
 
 def test_train_and_evaluate_stops_both_processes_at_same_step_after_sigterm(tmp_path):
-    pair = start_training(tmp_path / "run", "--config.num_steps=2000")
-    wait_for(tmp_path / "run/checkpoints/4", pair)
-    pair[1].send_signal(signal.SIGTERM)
-    assert wait(pair) == [0, 0]
+    processes = start_training(tmp_path / "run", "--config.num_steps=2000")
+    wait_for(tmp_path / "run/checkpoints/4", processes)
+    processes[1].send_signal(signal.SIGTERM)
+    assert wait(processes) == [0, 0]
     text = (tmp_path / "run.0").read_text()
     assert "stopped by SIGTERM; saved checkpoint" in text
     step = int(text.split("saved checkpoint ")[1].split()[0])
@@ -153,22 +158,22 @@ def test_train_and_evaluate_stops_both_processes_at_same_step_after_sigterm(tmp_
 
 
 def test_train_and_evaluate_exits_on_error_without_waiting_for_other_process(tmp_path):
-    pair = start_training(tmp_path / "run", second=("--config.dataset.data_dir=/nowhere",))
+    processes = start_training(tmp_path / "run", second=("--config.dataset.data_dir=/nowhere",))
     try:
-        assert pair[1].wait(60) == 2
+        assert processes[1].wait(60) == 2
     finally:
-        wait(pair[1:]), pair[0].kill(), pair[0].wait()
+        wait(processes[1:]), processes[0].kill(), processes[0].wait()
     last = (tmp_path / "run.1").read_text().splitlines()[-1]
     assert last == "error: dataset 'digits' does not read data_dir, got '/nowhere'; leave it empty"
 
 
 def test_create_experiment_rejects_processes_with_different_datasets(tmp_path):
-    pair = start_training(tmp_path / "run", second=("--config.dataset.train_split=train[:150]",))
-    assert wait(pair, 100) == [1, 1]
-    last, same = (text.splitlines()[-1] for text in read_both(tmp_path / "run"))
-    assert last == same
-    assert last.startswith("error: process 1 read 150 training and 44 test images of 10 classes (digest ")
-    assert "the first process read 160 training and 44 test images of 10 classes (digest " in last
+    processes = start_training(tmp_path / "run", second=("--config.dataset.train_split=train[:150]",))
+    assert wait(processes, 100) == [1, 1]
+    first, second = (text.splitlines()[-1] for text in read_logs(tmp_path / "run"))
+    assert first == second
+    assert first.startswith("error: process 1 read 150 training and 44 test images of 10 classes (digest ")
+    assert "the first process read 160 training and 44 test images of 10 classes (digest " in first
 
 
 def test_initialize_processes_times_out_when_other_processes_are_missing(tmp_path, run_command):
@@ -206,29 +211,29 @@ import os, sys, time
 from vit_jax.runtime import distributed
 from vit_jax.runtime.errors import UserError, run_command
 
-def fail(how):
+def fail(reason):
     import jax.numpy as jnp
-    if how == "out of memory":
+    if reason == "out of memory":
         jnp.ones(10**14).block_until_ready()  # 400 TB
-    if how == "bug":
-        raise KeyError("ours")
-    if how == "user error":
+    if reason == "bug":
+        raise KeyError("bug")
+    if reason == "user error":
         raise UserError("the disk is full")
-    if how == "kill":
+    if reason == "kill":
         os.kill(os.getpid(), 9)
 
 def main():
-    coordinator, count, how, which, process_id = sys.argv[1:]
+    coordinator, count, reason, failing, process_id = sys.argv[1:]
     distributed.SILENT_SECONDS = 5
     with distributed.initialize_processes(coordinator, int(count), int(process_id)):
         distributed.process_max(1)
-        if how == "late":
-            if process_id == which:
+        if reason == "late":
+            if process_id == failing:
                 time.sleep(3)
                 raise UserError("the disk is full")
             return 0
-        if process_id == which or which == "all":
-            fail(how)
+        if process_id == failing or failing == "all":
+            fail(reason)
         distributed.process_max(1)
     return 0
 
@@ -237,76 +242,76 @@ sys.exit(run_command(main))
 RESUME = "; rerun the same command to resume from the last checkpoint"
 
 
-def start_failing(log: Path, how: str, which: object) -> list[subprocess.Popen]:
-    """Starts two processes of which one, or "all", fail between two collective operations; logs standard error."""
-    arguments = ("-c", FAIL, f"localhost:{free_port()}", 2, how, which)
-    return start_two(log, *arguments, each=((0,), (1,)), stdout=subprocess.DEVNULL)
+def start_failing(log: Path, reason: str, failing: object) -> list[subprocess.Popen]:
+    """Starts two processes, of which one or "all" fail between two collective operations, and logs standard error."""
+    arguments = ("-c", FAIL, f"localhost:{free_port()}", 2, reason, failing)
+    return start_processes(log, *arguments, each=((0,), (1,)), stdout=subprocess.DEVNULL)
 
 
-def read_both(log: Path) -> list[str]:
+def read_logs(log: Path) -> list[str]:
     return [log.with_suffix(f".{i}").read_text() for i in range(2)]
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_initialize_processes_stops_all_processes_when_one_is_out_of_memory(tmp_path, which):
-    assert wait(start_failing(tmp_path / "log", "out of memory", which), 60) == [1, 1]
-    said = read_both(tmp_path / "log")
+@pytest.mark.parametrize("failing", [0, 1])
+def test_initialize_processes_stops_all_processes_when_one_is_out_of_memory(tmp_path, failing):
+    assert wait(start_failing(tmp_path / "log", "out of memory", failing), 60) == [1, 1]
+    logs = read_logs(tmp_path / "log")
     message = "RESOURCE_EXHAUSTED: Out of memory allocating 400000000000000 bytes."
-    assert said[which].startswith(f"error: {message} raise --config.accumulation_steps")
-    assert said[which].count("\n") == 1
-    assert said[1 - which] == f"error: process {which} of 2 failed: {message}{RESUME}\n"
+    assert logs[failing].startswith(f"error: {message} raise --config.accumulation_steps")
+    assert logs[failing].count("\n") == 1
+    assert logs[1 - failing] == f"error: process {failing} of 2 failed: {message}{RESUME}\n"
 
 
 def test_initialize_processes_prints_traceback_only_in_failing_process(tmp_path):
     assert wait(start_failing(tmp_path / "log", "bug", 1), 60) == [1, 1]
-    said = read_both(tmp_path / "log")
-    assert said[0] == f"error: process 1 of 2 failed: KeyError: 'ours'{RESUME}\n"
-    assert said[1].startswith("Traceback") and "in fail" in said[1]
-    assert said[1].endswith("KeyError: 'ours'\n")
+    logs = read_logs(tmp_path / "log")
+    assert logs[0] == f"error: process 1 of 2 failed: KeyError: 'bug'{RESUME}\n"
+    assert logs[1].startswith("Traceback") and "in fail" in logs[1]
+    assert logs[1].endswith("KeyError: 'bug'\n")
 
 
 def test_initialize_processes_reports_shared_error_in_each_process(tmp_path):
     assert wait(start_failing(tmp_path / "log", "user error", "all"), 60) == [1, 1]
-    assert read_both(tmp_path / "log") == ["error: the disk is full\n"] * 2
+    assert read_logs(tmp_path / "log") == ["error: the disk is full\n"] * 2
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_initialize_processes_stops_waiting_process_when_other_fails_late(tmp_path, which):
-    assert wait(start_failing(tmp_path / "log", "late", which), 60) == [1, 1]
-    said = read_both(tmp_path / "log")
-    assert said[which] == "error: the disk is full\n"
-    assert said[1 - which] == f"error: process {which} of 2 failed: the disk is full{RESUME}\n"
+@pytest.mark.parametrize("failing", [0, 1])
+def test_initialize_processes_stops_waiting_process_when_other_fails_late(tmp_path, failing):
+    assert wait(start_failing(tmp_path / "log", "late", failing), 60) == [1, 1]
+    logs = read_logs(tmp_path / "log")
+    assert logs[failing] == "error: the disk is full\n"
+    assert logs[1 - failing] == f"error: process {failing} of 2 failed: the disk is full{RESUME}\n"
 
 
 def test_initialize_processes_stops_main_process_when_other_is_killed(tmp_path):
     assert wait(start_failing(tmp_path / "log", "kill", 1), 60) == [1, -signal.SIGKILL]
-    assert read_both(tmp_path / "log")[0] == f"error: process 1 of 2 has not responded for 5 seconds{RESUME}\n"
+    assert read_logs(tmp_path / "log")[0] == f"error: process 1 of 2 has not responded for 5 seconds{RESUME}\n"
 
 
-TALK = """
+GATHER = """
 import sys, time
 from vit_jax.runtime import distributed
 with distributed.initialize_processes():
     import jax
-    me = jax.process_index()
-    largest = distributed.process_max(7 + me)
-    texts = distributed.gather_strings("grün"[:3 + me])
+    index = jax.process_index()
+    largest = distributed.process_max(7 + index)
+    texts = distributed.gather_strings("grün"[:3 + index])
     with distributed.main_process_first():
-        if me == 0:
+        if index == 0:
             time.sleep(1)
         with open(sys.argv[1], "a") as file:
-            file.write(f"{me} of {jax.process_count()}, {largest}, {texts}\\n")
+            file.write(f"{index} of {jax.process_count()}, {largest}, {texts}\\n")
 """
 
 
 def test_initialize_processes_connects_slurm_tasks(tmp_path):
-    """The variables that `srun --ntasks=2` gives its tasks."""
+    """Sets the variables that `srun --ntasks=2` sets for its tasks."""
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     env = tuple({**job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2))
-    said = tmp_path / "said"
-    pair = start_two(tmp_path / "log", "-c", TALK, said, env=env)
-    assert wait(pair, 100) == [0, 0]
-    assert said.read_text() == "0 of 2, 8, ['grü', 'grün']\n1 of 2, 8, ['grü', 'grün']\n"
+    output = tmp_path / "output"
+    processes = start_processes(tmp_path / "log", "-c", GATHER, output, env=env)
+    assert wait(processes, 100) == [0, 0]
+    assert output.read_text() == "0 of 2, 8, ['grü', 'grün']\n1 of 2, 8, ['grü', 'grün']\n"
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ def test_run_command_returns_exit_code_of_main():
 def test_run_command_reraises_unexpected_errors():
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 // 0)
-    with pytest.raises(RuntimeError, match="ours"):
-        run_command(raising(RuntimeError("ours")))
+    with pytest.raises(RuntimeError, match="bug"):
+        run_command(raising(RuntimeError("bug")))
 
 
 def test_run_command_suggests_accumulation_steps_when_out_of_memory(capsys):

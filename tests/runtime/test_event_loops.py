@@ -7,11 +7,11 @@ from vit_jax.runtime.event_loops import patient_event_loops
 
 
 def test_patient_event_loops_finish_all_tasks_when_one_fails(caplog):
-    ended = []
+    finished = []
 
     async def work(number):
         await asyncio.sleep(number / 100)
-        ended.append(number)
+        finished.append(number)
         raise KeyError(number)
 
     async def work_on_all():
@@ -23,7 +23,7 @@ def test_patient_event_loops_finish_all_tasks_when_one_fails(caplog):
         with pytest.raises(KeyError, match="0"):
             loop.run_until_complete(work_on_all())
         loop.close()
-    assert ended == [0, 1, 2]
+    assert finished == [0, 1, 2]
     assert asyncio.get_event_loop_policy() is policy
     gc.collect()
     assert caplog.text == ""  # "exception was never retrieved"

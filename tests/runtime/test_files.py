@@ -13,8 +13,10 @@ def test_write_atomically_replaces_content_and_leaves_no_temporary_file(tmp_path
 
 
 def test_write_atomically_reports_missing_directory(tmp_path):
-    with pytest.raises(UserError, match=r"cannot write .*/nowhere/a.json: No such file or directory; check the disk"):
-        write_atomically(tmp_path / "nowhere" / "a.json", "{}")
+    with pytest.raises(
+        UserError, match=r"cannot write .*/missing_dir/a.json: No such file or directory; check the disk"
+    ):
+        write_atomically(tmp_path / "missing_dir" / "a.json", "{}")
 
 
 def test_atomic_path_renames_directory(tmp_path):
@@ -33,7 +35,7 @@ def test_atomic_path_keeps_previous_file_on_failure(tmp_path, is_directory):
         if is_directory:
             temporary.mkdir()
             temporary /= "a"
-        temporary.write_text("half")
+        temporary.write_text("partial")
         raise KeyError
     assert (tmp_path / "out").read_text() == "before"
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]

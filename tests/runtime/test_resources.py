@@ -11,7 +11,7 @@ GIB = 2**30
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch, tmp_path):
-    """A machine with 32 GiB, half of it in use."""
+    """Simulates a machine with 32 GiB of memory, half of it in use."""
     memory = types.SimpleNamespace(total=32 * GIB, available=16 * GIB)
     monkeypatch.setattr(resources, "_ROOT", tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
@@ -35,7 +35,7 @@ VERSION_2 = {
 }
 VERSION_1 = {
     "proc/self/cgroup": "5:cpu,cpuacct:/a\n4:memory:/docker/0123\n3:pids:/b",
-    "sys/fs/cgroup/memory/memory.limit_in_bytes": 4 * GIB,  # the path is the host's: the mount is the container's
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": 4 * GIB,  # the path is of the host, the mount of the container
     "sys/fs/cgroup/memory/memory.usage_in_bytes": 3 * GIB,
     "sys/fs/cgroup/memory/memory.stat": f"total_inactive_file {GIB}",
     "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": 150000,
@@ -48,8 +48,8 @@ def test_available_memory_and_cpus_respect_cgroup_limits(tmp_path, monkeypatch, 
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     write_files(tmp_path, files)
     assert resources.total_memory() == 4 * GIB
-    assert resources.available_memory() == 2 * GIB  # 4 - (3 - 1 of file cache)
-    assert resources.available_cpus() == 2  # 1.5, rounded up
+    assert resources.available_memory() == 2 * GIB  # 4 GiB limit - (3 GiB used - 1 GiB of file cache)
+    assert resources.available_cpus() == 2  # 1.5 rounded up
 
 
 UNLIMITED = {

@@ -34,9 +34,9 @@ def test_create_mesh_uses_required_devices(data, fsdp, shape):
     [
         ((64, 128), PartitionSpec(None, "fsdp")),  # the longest axis
         ((128, 66), PartitionSpec("fsdp")),
-        ((130, 64), PartitionSpec(None, "fsdp")),  # the longest that 4 divides
-        ((63, 127), PartitionSpec()),  # none that 4 divides
-        ((4092,), PartitionSpec()),  # fewer than 4,096
+        ((130, 64), PartitionSpec(None, "fsdp")),  # the longest axis divisible by 4
+        ((63, 127), PartitionSpec()),  # no axis divisible by 4
+        ((4092,), PartitionSpec()),  # fewer than 4,096 elements
         ((), PartitionSpec()),
     ],
 )
@@ -46,18 +46,18 @@ def test_param_shardings_split_longest_divisible_axis(shape, spec):
     assert shardings["kernel"].spec == spec
 
 
-@pytest.mark.parametrize("one_for_all", [True, False])
-def test_device_put_shards_host_arrays(one_for_all):
+@pytest.mark.parametrize("single_sharding", [True, False])
+def test_device_put_shards_host_arrays(single_sharding):
     mesh = sharding.create_mesh(fsdp=8)
     tree = {"a": np.arange(16.0), "b": {"c": np.float32(3)}}
-    whole = sharding.replicated(mesh)
-    shardings = whole if one_for_all else {"a": sharding.batch_sharding(mesh), "b": {"c": whole}}
-    placed = sharding.device_put(tree, shardings)
-    np.testing.assert_array_equal(placed["a"], tree["a"])
-    assert placed["b"]["c"] == 3 and placed["b"]["c"].sharding == whole
-    assert placed["a"].addressable_shards[0].data.shape == ((16,) if one_for_all else (2,))
+    replicated = sharding.replicated(mesh)
+    shardings = replicated if single_sharding else {"a": sharding.batch_sharding(mesh), "b": {"c": replicated}}
+    sharded = sharding.device_put(tree, shardings)
+    np.testing.assert_array_equal(sharded["a"], tree["a"])
+    assert sharded["b"]["c"] == 3 and sharded["b"]["c"].sharding == replicated
+    assert sharded["a"].addressable_shards[0].data.shape == ((16,) if single_sharding else (2,))
     shapes = sharding.with_sharding(tree, shardings)
-    assert jax.tree.map(lambda leaf: leaf.sharding, shapes) == jax.tree.map(lambda leaf: leaf.sharding, placed)
+    assert jax.tree.map(lambda leaf: leaf.sharding, shapes) == jax.tree.map(lambda leaf: leaf.sharding, sharded)
 
 
 def test_shard_rows_selects_and_shards_images():
