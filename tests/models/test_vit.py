@@ -163,14 +163,6 @@ def test_vision_transformer_matches_reference_logits_after_adapt_params(grid, ne
     assert_matches_reference(params, random_images(height, width))
 
 
-def test_reference_forward_changes_with_transposed_images():
-    params = random_params(grid=(2, 4))
-    images = random_images(8, 16)
-    plain = reference.forward(params, images)
-    transposed = reference.forward(params, images.swapaxes(1, 2))
-    assert np.abs(plain - transposed).max() > 0.1  # the reference depends on the order of patches
-
-
 def test_vision_transformer_matches_reference_in_float64():
     """Float64 agreement also detects a different epsilon or form of GELU, which float32 hides."""
     params, images = random_params(grid=(4, 4), representation_size=16), random_images(16, 16)
