@@ -146,7 +146,7 @@ def pictures(flat):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_file_gives_its_models_logits(name, tmp_path):
+def test_load_matches_reference_logits_of_every_format(name, tmp_path):
     """Against a float64 pass over the original's numbers; its keys and no other are what is loaded."""
     flat, layout = FILES[name]
     model = vit_jax.load(write(tmp_path / "file.npz", layout(flat)))
@@ -161,14 +161,14 @@ def test_every_file_gives_its_models_logits(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["big_vision, MAP", "hybrid"])
-def test_bfloat16_as_raw_bytes(name, tmp_path):
+def test_read_model_decodes_bfloat16_saved_as_raw_bytes(name, tmp_path):
     flat, layout = FILES[name]
     params, _ = pretrained.read_model(str(write(tmp_path / "file.npz", as_void(layout(flat)))))
     for key, leaf in flatten_dict(params, sep="/").items():
         np.testing.assert_array_equal(leaf, flat[key].astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
-def test_a_bit_file_gives_its_models_logits(tmp_path):
+def test_load_matches_reference_logits_of_bit_resnet(tmp_path):
     flat = reference_resnet.flat_params()
     images = np.random.default_rng(1).integers(0, 256, (2, 224, 224, 3)).astype(np.uint8)
     logits = vit_jax.load(write(tmp_path / "file.npz", flat)).logits(images)
@@ -176,7 +176,7 @@ def test_a_bit_file_gives_its_models_logits(tmp_path):
     np.testing.assert_allclose(logits, wanted, atol=1e-3 * np.abs(wanted).max())
 
 
-def test_positions_that_are_not_stored_are_computed(tmp_path):
+def test_read_model_computes_missing_sincos_position_embeddings(tmp_path):
     """Column 1, row 2 of a 2 × 4 … grid of 56-pixel patches, by hand: sin and cos of the column, then of the row."""
     flat = big_vision(original(pool="mean", patch_size=56))
     del flat["pos_embedding"]
@@ -188,7 +188,7 @@ def test_positions_that_are_not_stored_are_computed(tmp_path):
     np.testing.assert_allclose(positions[0, 2 * 4 + 1], waves, atol=1e-6)
 
 
-def test_positions_that_were_added_after_the_class_token_joined_keep_its_row(tmp_path):
+def test_read_model_keeps_position_embedding_of_class_token(tmp_path):
     flat = original()
     file = {key: leaf for key, leaf in flat.items() if key != POSITIONS} | {"pos_embedding": flat[POSITIONS]}
     params, _ = pretrained.read_model(str(write(tmp_path / "file.npz", file)))
@@ -199,7 +199,7 @@ def shapes(flat):
     return {key: leaf.shape for key, leaf in flat.items()}
 
 
-def test_every_conversion_is_needed_by_some_file():
+def test_conversions_are_all_needed_and_keep_original_format():
     """And none changes a file of the original layout."""
     needed = set()
     bare = big_vision(original(pool="mean"))
@@ -216,7 +216,7 @@ def test_every_conversion_is_needed_by_some_file():
 
 
 @pytest.mark.parametrize("name", ["big_vision, stacked", "big_vision, mean", "big_vision, MAP, inlined", "hybrid"])
-def test_an_array_of_another_shape_is_one_line(name):
+def test_from_params_rejects_wrong_shape_of_any_array(name):
     """Whichever it is, a number in its place, or nothing of two axes, is no model and no traceback."""
     flat, layout = FILES[name]
     file = layout(flat)
@@ -229,20 +229,20 @@ def test_an_array_of_another_shape_is_one_line(name):
             assert "\n" not in str(caught.value)
 
 
-def test_a_lost_class_token_is_not_taken_for_a_model_without_one():
+def test_infer_sizes_rejects_missing_class_token():
     flat = {key: leaf for key, leaf in original().items() if key != "cls"}
     with pytest.raises(UserError, match="complete VisionTransformer: missing: cls"):
         pretrained.infer_sizes(unflatten_dict(flat, sep="/"))
 
 
-def test_a_hybrid_that_is_not_whole_names_what_is_missing():
+def test_infer_sizes_reports_missing_keys_of_hybrid():
     flat = {key: leaf for key, leaf in hybrid().items() if "block2/unit1/gn_proj" not in key}
     with pytest.raises(UserError, match="missing: block2/unit1/gn_proj/bias, block2/unit1/gn_proj/scale"):
         pretrained.infer_sizes(unflatten_dict(flat, sep="/"))
 
 
 @pytest.mark.parametrize("pool", models.POOLS)
-def test_the_tree_of_a_model_is_its_files_key_list(pool):
+def test_vision_transformer_params_match_checkpoint_keys_and_shapes(pool):
     sizes = HYBRID | {"pool": pool}
     model = models.VisionTransformer(CLASSES, **sizes, representation_size=12)
     tree = jax.eval_shape(lambda: model.init(jax.random.PRNGKey(0), jnp.zeros((1, 32, 32, 3))))["params"]
@@ -262,7 +262,7 @@ def config_from(file, **changes):
 
 
 @pytest.mark.parametrize(("name", "image_size"), [("hybrid, root alone", 16), ("big_vision, MAP", 32)])
-def test_a_run_starts_from_one_and_is_looked_into_and_handed_on(name, image_size, tmp_path):
+def test_train_visualize_and_export_accept_other_formats(name, image_size, tmp_path):
     """Positions are resampled; what is drawn, exported and loaded again is the trained model."""
     flat, layout = FILES[name]
     config = config_from(write(tmp_path / "file.npz", layout(flat)), image_size=image_size)
@@ -285,7 +285,7 @@ def test_a_run_starts_from_one_and_is_looked_into_and_handed_on(name, image_size
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_step_a_run_is_its_file(tmp_path):
+def test_train_and_evaluate_with_zero_steps_keeps_pretrained_params(tmp_path):
     flat, layout = FILES["hybrid, root alone"]
     file = write(tmp_path / "file.npz", layout(flat))
     trainer.train_and_evaluate(config_from(file, num_steps=0, warmup_steps=0, image_size=32), tmp_path / "run")
@@ -296,14 +296,14 @@ def test_without_a_step_a_run_is_its_file(tmp_path):
             np.testing.assert_array_equal(leaf, flat[key], err_msg=key)
 
 
-def test_positions_without_a_class_token_are_resampled_like_the_others():
+def test_resample_position_embeddings_without_class_token_interpolates_linearly():
     """A 2 × 2 grid of one number each to 3 × 3: means between."""
     positions = np.array([0.0, 2.0, 4.0, 6.0], np.float32).reshape(1, 4, 1)
     new = pretrained.resample_position_embeddings(positions, (2, 2), (3, 3), class_token=False)
     np.testing.assert_allclose(new[0, :, 0], [0, 1, 2, 2, 3, 4, 4, 5, 6], atol=1e-6)
 
 
-def test_a_file_without_a_head_starts_a_run_and_answers_nothing(tmp_path):
+def test_create_params_accepts_and_load_rejects_checkpoint_without_head(tmp_path):
     flat = {key: leaf for key, leaf in original(pool="map").items() if not key.startswith("head/")}
     file = write(tmp_path / "file.npz", beside_text(big_vision(flat)))
     config = config_from(file, image_size=16)

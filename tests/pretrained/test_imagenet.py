@@ -3,7 +3,7 @@ import pytest
 from vit_jax import pretrained
 
 
-def test_imagenet_has_a_thousand_different_names_in_the_order_of_the_heads():
+def test_imagenet_classes_returns_1000_unique_names_in_wordnet_id_order():
     classes = pretrained.imagenet_classes()
     numbers, names = zip(*classes, strict=True)
     assert len(set(numbers)) == len(set(names)) == 1000 and list(numbers) == sorted(numbers)
@@ -22,5 +22,5 @@ def test_imagenet_has_a_thousand_different_names_in_the_order_of_the_heads():
         ("my_cat", "my_cat"),
     ],
 )
-def test_canonical_name_is_the_wordnet_id_of_imagenets_classes_only(name, expected):
+def test_canonical_name_returns_wordnet_id_of_imagenet_classes_only(name, expected):
     assert pretrained.canonical_name(name) == expected

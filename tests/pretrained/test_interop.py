@@ -40,7 +40,7 @@ def images():
     return np.stack([photo[row : row + 16, 300:316] for photo in (china, flower) for row in range(0, 400, 20)])
 
 
-def test_transformers_read_what_is_exported(tmp_path, images):
+def test_export_safetensors_matches_logits_of_transformers(tmp_path, images):
     config = digits.get_config()
     config.update(num_steps=20, warmup_steps=5, eval_every_steps=20, checkpoint_every_steps=20)
     trainer.train_and_evaluate(config, tmp_path / "run")
@@ -57,7 +57,7 @@ def test_transformers_read_what_is_exported(tmp_path, images):
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh"])
-def test_a_folder_of_theirs_is_a_model_of_ours(tmp_path, images, act):
+def test_load_matches_logits_of_transformers(tmp_path, images, act):
     torch.manual_seed(0)
     names = {0: "cat", 1: "dog", 2: "cow"}
     config = transformers.ViTConfig(**SIZES, hidden_act=act, id2label=names, initializer_range=0.2)
@@ -74,7 +74,7 @@ def test_a_folder_of_theirs_is_a_model_of_ours(tmp_path, images, act):
     np.testing.assert_allclose(ours.logits(images), theirs, atol=2e-5)
 
 
-def test_a_folder_without_a_head_starts_a_run(tmp_path, images):
+def test_train_and_evaluate_fine_tunes_vit_model_without_head(tmp_path, images):
     torch.manual_seed(0)
     transformers.ViTModel(transformers.ViTConfig(**SIZES), add_pooling_layer=True).save_pretrained(tmp_path / "model")
     ours = vit_jax.load(tmp_path / "model")

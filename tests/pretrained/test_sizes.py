@@ -14,7 +14,7 @@ QUERY = "Transformer/encoderblock_1/MultiHeadDotProductAttention_1/query/kernel"
 
 
 @pytest.mark.parametrize("representation_size", [None, 4])
-def test_infer_sizes_reads_the_sizes_off_the_shapes(representation_size):
+def test_infer_sizes_returns_sizes_from_shapes(representation_size):
     params = nest(flat_params(representation_size=representation_size))
     sizes = {"representation_size": representation_size, "num_classes": 5, "stem_units": None, "pool": "cls"}
     expected = "vit", {**MICRO, **sizes}
@@ -31,7 +31,7 @@ def not_inferred(flat):
 
 
 @pytest.mark.parametrize("key", flat_params(representation_size=4))
-def test_infer_sizes_names_a_missing_key(key):
+def test_infer_sizes_reports_missing_key(key):
     flat = flat_params(representation_size=4)
     del flat[key]
     message = not_inferred(flat)
@@ -39,22 +39,22 @@ def test_infer_sizes_names_a_missing_key(key):
     assert f"missing: {key}" in message or f"{key} is missing" in message
 
 
-def test_infer_sizes_names_a_missing_block():
+def test_infer_sizes_reports_missing_block():
     flat = {key: leaf for key, leaf in flat_params().items() if "encoderblock_1/" not in key}
     message = not_inferred(flat)
     assert "missing: Transformer/encoderblock_1/LayerNorm_0/bias" in message and "and 13 more" in message
 
 
-def test_infer_sizes_names_a_block_of_another_shape():
+def test_infer_sizes_reports_shape_mismatch():
     message = not_inferred({**flat_params(), QUERY: np.zeros((6, 3, 2))})
     assert f"of another shape: {QUERY} (6, 3, 2) instead of (6, 2, 3)" in message
 
 
-def test_infer_sizes_names_an_unexpected_key():
+def test_infer_sizes_reports_unexpected_key():
     assert "unexpected: extra/scale" in not_inferred({**flat_params(), "extra/scale": np.zeros(6)})
 
 
-def test_infer_sizes_wants_heads_that_divide_the_width():
+def test_infer_sizes_rejects_hidden_size_not_divisible_by_num_heads():
     message = not_inferred(flat_params(num_heads=4))
     assert message.endswith("complete VisionTransformer: model.hidden_size 6 is not a multiple of num_heads 4")
 
@@ -62,7 +62,7 @@ def test_infer_sizes_wants_heads_that_divide_the_width():
 @pytest.mark.parametrize(
     ("key", "shape"), [("embedding/kernel", (48, 6)), ("head/kernel", (1, 1, 6, 5)), (POSITIONS, (5, 6))]
 )
-def test_infer_sizes_wants_the_right_number_of_axes(key, shape):
+def test_infer_sizes_rejects_wrong_number_of_axes(key, shape):
     message = not_inferred({**flat_params(), key: np.zeros(shape)})
     assert f"{key} is of shape {shape}" in message or f"{key} {shape} instead of" in message
 
@@ -76,17 +76,17 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("cause", FOREIGN)
-def test_infer_sizes_refuses_other_files(cause):
+def test_infer_sizes_rejects_unknown_formats(cause):
     message = not_inferred({key: np.zeros(1) for key in FOREIGN[cause]})
     assert "these are not the parameters of a known model: " in message and cause in message
 
 
 @pytest.mark.parametrize("num_patches", [1, 3, 7])
-def test_infer_sizes_reads_any_number_of_patches(num_patches):
+def test_infer_sizes_accepts_any_number_of_patches(num_patches):
     assert pretrained.infer_sizes(nest(flat_params(num_tokens=1 + num_patches)))[1]["num_layers"] == 3
 
 
-def test_infer_sizes_wants_the_class_token_of_a_square():
+def test_infer_sizes_requires_class_token_for_one_plus_square_tokens():
     flat = {key: leaf for key, leaf in flat_params().items() if key != "cls"}
     assert "missing: cls" in not_inferred(flat)
 
@@ -99,12 +99,12 @@ def infer_resnet(flat):
 
 
 @pytest.mark.parametrize("units", [(1,), (1, 2), (1, 1, 11)])
-def test_infer_sizes_reads_those_of_a_resnet(units):
+def test_infer_sizes_returns_resnet_sizes(units):
     expected = {"units": units, "width": WIDTH, "num_classes": 7}
     assert infer_resnet(reference_resnet.flat_params(units=units)) == ("resnet50", expected)
 
 
-def test_infer_sizes_reads_a_resnet_without_a_head():
+def test_infer_sizes_accepts_resnet_without_head():
     assert infer_resnet(without("head")) == ("resnet50", {"units": UNITS, "width": WIDTH, "num_classes": None})
 
 
@@ -135,7 +135,7 @@ NOT_COMPLETE = {
 
 
 @pytest.mark.parametrize("cause", NOT_COMPLETE)
-def test_infer_sizes_names_what_a_resnet_lacks(cause):
+def test_infer_sizes_reports_mismatch_of_resnet(cause):
     with pytest.raises(UserError) as caught:
         infer_resnet(NOT_COMPLETE[cause])
     message = str(caught.value)
