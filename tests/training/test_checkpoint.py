@@ -33,7 +33,7 @@ def assert_equal(ours, theirs):
 
 
 @pytest.mark.parametrize(("saved_on", "read_on"), [(8, 1), (1, 8), (8, 4)])
-def test_restore_reads_onto_any_number_of_devices(tmp_path, saved_on, read_on):
+def test_restore_supports_any_number_of_devices(tmp_path, saved_on, read_on):
     state = create_state(num_devices=saved_on, seed=3)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(7, state, {"class_names": ["a"]}, accuracy=0.5)
@@ -43,7 +43,7 @@ def test_restore_reads_onto_any_number_of_devices(tmp_path, saved_on, read_on):
     assert all(len(leaf.devices()) == read_on for leaf in jax.tree.leaves(restored))
 
 
-def test_restore_reads_sharded_arrays_onto_one_device(tmp_path):
+def test_restore_gathers_sharded_arrays_on_one_device(tmp_path):
     params = {"head": {"kernel": np.arange(8192, dtype=np.float32).reshape(2, 4096)}}
     mesh = sharding.create_mesh(fsdp=8)
     state = create_state(params)
@@ -55,7 +55,7 @@ def test_restore_reads_sharded_arrays_onto_one_device(tmp_path):
         assert_equal(checkpoints.restore(1, abstract_state(params, num_devices=1)), state)
 
 
-def test_restore_refuses_the_checkpoint_of_another_model(tmp_path):
+def test_restore_rejects_checkpoint_of_other_model(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, create_state(), {}, accuracy=None)
         checkpoints.finish()
@@ -67,7 +67,7 @@ def test_restore_refuses_the_checkpoint_of_another_model(tmp_path):
 
 
 @pytest.mark.parametrize("use_ema", [True, False])
-def test_restore_params_reads_parameters_and_metadata(tmp_path, use_ema):
+def test_restore_params_returns_params_and_metadata(tmp_path, use_ema):
     state = create_state()
     state = state.replace(ema=jax.tree.map(lambda leaf: leaf + 1, state.trainable))
     with Checkpoints(tmp_path) as checkpoints:
@@ -78,7 +78,7 @@ def test_restore_params_reads_parameters_and_metadata(tmp_path, use_ema):
     assert metadata == {"class_names": ["cat", "dog"]}
 
 
-def test_save_keeps_the_latest_and_the_best(tmp_path):
+def test_save_keeps_latest_and_best_checkpoint(tmp_path):
     state = create_state()
     with Checkpoints(tmp_path) as checkpoints:
         for step, accuracy in [(1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, None)]:
@@ -94,7 +94,7 @@ def test_save_keeps_the_latest_and_the_best(tmp_path):
         assert checkpoints.steps() == [7]
 
 
-def test_save_reports_a_full_disk_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+def test_save_reports_full_disk_and_keeps_last_checkpoint(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, create_state(), {}, accuracy=None)
         checkpoints.finish()
@@ -104,7 +104,7 @@ def test_save_reports_a_full_disk_and_keeps_the_last_checkpoint(tmp_path, monkey
         assert checkpoints.steps() == [1]
 
 
-def test_steps_counts_a_checkpoint_that_is_being_saved(tmp_path):
+def test_latest_step_includes_checkpoint_being_saved(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, create_state(), {}, accuracy=None)
         assert checkpoints.latest_step() == 1
@@ -112,7 +112,7 @@ def test_steps_counts_a_checkpoint_that_is_being_saved(tmp_path):
         assert checkpoints.steps() == [1]
 
 
-def test_require_step_names_the_steps(tmp_path):
+def test_require_step_rejects_missing_step(tmp_path):
     (tmp_path / "run").mkdir()
     with Checkpoints(tmp_path / "run", read_only=True) as checkpoints:
         assert checkpoints.steps() == []
@@ -163,7 +163,7 @@ def test_restore_names_damaged_item_and_intact_steps(two_steps, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_restore_names_arrays_that_are_not_what_was_saved(tmp_path, monkeypatch):
+def test_restore_params_rejects_wrong_checksum(tmp_path, monkeypatch):
     checksums = checkpoint.checksums
     monkeypatch.setattr(checkpoint, "checksums", lambda items: {**checksums(items), "params/cls": "00000000"})
     with Checkpoints(tmp_path) as checkpoints:
@@ -173,7 +173,7 @@ def test_restore_names_arrays_that_are_not_what_was_saved(tmp_path, monkeypatch)
             checkpoints.restore_params(1, replicated())
 
 
-def test_restore_does_not_take_lack_of_memory_for_damage(two_steps, monkeypatch):
+def test_restore_params_reports_out_of_memory(two_steps, monkeypatch):
     def fail(*_):
         raise MemoryError("cannot allocate")
 
@@ -183,7 +183,7 @@ def test_restore_does_not_take_lack_of_memory_for_damage(two_steps, monkeypatch)
             checkpoints.restore_params(2, replicated())
 
 
-def test_read_metadata_refuses_any_change(two_steps):
+def test_read_metadata_rejects_changed_file(two_steps):
     path = two_steps / "checkpoints/1/metadata/metadata"
     path.write_text(path.read_text().replace('"accuracy": 1.0', '"accuracy": 0.0'))
     with Checkpoints(two_steps, read_only=True) as checkpoints:
@@ -194,7 +194,7 @@ def test_read_metadata_refuses_any_change(two_steps):
         Checkpoints(two_steps)
 
 
-def test_checkpoints_removes_the_remains_of_a_killed_save(tmp_path):
+def test_checkpoints_removes_leftover_files_of_killed_save(tmp_path):
     remains = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
     remains.mkdir(parents=True)
     with Checkpoints(tmp_path, read_only=True) as checkpoints:

@@ -34,7 +34,7 @@ def cost(monkeypatch):
     return run
 
 
-def test_dry_run_counts_the_flops_of_the_layers(cost):
+def test_dry_run_matches_flops_of_layers(cost):
     """Two FLOPs per multiply-add, three passes except in the first layer, which has no gradient of the images."""
     tokens, width, hidden = 17, 64, 256
     block = 4 * tokens * width * width + 2 * tokens * tokens * width + 2 * tokens * width * hidden
@@ -43,7 +43,7 @@ def test_dry_run_counts_the_flops_of_the_layers(cost):
     assert cost().flops == pytest.approx(2 * products, rel=0.2)  # besides: norms, softmax, GELU, optimizer
 
 
-def test_dry_run_measures_what_saves_memory(cost):
+def test_dry_run_measures_savings_of_accumulation_remat_and_sharding(cost):
     plain = cost(batch_size=64)
     parts = cost(batch_size=64, accumulation_steps=4)
     assert parts.temporaries < 0.6 * plain.temporaries
@@ -71,14 +71,14 @@ def test_dry_run_names_options_that_save_memory(monkeypatch, capsys):
     assert "estimated by the compiler for cpu, jax" in capsys.readouterr().out
 
 
-def test_dry_run_counts_cached_features(capsys):
+def test_dry_run_reports_cached_features(capsys):
     dry_run.dry_run(config_with(trainable="head"))
     text = capsys.readouterr().out
     assert "as cached features" in text
     assert "head/.*         2           650" in text
 
 
-def test_dry_run_leaves_no_files(tmp_path, run_command):
+def test_dry_run_writes_no_files(tmp_path, run_command):
     command = ["train.py", "--config", "configs/cifar100.py", "--dry_run", "--workdir", tmp_path / "run"]
     nowhere = {"VIT_JAX_CACHE": str(tmp_path / "cache"), "https_proxy": "http://localhost:9"}
     result = run_command(*command, "--config.model.num_layers=1", "--config.batch_size=8", env=nowhere)
@@ -88,7 +88,7 @@ def test_dry_run_leaves_no_files(tmp_path, run_command):
     assert result.stderr == ""
 
 
-def test_dry_run_refuses_a_download(monkeypatch, tmp_path):
+def test_dry_run_rejects_download(monkeypatch, tmp_path):
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))
     with pytest.raises(UsageError, match="model has no sizes and imagenet21k/ViT-B_16 is not in the cache"):
         dry_run.dry_run(config_with(model={}, pretrained="imagenet21k/ViT-B_16"))

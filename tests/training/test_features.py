@@ -33,7 +33,7 @@ def run(config, workdir):
     return records, flatten_dict(load_run(workdir).params, sep="/")
 
 
-def test_stored_features_give_the_run_without_them(tmp_path):
+def test_train_and_evaluate_with_cached_features_matches_uncached_run(tmp_path):
     cached, cached_params = run(head_config(num_steps=44), tmp_path / "cached")
     fresh, fresh_params = run(head_config(num_steps=44, features="fresh"), tmp_path / "fresh")
     assert len(cached) == len(fresh) == 10
@@ -44,7 +44,7 @@ def test_stored_features_give_the_run_without_them(tmp_path):
     assert cached[-1]["test/accuracy"] > 0.5  # it learned
 
 
-def test_train_and_evaluate_caches_the_same_features_for_any_eval_batch_size(tmp_path):
+def test_train_and_evaluate_caches_same_features_for_any_eval_batch_size(tmp_path):
     """A resumed run may change `eval_batch_size`."""
     config = head_config(dtype="bfloat16", num_steps=5, eval_every_steps=5, eval_batch_size=360)
     config.dataset.train_split = "train[:320]"
@@ -54,7 +54,7 @@ def test_train_and_evaluate_caches_the_same_features_for_any_eval_batch_size(tmp
 
 
 @pytest.mark.parametrize("features", ["cached", "fresh"])
-def test_evaluate_run_crops_test_images_as_training_did(tmp_path, features):
+def test_evaluate_applies_test_augment_as_in_training(tmp_path, features):
     """Test-time crops have keys of their own, whatever the seed."""
     config = head_config(features=features, seed=3, num_steps=5, eval_every_steps=5, warmup_steps=0)
     config.dataset.train_split = "train[:320]"
@@ -70,7 +70,7 @@ def test_train_and_evaluate_learns_from_augmented_views(tmp_path):
     assert records[-1]["test/accuracy"] > 0.3  # one in ten is right by chance
 
 
-def test_run_train_steps_makes_the_updates_one_by_one():
+def test_run_train_steps_applies_updates_sequentially():
     def train_step(state, batch):
         return state + batch.inputs.sum(), {"loss": batch.inputs[0] * 1.0}
 

@@ -27,13 +27,13 @@ def arguments_of(file, **given):
     return initialize.model_arguments(given, "vit", initialize.load_pretrained(str(file)))
 
 
-def test_model_arguments_takes_missing_sizes_from_the_checkpoint(file):
+def test_model_arguments_reads_missing_sizes_from_checkpoint(file):
     arguments = arguments_of(file)
     assert {name: arguments[name] for name in SIZES} == SIZES
     assert "representation_size" not in arguments and "num_classes" not in arguments
 
 
-def test_create_params_loads_all_but_the_head(file):
+def test_create_params_loads_all_parameters_except_head(file):
     source = initialize.load_pretrained(str(file))
     model = models.create_model("vit", arguments_of(file), num_classes=10)
     params = initialize.create_params(model, source, image_size=16, seed=0)
@@ -43,22 +43,22 @@ def test_create_params_loads_all_but_the_head(file):
             np.testing.assert_array_equal(leaf, expected, err_msg=key)
 
 
-def test_model_arguments_rejects_other_sizes_than_those_of_the_checkpoint(file):
+def test_model_arguments_rejects_sizes_that_differ_from_checkpoint(file):
     message = r"the model does not fit .*file.npz, which is another one: hidden_size 48 \(checkpoint: 24\);"
     with pytest.raises(UsageError, match=message):
         arguments_of(file, **{**SIZES, "hidden_size": 48})
 
 
-def test_model_arguments_rejects_another_architecture(file):
+def test_model_arguments_rejects_other_architecture(file):
     with pytest.raises(UsageError, match=r"which is another one: resnet50 \(checkpoint: vit\)"):
         initialize.model_arguments({}, "resnet50", initialize.load_pretrained(str(file)))
 
 
-def test_model_arguments_keeps_options_that_shapes_do_not_tell(file):
+def test_model_arguments_keeps_options_not_determined_by_shapes(file):
     assert arguments_of(file, **SIZES, dropout_rate=0.1)["dropout_rate"] == 0.1
 
 
-def test_model_arguments_prefers_given_options_to_those_in_the_metadata(file, tmp_path):
+def test_model_arguments_prefers_given_options_over_metadata(file, tmp_path):
     params = pretrained.load_npz(file)
     metadata = ModelMetadata.from_params(params)
     model = {**metadata.model, "gelu_approximate": False, "layer_norm_epsilon": 1e-12}
@@ -70,6 +70,6 @@ def test_model_arguments_prefers_given_options_to_those_in_the_metadata(file, tm
     assert (arguments["gelu_approximate"], arguments["layer_norm_epsilon"]) == (True, 1e-12)
 
 
-def test_model_arguments_requires_sizes_without_a_checkpoint():
+def test_model_arguments_requires_sizes_without_checkpoint():
     with pytest.raises(UsageError, match="model is empty"):
         initialize.model_arguments({}, "vit", None)

@@ -136,7 +136,7 @@ def assert_close(ours, theirs, tolerance):
 
 
 @pytest.mark.parametrize("mode", ["full", "head"])
-def test_train_step_follows_a_float64_reference(digits, mode):
+def test_train_step_matches_float64_reference(digits, mode):
     split = first(digits, 16)
     before = flatten_dict(random_params(DEEP), sep="/")
     images = np.asarray(preprocess.normalize(split.images))
@@ -158,7 +158,7 @@ def test_train_step_overfits_16_images(digits):
     assert setup.run(4)["train/loss"] < before - 0.1
 
 
-def test_train_step_keeps_the_bits_of_frozen_parameters_and_no_optimizer_state_of_them(digits):
+def test_train_step_keeps_frozen_parameters_bit_identical_without_optimizer_state(digits):
     setup = Setup(first(digits, 16), mode="head")
     before = {key: np.asarray(leaf) for key, leaf in setup.params().items()}
     setup.run(5)
@@ -169,7 +169,7 @@ def test_train_step_keeps_the_bits_of_frozen_parameters_and_no_optimizer_state_o
     assert sizes <= 16 * 10 + 10 + 2  # the momentum of the head, and counters
 
 
-def test_train_step_accumulates_the_update_of_the_large_batch(digits):
+def test_train_step_with_accumulation_equals_large_batch(digits):
     whole, parts = (Setup(digits, batch_size=32, accumulation_steps=n, augment="inception") for n in (1, 4))
     ours, theirs = parts.run(3), whole.run(3)
     assert_close(parts.params(), whole.params(), 1e-6)
@@ -189,14 +189,14 @@ def test_train_step_samples_dropout_per_image(digits, options):
     assert abs(float(plain.run(3)["train/loss"]) - float(theirs["train/loss"])) > 1e-2
 
 
-def test_train_step_gives_the_same_update_on_eight_devices_as_on_one(digits):
+def test_train_step_on_eight_devices_equals_one_device(digits):
     one, eight = (Setup(digits, num_devices=n, batch_size=32, augment="inception") for n in (1, 8))
     ours, theirs = eight.run(4), one.run(4)
     assert_close(eight.params(), one.params(), 1e-5)
     assert float(ours["train/loss"]) == pytest.approx(float(theirs["train/loss"]), abs=1e-5)
 
 
-def test_train_step_returns_the_loss_of_its_batch_before_the_update(digits):
+def test_train_step_returns_loss_before_update(digits):
     setup = Setup(first(digits, 40), batch_size=16)
     order = np.asarray(rng.epoch_order(setup.state.key, 0, 40))
     for step in range(2):
@@ -211,14 +211,14 @@ def test_train_step_returns_the_loss_of_its_batch_before_the_update(digits):
         )
 
 
-def test_train_step_returns_the_learning_rate_of_the_update(digits):
+def test_train_step_returns_learning_rate_of_update(digits):
     setup = Setup(first(digits, 16))
     rates = [float(setup.run(1)["learning_rate"]) for _ in range(4)]
     # warm-up of two updates to 0.1, then the cosine over three
     np.testing.assert_allclose(rates, [0.0, 0.05, 0.1, 0.075], atol=1e-7)
 
 
-def test_train_step_keeps_the_first_nonfinite_step(digits):
+def test_train_step_keeps_first_nonfinite_step(digits):
     setup = Setup(first(digits, 16))
     setup.run(1)
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, setup.state.trainable)
@@ -227,7 +227,7 @@ def test_train_step_keeps_the_first_nonfinite_step(digits):
     assert int(setup.state.first_nonfinite_step) == 2
 
 
-def test_train_step_transfers_nothing_from_the_host(digits):
+def test_train_step_transfers_nothing_from_host(digits):
     setup = Setup(first(digits, 40), batch_size=16)
     setup.run(3)  # into the second epoch
     with jax.transfer_guard("disallow"):
@@ -235,7 +235,7 @@ def test_train_step_transfers_nothing_from_the_host(digits):
     assert int(setup.state.step) == 7
 
 
-def test_train_step_donates_the_state(digits):
+def test_train_step_donates_state(digits):
     setup = Setup(first(digits, 16))
     before = setup.state
     setup.run(1)
@@ -245,14 +245,14 @@ def test_train_step_donates_the_state(digits):
 MIXING = {"mixup_alpha": 0.3, "cutmix_alpha": 1.0, "label_smoothing": 0.1}
 
 
-def test_train_step_accumulates_the_update_of_the_large_batch_of_mixed_images(digits):
+def test_train_step_with_accumulation_and_mixing_equals_large_batch(digits):
     whole, parts = (Setup(digits, batch_size=32, accumulation_steps=n, augment="inception", **MIXING) for n in (1, 4))
     ours, theirs = parts.run(3), whole.run(3)
     assert_close(parts.params(), whole.params(), 1e-6)
     assert float(ours["train/loss"]) == pytest.approx(float(theirs["train/loss"]), abs=1e-6)
 
 
-def test_train_step_weights_the_labels_of_mixed_images(digits):
+def test_train_step_mixes_labels_like_images(digits):
     """The loss of a step is that of the mixed images under both labels."""
     setup = Setup(first(digits, 16), mixup_alpha=0.3, label_smoothing=0.1)
     rows = np.asarray(rng.epoch_order(setup.state.key, 0, 16))
@@ -275,7 +275,7 @@ def test_train_step_weights_the_labels_of_mixed_images(digits):
 @pytest.mark.parametrize(
     ("num_devices", "fsdp", "mode"), [(8, 8, "full"), (8, 4, "full"), (4, 2, "full"), (8, 4, "mlp")]
 )
-def test_train_step_gives_the_same_update_with_sharded_parameters(digits, num_devices, fsdp, mode):
+def test_train_step_with_sharded_parameters_equals_one_device(digits, num_devices, fsdp, mode):
     options = {"model": WIDE, "mode": mode, "batch_size": 32, "augment": "flip", "ema_decay": 0.5}
     one, many = (Setup(digits, num_devices=n, fsdp=f, **options) for n, f in ((1, 1), (num_devices, fsdp)))
     for _ in range(4):
@@ -285,7 +285,7 @@ def test_train_step_gives_the_same_update_with_sharded_parameters(digits, num_de
     assert_close(flatten_dict(many.state.ema), flatten_dict(one.state.ema), 1e-5)
 
 
-def test_train_step_keeps_the_state_sharded(digits):
+def test_train_step_keeps_state_sharded(digits):
     setup = Setup(digits, num_devices=8, fsdp=8, model=WIDE, batch_size=32, augment="flip", ema_decay=0.5)
     setup.run(1)
     kernel = setup.state.trainable["Transformer"]["encoderblock_0"]["MlpBlock_3"]["Dense_0"]["kernel"]
@@ -311,7 +311,7 @@ def test_train_step_updates_ema_of_trainable_parameters(digits):
 
 
 @pytest.mark.parametrize("mode", ["mlp", "attention", "bias"])
-def test_train_step_moves_the_parameters_of_the_mode_and_no_other(digits, mode):
+def test_train_step_updates_only_parameters_of_mode(digits, mode):
     setup = Setup(first(digits, 16), mode=mode)
     before = {key: np.asarray(leaf) for key, leaf in setup.params().items()}
     setup.run(5)
