@@ -121,7 +121,8 @@ def test_adapt_params_rejects_grid_with_wrong_num_patches():
         adapt(flat_params(), flat_params(), grid=(2, 3))
 
 
-def not_adapted(source, target, **kwargs):
+def adapt_error(source, target, **kwargs):
+    """Returns the message of the error that `adapt` raises."""
     with pytest.raises(UserError) as caught:
         adapt(source, target, **kwargs)
     message = str(caught.value)
@@ -131,28 +132,28 @@ def not_adapted(source, target, **kwargs):
 
 def test_adapt_params_reports_missing_keys():
     source = {key: leaf for key, leaf in flat_params().items() if "encoder_norm" not in key}
-    message = not_adapted(source, flat_params())
+    message = adapt_error(source, flat_params())
     assert message.endswith("missing: Transformer/encoder_norm/scale, Transformer/encoder_norm/bias")
 
 
 def test_adapt_params_reports_unexpected_keys():
-    message = not_adapted({**flat_params(), "extra/bias": np.zeros(1)}, flat_params())
+    message = adapt_error({**flat_params(), "extra/bias": np.zeros(1)}, flat_params())
     assert message.endswith("unexpected: extra/bias")
 
 
 def test_adapt_params_reports_shape_mismatch():
-    message = not_adapted({**flat_params(), QUERY: np.zeros((6, 3, 2))}, flat_params())
+    message = adapt_error({**flat_params(), QUERY: np.zeros((6, 3, 2))}, flat_params())
     assert message.endswith(f"of another shape: {QUERY} (6, 3, 2) instead of (6, 2, 3)")
 
 
 def test_adapt_params_requires_pre_logits_if_model_has_them():
-    assert "missing: pre_logits/kernel, pre_logits/bias" in not_adapted(
+    assert "missing: pre_logits/kernel, pre_logits/bias" in adapt_error(
         flat_params(), flat_params(representation_size=4)
     )
 
 
 @pytest.mark.parametrize(
-    ("other", "cause"),
+    ("changes", "expected"),
     [
         ({"patch_size": 8}, "embedding/kernel (8, 8, 3, 6) instead of (4, 4, 3, 6)"),
         ({"hidden_size": 8}, "cls (1, 1, 8) instead of (1, 1, 6)"),
@@ -162,24 +163,24 @@ def test_adapt_params_requires_pre_logits_if_model_has_them():
         ({"mlp_dim": 9}, "Dense_0/kernel (6, 9) instead of (6, 8)"),
     ],
 )
-def test_adapt_params_reports_keys_that_differ_between_variants(other, cause):
-    assert cause in not_adapted(flat_params(**other), flat_params())
+def test_adapt_params_reports_keys_that_differ_between_variants(changes, expected):
+    assert expected in adapt_error(flat_params(**changes), flat_params())
 
 
 def test_adapt_params_truncates_long_list_of_keys():
-    message = not_adapted(flat_params(patch_size=8, num_layers=5), flat_params())
+    message = adapt_error(flat_params(patch_size=8, num_layers=5), flat_params())
     assert "embedding/kernel (8, 8, 3, 6) instead of (4, 4, 3, 6)" in message
     assert "Transformer/encoderblock_3/LayerNorm_0/scale" in message and "and 29 more" in message
 
 
 def test_adapt_params_with_keep_head_rejects_other_num_classes():
-    message = not_adapted(flat_params(num_classes=9), flat_params(), keep_head=True)
+    message = adapt_error(flat_params(num_classes=9), flat_params(), keep_head=True)
     assert "head/kernel (6, 9) instead of (6, 5)" in message
 
 
 def test_adapt_params_with_keep_head_requires_pretrained_head():
     source = {key: leaf for key, leaf in flat_params().items() if not key.startswith("head/")}
-    assert "missing: head/kernel, head/bias" in not_adapted(source, flat_params(), keep_head=True)
+    assert "missing: head/kernel, head/bias" in adapt_error(source, flat_params(), keep_head=True)
 
 
 def test_adapt_params_rejects_other_architecture():
@@ -212,7 +213,7 @@ def test_report_prints_one_line_per_group():
 
 
 def resample(values, grid, new_grid):
-    """One number a position, class token first."""
+    """Resamples embeddings of width 1, class token first."""
     embeddings = np.array(values, np.float32).reshape(1, -1, 1)
     return pretrained.resample_position_embeddings(embeddings, grid, new_grid).ravel().tolist()
 
@@ -244,7 +245,7 @@ def test_resample_position_embeddings_matches_scipy_zoom():
 
 
 def test_resample_position_embeddings_keeps_ones_for_every_grid():
-    """Ones stay ones: for some pairs, 28 → 14 among them, scipy's default rounds past the edge and fills in zeros."""
+    """For some pairs, such as 28 → 14, scipy's default mode rounds past the edge and fills in zeros."""
     for old in range(1, 33):
         for new in range(1, 33):
             ones = np.ones((1, 1 + old, 1), np.float32)

@@ -21,7 +21,7 @@ def create_metadata(**changes):
 
 @pytest.fixture
 def directory(tmp_path):
-    """A saved micro ViT of 8-pixel images."""
+    """Directory of a saved micro ViT for 8-pixel images."""
     huggingface.save_huggingface(tmp_path, nest(flat_params()), create_metadata())
     return tmp_path
 
@@ -44,7 +44,7 @@ def test_load_huggingface_returns_saved_params_and_metadata(directory):
 
 
 def test_save_huggingface_transposes_kernels(directory):
-    """Of three heads' width 2 · 3 = 6; patches of 4 pixels; a hidden layer of 8."""
+    """hidden_size 6 = 2 heads × 3, patch_size 4, mlp_dim 8."""
     flat, tensors = flat_params(), load_file(directory / "model.safetensors")
     layer = "vit.encoder.layer.2"
     assert tensors["vit.embeddings.patch_embeddings.projection.weight"].shape == (6, 3, 4, 4)
@@ -85,7 +85,7 @@ def test_save_huggingface_writes_model_and_preprocessor_configs(approximate, act
 
 
 def test_load_huggingface_sorts_class_names_numerically(directory):
-    """As numbers, not as strings: 10 comes after 9."""
+    """As strings, "10" would come before "9"."""
     (directory / "metadata.json").unlink()
     names = {str(i): f"class {i}" for i in (10, 0, 9, 8, 7, 6, 5, 4, 3, 2, 1)}
     edit_json(directory / "config.json", id2label=names)

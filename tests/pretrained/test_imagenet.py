@@ -5,10 +5,10 @@ from vit_jax import pretrained
 
 def test_imagenet_classes_returns_1000_unique_names_in_wordnet_id_order():
     classes = pretrained.imagenet_classes()
-    numbers, names = zip(*classes, strict=True)
-    assert len(set(numbers)) == len(set(names)) == 1000 and list(numbers) == sorted(numbers)
-    places = {0: "tench", 1: "goldfish", 207: "golden retriever", 281: "tabby", 985: "daisy"}
-    assert {i: names[i] for i in places} == places
+    wordnet_ids, names = zip(*classes, strict=True)
+    assert len(set(wordnet_ids)) == len(set(names)) == 1000 and list(wordnet_ids) == sorted(wordnet_ids)
+    expected = {0: "tench", 1: "goldfish", 207: "golden retriever", 281: "tabby", 985: "daisy"}
+    assert {i: names[i] for i in expected} == expected
     assert {names[134], names[517]} == {"crane, wading bird", "crane, lifting device"}
 
 

@@ -26,7 +26,7 @@ SAVE = {
 
 
 def save(kind, path, flat):
-    """Path of the saved model; a directory but for npz."""
+    """Saves a model and returns its path: a file for npz, a directory otherwise."""
     if kind != "npz":
         path.mkdir()
     SAVE[kind](path, nest(flat))

@@ -93,7 +93,7 @@ def test_save_npz_rejects_missing_directory(tmp_path):
 
 
 def many_class_names():
-    """As many names as ImageNet-21k has, longer than its own, some of them not ASCII."""
+    """Returns long, non-ASCII class names, as many as ImageNet-21k has."""
     return [f"{i:05}: a rather long name of a class, with a synonym or two, and more: é, 中" for i in range(21_843)]
 
 
@@ -132,12 +132,12 @@ def test_save_npz_rejects_metadata_too_long_for_comments(path):
     assert len(pretrained.read_metadata(path).class_names[0]) == 130_000
 
 
-@pytest.mark.parametrize("place", [b'["00000', b'"21842'])
-def test_read_metadata_rejects_damaged_metadata(path, place):
+@pytest.mark.parametrize("target", [b'["00000', b'"21842'])
+def test_read_metadata_rejects_damaged_metadata(path, target):
     pretrained.save_npz(path, nest(flat_params()), metadata_with(many_class_names()))
     content = path.read_bytes()
-    assert content.count(place) == 1
-    path.write_bytes(content.replace(place, b"\x00" * len(place)))
+    assert content.count(target) == 1
+    path.write_bytes(content.replace(target, b"\x00" * len(target)))
     with pytest.raises(UserError, match="params.npz has damaged metadata: .*; export or copy it again"):
         pretrained.read_metadata(path)
 
@@ -164,7 +164,7 @@ def test_read_metadata_returns_none_for_comments_of_other_tools(path, comment):
 
 
 def test_read_metadata_reads_files_of_version_0_1(path):
-    """Without a checksum, with other names of the normalization, and without the dtype."""
+    """Version 0.1 has no checksum, no dtype, and other keys for mean and std."""
     value = metadata_with(["cat", "dog"]).to_json()
     old = {"vit_jax": "0.1.0", **value, "pixel_mean": [0.25] * 3, "pixel_deviation": [0.125] * 3, "command": "python"}
     for key in ("image_mean", "image_std", "dtype"):
@@ -185,8 +185,8 @@ def test_read_metadata_rejects_renamed_array(path):
         pretrained.read_metadata(path)
 
 
-def refusal(path):
-    """The message of the error: one line that names the file."""
+def load_error(path):
+    """Returns the message of the error, one line that contains the path."""
     with pytest.raises(UserError) as caught:
         pretrained.load_npz(path)
     message = str(caught.value)
@@ -196,26 +196,26 @@ def refusal(path):
 
 @pytest.mark.parametrize(("name", "reason"), [("nowhere.npz", "No such file or directory"), ("", "Is a directory")])
 def test_load_npz_rejects_unreadable_file(tmp_path, name, reason):
-    assert f"cannot be read: {reason}; give the path of an .npz file" in refusal(tmp_path / name)
+    assert f"cannot be read: {reason}; give the path of an .npz file" in load_error(tmp_path / name)
 
 
 @pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>", b"\x80\x04\x95pickle", b"\x93NUMPY\x01\x00", b"x"])
 def test_load_npz_rejects_other_file_formats(path, content):
     path.write_bytes(content)
-    assert f"or not an .npz file: File is not a zip file (it has {len(content)} bytes)" in refusal(path)
+    assert f"or not an .npz file: File is not a zip file (it has {len(content)} bytes)" in load_error(path)
 
 
 def test_load_npz_rejects_zip_with_other_members(path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("word/document.xml", "text")
-    assert "not an .npz file: word/document.xml: " in refusal(path)
+    assert "not an .npz file: word/document.xml: " in load_error(path)
 
 
 @pytest.mark.parametrize("num_bytes", [4, 100, 1000, -1])
 def test_load_npz_rejects_truncated_file(path, num_bytes):
     pretrained.save_npz(path, nest(flat_params()))
     path.write_bytes(path.read_bytes()[:num_bytes])
-    message = refusal(path)
+    message = load_error(path)
     assert "is truncated, damaged or not an .npz file" in message
     assert f"(it has {path.stat().st_size:,} bytes); download or copy it again" in message
 
@@ -224,25 +224,25 @@ def test_load_npz_names_damaged_member(path):
     pretrained.save_npz(path, {"cls": np.zeros(100), "embedding": {"bias": np.full(100, 7.0)}})
     content = path.read_bytes()
     path.write_bytes(content.replace(np.full(50, 7.0).tobytes(), np.full(50, 8.0).tobytes(), 1))
-    assert "not an .npz file: embedding/bias.npy: Bad CRC-32" in refusal(path)
+    assert "not an .npz file: embedding/bias.npy: Bad CRC-32" in load_error(path)
 
 
 def test_load_npz_rejects_header_with_smaller_shape(path):
     pretrained.save_npz(path, {"cls": np.zeros(96, np.float32)})
     path.write_bytes(path.read_bytes().replace(b"'shape': (96,)", b"'shape': (32,)", 1))
-    assert "not an .npz file: cls.npy: " in refusal(path)
+    assert "not an .npz file: cls.npy: " in load_error(path)
 
 
 def test_load_npz_never_unpickles(path):
-    ran = []
+    calls = []
 
     class Trap:
         def __reduce__(self):
-            return ran.append, (1,)
+            return calls.append, (1,)
 
     np.savez(path, cls=np.array([Trap()], object))
-    assert "cls.npy: Object arrays cannot be loaded" in refusal(path)
-    assert not ran
+    assert "cls.npy: Object arrays cannot be loaded" in load_error(path)
+    assert not calls
 
 
 @pytest.mark.parametrize("shape", [(10**15,), (10**9, 3), (-24,), (-4, -6), (2**32, 2**32, 4)])
@@ -251,7 +251,7 @@ def test_load_npz_rejects_header_with_invalid_shape(path, shape):
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("cls.npy", header.getvalue() + bytes(96))
-    assert "not an .npz file: cls.npy: " in refusal(path)
+    assert "not an .npz file: cls.npy: " in load_error(path)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_load_npz_rejects_header_with_invalid_shape(path, shape):
 )
 def test_load_npz_rejects_non_numeric_dtypes(path, array):
     np.savez(path, cls=array)
-    assert f"cls.npy: {array.dtype} {list(array.shape)}; expected real numbers" in refusal(path)
+    assert f"cls.npy: {array.dtype} {list(array.shape)}; expected real numbers" in load_error(path)
 
 
 def test_load_npz_names_member_that_fails_to_decompress(path):
@@ -268,7 +268,7 @@ def test_load_npz_names_member_that_fails_to_decompress(path):
     content = bytearray(path.read_bytes())
     content[45:60] = b"\xff" * 15
     path.write_bytes(content)
-    assert "not an .npz file: cls.npy: " in refusal(path)
+    assert "not an .npz file: cls.npy: " in load_error(path)
 
 
 def test_load_npz_returns_writable_arrays(path):

@@ -17,14 +17,14 @@ def path(tmp_path):
 
 
 @pytest.fixture
-def fetched(monkeypatch, tmp_path):
-    """Catches what would be downloaded; `fetched["params"]` is then checked as the downloaded file."""
+def downloads(monkeypatch, tmp_path):
+    """Records downloads without making them; `downloads["params"]` is checked as the downloaded file, if given."""
     calls = {}
 
     def fetch(url, path, *, check):
         calls.update(url=url, path=path)
         if "params" in calls:
-            part = tmp_path / "fetched.part"
+            part = tmp_path / "download.part"
             pretrained.save_npz(part, nest(calls["params"]))
             check(part)
         return path
@@ -34,17 +34,17 @@ def fetched(monkeypatch, tmp_path):
     return calls
 
 
-def test_resolve_downloads_pretrained_checkpoint_to_cache(fetched, tmp_path):
+def test_resolve_downloads_pretrained_checkpoint_to_cache(downloads, tmp_path):
     assert pretrained.resolve("imagenet21k/ViT-B_16") == tmp_path / "cache" / "imagenet21k" / "ViT-B_16.npz"
-    assert fetched["url"] == "https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz"
+    assert downloads["url"] == "https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz"
 
 
 @pytest.mark.parametrize("name", pretrained.RELEASED)
-def test_resolve_quotes_url(fetched, name):
+def test_resolve_quotes_url(downloads, name):
     pretrained.resolve(name)
-    assert "+" not in fetched["url"]
-    address = urllib.parse.unquote(fetched["url"]).removeprefix("https://storage.googleapis.com/")
-    assert address == f"{'' if name.startswith(('bit_models/', 'big_vision/')) else 'vit_models/'}{name}.npz"
+    assert "+" not in downloads["url"]
+    url_path = urllib.parse.unquote(downloads["url"]).removeprefix("https://storage.googleapis.com/")
+    assert url_path == f"{'' if name.startswith(('bit_models/', 'big_vision/')) else 'vit_models/'}{name}.npz"
 
 
 INDEX = """name,ds,lr,aug,wd,do,sd,best_val,final_val,final_test,adapt_ds,adapt_final_val,params,filename,adapt_filename
@@ -58,20 +58,20 @@ R26+S/32,i21k,0.001,none,0.1,0.0,0.0,0.6,0.55,0.5,pets,0.9,36,R26_S_32-i21k-d,R2
 
 @pytest.fixture
 def mirror(monkeypatch, tmp_path):
-    """`with mirror(content, …) as server`: what the server answers, one after the other."""
+    """Returns a context manager, `mirror(content, …)`: a server that returns the given contents in order."""
 
     @contextlib.contextmanager
-    def answer(*contents):
+    def start_server(*contents):
         monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
         with serve(*({"content": content} for content in contents)) as server:
             monkeypatch.setenv("VIT_JAX_MIRROR", server.url.removesuffix("/file.bin"))
             yield server
 
-    return answer
+    return start_server
 
 
 def test_resolve_selects_best_augreg_checkpoint_of_variant(mirror, tmp_path, capsys):
-    """By final accuracy in validation, of those that saw ImageNet-21k; the index is fetched once."""
+    """Best by final validation accuracy among those pretrained on ImageNet-21k; the index is downloaded once."""
     pretrained.save_npz(tmp_path / "small.npz", nest(flat_params()))
     content = (tmp_path / "small.npz").read_bytes()
     with mirror(INDEX.encode(), content) as server:
@@ -94,8 +94,8 @@ def test_resolve_rejects_index_with_other_columns(mirror, tmp_path):
     assert not (tmp_path / "cache/augreg/index.csv").exists()
 
 
-def test_resolve_rejects_download_of_unknown_format(fetched):
-    fetched["params"] = {"layer1/weight": np.zeros(1)}
+def test_resolve_rejects_download_of_unknown_format(downloads):
+    downloads["params"] = {"layer1/weight": np.zeros(1)}
     with pytest.raises(UserError, match="not the parameters of a known model: found layer1/weight"):
         pretrained.resolve("imagenet21k/ViT-L_32")
 

@@ -23,7 +23,8 @@ def test_infer_sizes_returns_sizes_from_shapes(representation_size):
     assert pretrained.infer_sizes(abstract) == expected
 
 
-def not_inferred(flat):
+def infer_error(flat):
+    """Returns the message of the error that `infer_sizes` raises, one line."""
     with pytest.raises(UserError) as caught:
         pretrained.infer_sizes(nest(flat))
     assert "\n" not in str(caught.value)
@@ -34,28 +35,28 @@ def not_inferred(flat):
 def test_infer_sizes_reports_missing_key(key):
     flat = flat_params(representation_size=4)
     del flat[key]
-    message = not_inferred(flat)
+    message = infer_error(flat)
     assert "these are not the parameters of a complete VisionTransformer: " in message
     assert f"missing: {key}" in message or f"{key} is missing" in message
 
 
 def test_infer_sizes_reports_missing_block():
     flat = {key: leaf for key, leaf in flat_params().items() if "encoderblock_1/" not in key}
-    message = not_inferred(flat)
+    message = infer_error(flat)
     assert "missing: Transformer/encoderblock_1/LayerNorm_0/bias" in message and "and 13 more" in message
 
 
 def test_infer_sizes_reports_shape_mismatch():
-    message = not_inferred({**flat_params(), QUERY: np.zeros((6, 3, 2))})
+    message = infer_error({**flat_params(), QUERY: np.zeros((6, 3, 2))})
     assert f"of another shape: {QUERY} (6, 3, 2) instead of (6, 2, 3)" in message
 
 
 def test_infer_sizes_reports_unexpected_key():
-    assert "unexpected: extra/scale" in not_inferred({**flat_params(), "extra/scale": np.zeros(6)})
+    assert "unexpected: extra/scale" in infer_error({**flat_params(), "extra/scale": np.zeros(6)})
 
 
 def test_infer_sizes_rejects_hidden_size_not_divisible_by_num_heads():
-    message = not_inferred(flat_params(num_heads=4))
+    message = infer_error(flat_params(num_heads=4))
     assert message.endswith("complete VisionTransformer: model.hidden_size 6 is not a multiple of num_heads 4")
 
 
@@ -63,11 +64,11 @@ def test_infer_sizes_rejects_hidden_size_not_divisible_by_num_heads():
     ("key", "shape"), [("embedding/kernel", (48, 6)), ("head/kernel", (1, 1, 6, 5)), (POSITIONS, (5, 6))]
 )
 def test_infer_sizes_rejects_wrong_number_of_axes(key, shape):
-    message = not_inferred({**flat_params(), key: np.zeros(shape)})
+    message = infer_error({**flat_params(), key: np.zeros(shape)})
     assert f"{key} is of shape {shape}" in message or f"{key} {shape} instead of" in message
 
 
-FOREIGN = {
+UNKNOWN_FORMATS = {
     "found params/Transformer/encoder_norm/bias": {f"params/{key}": 0 for key in flat_params()},
     "found layer1/weight; expected keys Transformer/encoderblock_… or resnet/block…": {"layer1/weight": 0},
     "found conv_root/kernel": {"conv_root/kernel": 0},
@@ -75,9 +76,9 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("cause", FOREIGN)
+@pytest.mark.parametrize("cause", UNKNOWN_FORMATS)
 def test_infer_sizes_rejects_unknown_formats(cause):
-    message = not_inferred({key: np.zeros(1) for key in FOREIGN[cause]})
+    message = infer_error({key: np.zeros(1) for key in UNKNOWN_FORMATS[cause]})
     assert "these are not the parameters of a known model: " in message and cause in message
 
 
@@ -88,7 +89,7 @@ def test_infer_sizes_accepts_any_number_of_patches(num_patches):
 
 def test_infer_sizes_requires_class_token_for_one_plus_square_tokens():
     flat = {key: leaf for key, leaf in flat_params().items() if key != "cls"}
-    assert "missing: cls" in not_inferred(flat)
+    assert "missing: cls" in infer_error(flat)
 
 
 # ---- ResNet
@@ -120,7 +121,7 @@ def with_shape(key, shape):
     return {**reference_resnet.flat_params(), key: np.zeros(shape, np.float32)}
 
 
-NOT_COMPLETE = {
+INVALID_RESNETS = {
     "head/kernel is missing": with_shape(HEAD, (3, 3, 512, 7)) | {"head/bias": np.zeros(7)},
     f"unexpected: {HEAD}": with_shape(HEAD, (3, 3, 512, 7)),
     "root_block/standardized_conv2d/kernel is missing": without("root_block"),
@@ -134,10 +135,10 @@ NOT_COMPLETE = {
 }
 
 
-@pytest.mark.parametrize("cause", NOT_COMPLETE)
+@pytest.mark.parametrize("cause", INVALID_RESNETS)
 def test_infer_sizes_reports_mismatch_of_resnet(cause):
     with pytest.raises(UserError) as caught:
-        infer_resnet(NOT_COMPLETE[cause])
+        infer_resnet(INVALID_RESNETS[cause])
     message = str(caught.value)
     assert message.startswith("these are not the parameters of a complete ResNet: ")
     assert cause in message and "\n" not in message
