@@ -15,8 +15,8 @@ TX = optim.create_optimizer("sgd", schedule=lambda count: 0.1)
 def create_state(params=PARAMS, *, num_devices=8, seed=0) -> steps.TrainState:
     mesh = sharding.create_mesh(jax.devices()[:num_devices])
     create = lambda params: steps.create_train_state(params, patterns=("head/.*",), tx=TX, seed=seed)  # noqa: E731
-    everywhere = sharding.replicated(mesh)
-    return jax.jit(create, out_shardings=everywhere)(sharding.device_put(params, everywhere))
+    out_shardings = sharding.replicated(mesh)
+    return jax.jit(create, out_shardings=out_shardings)(sharding.device_put(params, out_shardings))
 
 
 def abstract_state(*args, **kwargs) -> steps.TrainState:
@@ -28,19 +28,19 @@ def replicated(num_devices: int = 1) -> jax.sharding.NamedSharding:
     return sharding.replicated(sharding.create_mesh(jax.devices()[:num_devices]))
 
 
-def assert_equal(ours, theirs):
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), ours, theirs)
+def assert_equal(actual, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), actual, expected)
 
 
-@pytest.mark.parametrize(("saved_on", "read_on"), [(8, 1), (1, 8), (8, 4)])
-def test_restore_supports_any_number_of_devices(tmp_path, saved_on, read_on):
+@pytest.mark.parametrize(("saved_on", "restored_on"), [(8, 1), (1, 8), (8, 4)])
+def test_restore_supports_any_number_of_devices(tmp_path, saved_on, restored_on):
     state = create_state(num_devices=saved_on, seed=3)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(7, state, {"class_names": ["a"]}, accuracy=0.5)
         checkpoints.finish()
-        restored = checkpoints.restore(7, abstract_state(num_devices=read_on))
+        restored = checkpoints.restore(7, abstract_state(num_devices=restored_on))
     assert_equal(restored, state)
-    assert all(len(leaf.devices()) == read_on for leaf in jax.tree.leaves(restored))
+    assert all(len(leaf.devices()) == restored_on for leaf in jax.tree.leaves(restored))
 
 
 def test_restore_gathers_sharded_arrays_on_one_device(tmp_path):
@@ -89,7 +89,7 @@ def test_save_keeps_latest_and_best_checkpoint(tmp_path):
         checkpoints.save(6, state, {}, accuracy=0.6)
         checkpoints.finish()
         assert checkpoints.steps() == [2, 6]
-        checkpoints.save(7, state, {}, accuracy=0.9)  # of equals the later one
+        checkpoints.save(7, state, {}, accuracy=0.9)  # on a tie, the later one is the best
         checkpoints.finish()
         assert checkpoints.steps() == [7]
 
@@ -132,14 +132,14 @@ def test_require_step_rejects_missing_step(tmp_path):
 
 @pytest.fixture
 def two_steps(tmp_path):
-    """A run directory with the best checkpoint 1 and the latest 2."""
+    """Run directory with two checkpoints: step 1 is the best, step 2 the latest."""
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, create_state(seed=step), {}, accuracy=1 / step)
     return tmp_path
 
 
-def empty(directory):
+def truncate_files(directory):
     for path in directory.rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
@@ -147,7 +147,7 @@ def empty(directory):
 
 def test_restore_names_damaged_item_and_intact_steps(two_steps, capfd):
     latest = two_steps / "checkpoints/2"
-    empty(latest / "params/d")
+    truncate_files(latest / "params/d")
     with Checkpoints(two_steps) as checkpoints:
         for read in (
             lambda: checkpoints.restore(2, abstract_state(num_devices=1)),
@@ -157,7 +157,7 @@ def test_restore_names_damaged_item_and_intact_steps(two_steps, capfd):
                 read()
             assert str(error.value).endswith(f"; delete {latest} and rerun to resume from step 1")
             assert "\n" not in str(error.value)
-        empty(two_steps / "checkpoints/1/training")
+        truncate_files(two_steps / "checkpoints/1/training")
         with pytest.raises(UserError, match="no other checkpoint is intact; start again in another --workdir"):
             checkpoints.restore_params(2, replicated())
     assert "Traceback" not in capfd.readouterr().err
@@ -190,16 +190,16 @@ def test_read_metadata_rejects_changed_file(two_steps):
         assert checkpoints.read_metadata(2) == {}
         with pytest.raises(UserError, match="checkpoints/1/metadata is damaged .*intact steps: 2; delete .*/1 and"):
             checkpoints.read_metadata(1)
-    with pytest.raises(UserError, match="checkpoints/1/metadata is damaged"):  # it decides which one is the best
+    with pytest.raises(UserError, match="checkpoints/1/metadata is damaged"):  # metadata determines the best checkpoint
         Checkpoints(two_steps)
 
 
 def test_checkpoints_removes_leftover_files_of_killed_save(tmp_path):
-    remains = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
-    remains.mkdir(parents=True)
+    leftover = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
+    leftover.mkdir(parents=True)
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         assert checkpoints.steps() == []
-    assert remains.exists()
+    assert leftover.exists()
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step() is None
-    assert not remains.exists()
+    assert not leftover.exists()

@@ -132,19 +132,19 @@ def test_train_step_skips_backbone_gradients_if_only_head_is_trained():
 
 
 def test_train_step_skips_kernel_gradients_for_lora():
-    """Backward through activations, but of kernels only through their LoRA weights: 0.71 of all for B/16."""
+    """Gradients of activations and LoRA weights, but not of kernels: 0.71 of the FLOPs of full fine-tuning for B/16."""
     assert flops(wide_config(trainable="lora")) <= 0.8 * flops(wide_config())
 
 
 @pytest.mark.parametrize(
-    ("changes", "on"),
+    ("changes", "is_applied"),
     [
         ({"trainable": "head"}, False),
         ({"trainable": "head", "ablation.frozen_dropout": True}, True),
         ({"trainable": "mlp"}, True),
     ],
 )
-def test_plan_experiment_applies_dropout_if_backbone_is_trained(changes, on):
+def test_plan_experiment_applies_dropout_if_backbone_is_trained(changes, is_applied):
     planned = plan(config_with(model={**SIZES, "dropout_rate": 0.1}, features="fresh", **changes))
     params = jax.tree.map(
         lambda leaf: np.random.default_rng(0).normal(0, 0.2, leaf.shape),
@@ -152,9 +152,9 @@ def test_plan_experiment_applies_dropout_if_backbone_is_trained(changes, on):
     )
     images = np.random.default_rng(1).uniform(-1, 1, (2, 16, 16, 3))
     keys = [None, *(jax.random.split(jax.random.key(seed), 2) for seed in (0, 1))]
-    without, one, two = (planned.image_forward.logits(params, images, image_keys) for image_keys in keys)
-    assert np.allclose(one, two, atol=1e-5) != on
-    assert np.allclose(one, without, atol=1e-5) != on
+    plain, first, second = (planned.image_forward.logits(params, images, image_keys) for image_keys in keys)
+    assert np.allclose(first, second, atol=1e-5) != is_applied
+    assert np.allclose(first, plain, atol=1e-5) != is_applied
 
 
 # ---- with data
@@ -181,8 +181,8 @@ def test_check_same_dataset_names_differing_process(monkeypatch):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Three images each of two classes to train on, two to test on."""
+def image_dir(tmp_path):
+    """Image directory of two classes, each with three training and two test images."""
     for split, count in (("train", 3), ("test", 2)):
         for name in ("cat", "dog"):
             (tmp_path / split / name).mkdir(parents=True)
@@ -191,32 +191,32 @@ def folder(tmp_path):
     return tmp_path
 
 
-def rename_class(folder):
+def rename_class(image_dir):
     for split in ("train", "test"):
-        (folder / split / "cat").rename(folder / split / "wolf")
+        (image_dir / split / "cat").rename(image_dir / split / "wolf")
 
 
 CHANGES = {
     "class": (rename_class, r"it has other classes \(new: wolf; missing: cat\)"),
     "count": (
-        lambda folder: shutil.copy(folder / "train/cat/0.png", folder / "train/cat/3.png"),
+        lambda image_dir: shutil.copy(image_dir / "train/cat/0.png", image_dir / "train/cat/3.png"),
         "it has 7 training and 4 test images instead of 6 training and 4 test images",
     ),
     "file": (
-        lambda folder: (folder / "test/dog/0.png").rename(folder / "test/dog/9.png"),
+        lambda image_dir: (image_dir / "test/dog/0.png").rename(image_dir / "test/dog/9.png"),
         "it has as many images, but other files or labels",
     ),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_create_experiment_rejects_dataset_changed_since_start_of_run(folder, tmp_path_factory, change):
-    config = config_with(**{"image_size": 8, "batch_size": 2, "mesh.data": 1, "dataset.name": f"folder:{folder}"})
+def test_create_experiment_rejects_dataset_changed_since_start_of_run(image_dir, tmp_path_factory, change):
+    config = config_with(**{"image_size": 8, "batch_size": 2, "mesh.data": 1, "dataset.name": f"folder:{image_dir}"})
     saved = experiment.create_experiment(config)[0].info
     moved = tmp_path_factory.mktemp("moved") / "images"
-    shutil.move(folder, moved)
+    shutil.move(image_dir, moved)
     config.dataset.name = f"folder:{moved}"
-    experiment.create_experiment(config, saved=saved)  # the same files in another place
+    experiment.create_experiment(config, saved=saved)  # same files, other path
     edit, message = CHANGES[change]
     edit(moved)
     with pytest.raises(UserError, match=f"has changed since the run was started: {message}; put it back"):

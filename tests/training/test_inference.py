@@ -46,8 +46,6 @@ def test_sum_metrics_counts_every_image_once_for_any_batch_size(digits, params, 
 
 
 def test_sum_metrics_samples_same_test_crops_for_any_batch_size(digits, params):
-    """An ablation."""
-
     def loss(test_augment, batch_size):
         forward = ImageForward(MODEL, image_size=8, test_augment=test_augment)
         return float(
@@ -76,10 +74,10 @@ def test_outputs_augments_each_view_of_each_image_differently(params):
     plain, flipped = compute(images), compute(images[:, :, ::-1])
     views = compute(images, num_views=4, seed=1)
     assert views.shape == (40, 10)
-    same = np.isclose(views, np.tile(plain, (4, 1)), atol=1e-4).all(axis=1)
-    other = np.isclose(views, np.tile(flipped, (4, 1)), atol=1e-4).all(axis=1)
-    assert (same ^ other).all() and 8 < same.sum() < 32
-    by_view = same.reshape(4, 10)
+    is_plain = np.isclose(views, np.tile(plain, (4, 1)), atol=1e-4).all(axis=1)
+    is_flipped = np.isclose(views, np.tile(flipped, (4, 1)), atol=1e-4).all(axis=1)
+    assert (is_plain ^ is_flipped).all() and 8 < is_plain.sum() < 32
+    by_view = is_plain.reshape(4, 10)
     assert any((by_view[0] != by_view[view]).any() for view in (1, 2, 3))
 
 

@@ -52,7 +52,7 @@ def test_merge_lora_weights_adds_scaled_product():
 def test_merge_lora_weights_divides_alpha_by_rank():
     tree = add(rank=4, targets=("head/kernel",))
     tree["lora"]["head"]["kernel"] = {"a": jnp.ones((6, 4)), "b": jnp.ones((4, 4))}
-    merged = lora.merge_lora_weights(tree, alpha=8.0)  # 1 + 8 / 4 · (a row of 4 ones times 4 ones)
+    merged = lora.merge_lora_weights(tree, alpha=8.0)  # 1 + 8 / 4 · (dot product of 4 ones)
     np.testing.assert_array_equal(merged["head"]["kernel"], np.full((6, 4), 9.0))
 
 
@@ -83,14 +83,14 @@ def test_add_lora_weights_rejects_targets_that_are_not_kernels(target, listed):
 
 
 def test_merge_lora_weights_matches_logits_of_low_rank_branch():
-    """x·W + alpha / r · (x·a)·b, computed apart, is what the model gives with the merged kernel."""
+    """The logits are x·W + alpha / r · (x·a)·b with W = 0, as the head is initialized with zeros."""
     model = VisionTransformer(3, patch_size=4, hidden_size=8, num_layers=1, num_heads=2, mlp_dim=16)
     images = jax.random.uniform(jax.random.key(1), (2, 8, 8, 3))
     params = model.init(jax.random.key(2), images)["params"]
     tree = add(params, targets=("head/kernel",))
     tree["lora"]["head"]["kernel"]["b"] = jax.random.normal(jax.random.key(3), (2, 3))
     logits = model.apply({"params": lora.merge_lora_weights(tree, alpha=4.0)}, images)
-    factors = tree["lora"]["head"]["kernel"]
+    weights = tree["lora"]["head"]["kernel"]
     tokens = model.apply({"params": params}, images, capture_intermediates=True)[1]["intermediates"]
     cls = tokens["Transformer"]["encoder_norm"]["__call__"][0][:, 0]
-    np.testing.assert_allclose(logits, 4.0 / 2 * (cls @ factors["a"]) @ factors["b"], atol=1e-5)
+    np.testing.assert_allclose(logits, 4.0 / 2 * (cls @ weights["a"]) @ weights["b"], atol=1e-5)

@@ -11,7 +11,7 @@ def test_masked_sums_excludes_masked_images():
     sums = metrics.masked_sums(logits, jnp.array([0, 0, 1]), jnp.array([True, True, False]))
     assert int(sums["count"]) == 2
     assert int(sums["correct"]) == 1
-    # -log of softmax: log(1 + e^-2) for the hit, log(1 + e^2) for the miss
+    # -log of softmax: log(1 + e^-2) for the correct prediction, log(1 + e^2) for the wrong one
     assert float(sums["loss"]) == pytest.approx(np.log1p(np.exp(-2)) + np.log1p(np.exp(2)), rel=1e-6)
 
 

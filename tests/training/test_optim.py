@@ -78,9 +78,9 @@ def test_create_optimizer_adds_l2_to_gradient(name):
     tx = optim.create_optimizer(name, schedule=lambda count: 0.1, momentum=0.0, weight_decay=0.5)
     plain = optim.create_optimizer(name, schedule=lambda count: 0.1, momentum=0.0)
     params = {"w": jnp.array([2.0, -4.0])}
-    ours, _ = tx.update({"w": jnp.array([1.0, 0.5])}, tx.init(params), params)
-    theirs, _ = plain.update({"w": jnp.array([2.0, -1.5])}, plain.init(params), params)  # g + 0.5 · w
-    np.testing.assert_array_equal(ours["w"], theirs["w"])
+    updates, _ = tx.update({"w": jnp.array([1.0, 0.5])}, tx.init(params), params)
+    expected, _ = plain.update({"w": jnp.array([2.0, -1.5])}, plain.init(params), params)  # g + 0.5 · w
+    np.testing.assert_array_equal(updates["w"], expected["w"])
 
 
 def test_create_optimizer_adam_starts_with_update_of_learning_rate():
@@ -113,7 +113,7 @@ def test_create_optimizer_scales_updates_by_layer_decay():
     tx = optim.create_optimizer(
         "sgd", schedule=lambda count: 1.0, momentum=0.0, layer_decay=0.5, model=VisionTransformer(3, num_layers=2)
     )
-    paths = {
+    scales = {
         "cls": 0.125,
         "embedding/kernel": 0.125,
         "conv_root/kernel": 0.125,
@@ -125,9 +125,9 @@ def test_create_optimizer_scales_updates_by_layer_decay():
         "head/kernel": 1.0,
         "lora/Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel/a": 0.25,
     }
-    params = unflatten_dict({path: jnp.zeros(()) for path in paths}, sep="/")
+    params = unflatten_dict({path: jnp.zeros(()) for path in scales}, sep="/")
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
-    assert {path: -float(leaf) for path, leaf in flatten_dict(updates, sep="/").items()} == paths
+    assert {path: -float(leaf) for path, leaf in flatten_dict(updates, sep="/").items()} == scales
 
 
 @pytest.mark.parametrize(

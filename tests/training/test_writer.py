@@ -69,7 +69,7 @@ def test_writer_truncates_to_restored_step_and_resumes(tmp_path):
 
 
 def read_events(workdir):
-    """Returns (tag, step, value) of every scalar, from the only event file: TFRecords of protocol buffers."""
+    """Returns (tag, step, value) of every scalar in the only event file, TFRecords of protocol buffers."""
     (path,) = workdir.glob("events.out.tfevents.*")
     content, scalars = path.read_bytes(), []
     while content:
