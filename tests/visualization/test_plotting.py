@@ -25,11 +25,11 @@ def test_plot_curves_labels_axes_and_lines():
 
 
 def test_plot_accuracies_plots_each_run_and_labels_its_final_accuracy():
-    (axes,) = plotting.plot_accuracies({"ours": RECORDS, "not evaluated": []}, title="digits").axes
+    (axes,) = plotting.plot_accuracies({"full": RECORDS, "not evaluated": []}, title="digits").axes
     tested = [(record["step"], record["test/accuracy"]) for record in RECORDS if "test/accuracy" in record]
     assert axes.lines[0].get_xydata().tolist() == [list(point) for point in tested]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == [f"ours: {tested[-1][1]:.1%}", "not evaluated"]
+    assert labels == [f"full: {tested[-1][1]:.1%}", "not evaluated"]
     assert axes.lines[0].get_color() != axes.lines[1].get_color()
 
 
@@ -55,9 +55,9 @@ def test_plot_attention_scales_each_map_to_its_own_range():
 
 def test_plot_confusion_masks_rows_of_classes_without_images():
     counts = np.array([[3, 1], [0, 0]])
-    matrix, words, _ = plotting.plot_confusion(counts, [(0, 1, 1)], ["cat", "dog"], title="").axes
+    matrix, table, _ = plotting.plot_confusion(counts, [(0, 1, 1)], ["cat", "dog"], title="").axes
     np.testing.assert_array_equal(matrix.images[0].get_array().filled(-1), [[0.75, 0.25], [-1, -1]])
-    assert words.texts[0].get_text() == "1 × cat classified as dog"
+    assert table.texts[0].get_text() == "1 × cat classified as dog"
 
 
 def test_plot_position_similarity_arranges_maps_by_patch():
