@@ -88,8 +88,8 @@ def test_save_npz_keeps_old_file_after_failure(path, tmp_path):
 
 
 def test_save_npz_rejects_missing_directory(tmp_path):
-    with pytest.raises(UserError, match=r"cannot write .*/nowhere/params.npz: No such file or directory"):
-        pretrained.save_npz(tmp_path / "nowhere" / "params.npz", {"cls": np.zeros(2)})
+    with pytest.raises(UserError, match=r"cannot write .*/missing/params.npz: No such file or directory"):
+        pretrained.save_npz(tmp_path / "missing" / "params.npz", {"cls": np.zeros(2)})
 
 
 def many_class_names():
@@ -194,7 +194,7 @@ def load_error(path):
     return message
 
 
-@pytest.mark.parametrize(("name", "reason"), [("nowhere.npz", "No such file or directory"), ("", "Is a directory")])
+@pytest.mark.parametrize(("name", "reason"), [("missing.npz", "No such file or directory"), ("", "Is a directory")])
 def test_load_npz_rejects_unreadable_file(tmp_path, name, reason):
     assert f"cannot be read: {reason}; give the path of an .npz file" in load_error(tmp_path / name)
 
