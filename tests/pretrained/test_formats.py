@@ -100,7 +100,7 @@ def with_text_tower(flat):
 
 
 def without_class_position(flat):
-    """Zeroes the position embedding of the class token, which big_vision concatenates after adding positions."""
+    """Zeroes the position embedding of the class token: big_vision adds positions before it concatenates the token."""
     flat[POSITIONS][:, 0] = 0
     return flat
 

@@ -64,7 +64,7 @@ def test_create_model_inverts_from_model():
     ("num_classes", "names"), [(3, ("0", "1", "2")), (1000, tuple(name for _, name in imagenet_classes()))]
 )
 def test_from_params_infers_image_size_and_class_names(num_classes, names):
-    """A 3 × 3 grid of 4-pixel patches belongs to a 12-pixel image."""
+    """A 3 × 3 grid of 4-pixel patches covers a 12-pixel image."""
     metadata = ModelMetadata.from_params(nest(flat_params(num_classes=num_classes, num_tokens=10)))
     assert (metadata.image_size, metadata.class_names) == (12, names)
 

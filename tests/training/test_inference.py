@@ -15,7 +15,7 @@ MODEL = VisionTransformer(10, patch_size=4, hidden_size=16, num_layers=2, num_he
 
 @pytest.fixture(scope="module")
 def digits():
-    """Real images, 8 × 8."""
+    """Real images of 8 × 8 pixels."""
     split = data.load_dataset("digits", image_size=8).train
     return type(split)(split.images[:20], split.labels[:20])
 

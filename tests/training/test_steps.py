@@ -29,7 +29,7 @@ WIDE = MODEL.clone(hidden_size=32, mlp_dim=256)
 
 @pytest.fixture(scope="module")
 def digits():
-    """Real images, 8 × 8."""
+    """Real images of 8 × 8 pixels."""
     return data.load_dataset("digits", image_size=8).train
 
 
@@ -319,6 +319,6 @@ def test_train_step_updates_only_parameters_of_mode(digits, mode):
     setup.run(5)
     changed = {key for key, leaf in setup.params().items() if not np.array_equal(before[key], leaf)}
     expected = {key for key in before if any(re.fullmatch(pattern, key) for pattern in optim.MODES[mode])}
-    # The key bias adds the same number to all scores of a query. Softmax is invariant to it, so that its gradient is zero
-    # up to rounding.
+    # The key bias adds the same number to all scores of a query. Softmax is invariant to it: its gradient is zero up to
+    # rounding.
     assert changed <= expected and {key for key in expected - changed if not key.endswith("key/bias")} == set()
