@@ -20,7 +20,7 @@ def adapt(source, target, **kwargs):
     return flatten_dict(params, sep="/"), report
 
 
-def test_adapt_params_keeps_the_target_head_and_loads_the_rest():
+def test_adapt_params_keeps_target_head_and_loads_other_leaves():
     source, target = flat_params(representation_size=4, num_classes=9), flat_params(seed=1)
     params, report = adapt(source, target)
     assert list(params) == list(target)
@@ -34,7 +34,7 @@ def test_adapt_params_keeps_the_target_head_and_loads_the_rest():
     assert set(report.loaded) == set(target) - set(report.new)
 
 
-def test_adapt_params_reads_values_of_new_leaves_only():
+def test_adapt_params_accepts_shapes_of_loaded_leaves():
     source, target = flat_params(), flat_params(seed=1)
     abstract = {
         key: leaf if key.startswith("head/") else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -44,7 +44,7 @@ def test_adapt_params_reads_values_of_new_leaves_only():
     np.testing.assert_array_equal(params["head/bias"], target["head/bias"])
 
 
-def test_adapt_params_keeps_the_head_of_the_file():
+def test_adapt_params_with_keep_head_loads_pretrained_head():
     source = flat_params()
     params, report = adapt(source, flat_params(seed=1), keep_head=True)
     assert report.new == report.dropped == ()
@@ -52,20 +52,20 @@ def test_adapt_params_keeps_the_head_of_the_file():
         assert params[key].tobytes() == leaf.tobytes()
 
 
-def test_adapt_params_keeps_pre_logits_that_the_model_has():
+def test_adapt_params_loads_pre_logits_if_model_has_them():
     source = flat_params(representation_size=4)
     params, report = adapt(source, flat_params(representation_size=4, seed=1))
     np.testing.assert_array_equal(params["pre_logits/kernel"], source["pre_logits/kernel"])
     assert report.dropped == ("head/kernel", "head/bias")
 
 
-def test_adapt_params_takes_a_file_without_head():
+def test_adapt_params_accepts_checkpoint_without_head():
     source = {key: leaf for key, leaf in flat_params().items() if not key.startswith("head/")}
     _, report = adapt(source, flat_params(seed=1))
     assert report.new == ("head/kernel", "head/bias") and report.dropped == ()
 
 
-def test_adapt_params_returns_arrays_of_its_own():
+def test_adapt_params_returns_writable_copies():
     source, target = flat_params(), flat_params(seed=1)
     params, _ = adapt(source, target)
     for key, leaf in params.items():
@@ -91,7 +91,7 @@ def test_adapt_params_resamples_position_embeddings():
     assert POSITIONS not in report.loaded
 
 
-def test_adapt_params_resamples_between_grids_of_equal_count():
+def test_adapt_params_resamples_between_grids_with_equal_num_patches():
     source, target = flat_params(num_tokens=1 + 16), flat_params(num_tokens=1 + 16)
     params, report = adapt(source, target, grid=(2, 8))
     assert report.resampled == (POSITIONS,)
@@ -99,29 +99,30 @@ def test_adapt_params_resamples_between_grids_of_equal_count():
     np.testing.assert_array_equal(params[POSITIONS], expected)
 
 
-def test_adapt_params_loads_position_embeddings_of_the_same_oblong_grid():
+def test_adapt_params_loads_position_embeddings_of_same_non_square_grid():
     source = flat_params(num_tokens=1 + 6)
     params, report = adapt(source, flat_params(num_tokens=1 + 6), grid=(2, 3), pretrained_grid=(2, 3))
     assert report.resampled == ()
     np.testing.assert_array_equal(params[POSITIONS], source[POSITIONS])
 
 
-def test_adapt_params_asks_for_the_grid_of_an_oblong_model():
+def test_adapt_params_requires_grid_of_non_square_model():
     with pytest.raises(UserError, match=r"6 patches, but they are not a square; .* takes grid=\(rows, columns\)"):
         adapt(flat_params(), flat_params(num_tokens=1 + 6))
 
 
-def test_adapt_params_asks_for_the_grid_of_an_oblong_file():
+def test_adapt_params_requires_grid_of_non_square_checkpoint():
     with pytest.raises(UserError, match=r"6 patches, but they .* takes pretrained_grid=\(rows, columns\)"):
         adapt(flat_params(num_tokens=1 + 6), flat_params())
 
 
-def test_adapt_params_refuses_a_grid_that_does_not_match():
+def test_adapt_params_rejects_grid_with_wrong_num_patches():
     with pytest.raises(UserError, match="embeddings are of 4 patches, but grid is 2 × 3"):
         adapt(flat_params(), flat_params(), grid=(2, 3))
 
 
-def not_adapted(source, target, **kwargs):
+def adapt_error(source, target, **kwargs):
+    """Returns the message of the error that `adapt` raises."""
     with pytest.raises(UserError) as caught:
         adapt(source, target, **kwargs)
     message = str(caught.value)
@@ -129,30 +130,30 @@ def not_adapted(source, target, **kwargs):
     return message
 
 
-def test_adapt_params_names_missing_keys():
+def test_adapt_params_reports_missing_keys():
     source = {key: leaf for key, leaf in flat_params().items() if "encoder_norm" not in key}
-    message = not_adapted(source, flat_params())
+    message = adapt_error(source, flat_params())
     assert message.endswith("missing: Transformer/encoder_norm/scale, Transformer/encoder_norm/bias")
 
 
-def test_adapt_params_names_unexpected_keys():
-    message = not_adapted({**flat_params(), "extra/bias": np.zeros(1)}, flat_params())
+def test_adapt_params_reports_unexpected_keys():
+    message = adapt_error({**flat_params(), "extra/bias": np.zeros(1)}, flat_params())
     assert message.endswith("unexpected: extra/bias")
 
 
-def test_adapt_params_names_keys_of_another_shape():
-    message = not_adapted({**flat_params(), QUERY: np.zeros((6, 3, 2))}, flat_params())
+def test_adapt_params_reports_shape_mismatch():
+    message = adapt_error({**flat_params(), QUERY: np.zeros((6, 3, 2))}, flat_params())
     assert message.endswith(f"of another shape: {QUERY} (6, 3, 2) instead of (6, 2, 3)")
 
 
-def test_adapt_params_wants_the_pre_logits_that_the_model_has():
-    assert "missing: pre_logits/kernel, pre_logits/bias" in not_adapted(
+def test_adapt_params_requires_pre_logits_if_model_has_them():
+    assert "missing: pre_logits/kernel, pre_logits/bias" in adapt_error(
         flat_params(), flat_params(representation_size=4)
     )
 
 
 @pytest.mark.parametrize(
-    ("other", "cause"),
+    ("changes", "expected"),
     [
         ({"patch_size": 8}, "embedding/kernel (8, 8, 3, 6) instead of (4, 4, 3, 6)"),
         ({"hidden_size": 8}, "cls (1, 1, 8) instead of (1, 1, 6)"),
@@ -162,27 +163,27 @@ def test_adapt_params_wants_the_pre_logits_that_the_model_has():
         ({"mlp_dim": 9}, "Dense_0/kernel (6, 9) instead of (6, 8)"),
     ],
 )
-def test_adapt_params_names_the_keys_of_another_variant(other, cause):
-    assert cause in not_adapted(flat_params(**other), flat_params())
+def test_adapt_params_reports_keys_that_differ_between_variants(changes, expected):
+    assert expected in adapt_error(flat_params(**changes), flat_params())
 
 
-def test_adapt_params_names_the_first_keys():
-    message = not_adapted(flat_params(patch_size=8, num_layers=5), flat_params())
+def test_adapt_params_truncates_long_list_of_keys():
+    message = adapt_error(flat_params(patch_size=8, num_layers=5), flat_params())
     assert "embedding/kernel (8, 8, 3, 6) instead of (4, 4, 3, 6)" in message
     assert "Transformer/encoderblock_3/LayerNorm_0/scale" in message and "and 29 more" in message
 
 
-def test_adapt_params_wants_a_kept_head_to_fit():
-    message = not_adapted(flat_params(num_classes=9), flat_params(), keep_head=True)
+def test_adapt_params_with_keep_head_rejects_other_num_classes():
+    message = adapt_error(flat_params(num_classes=9), flat_params(), keep_head=True)
     assert "head/kernel (6, 9) instead of (6, 5)" in message
 
 
-def test_adapt_params_wants_a_kept_head_to_be_there():
+def test_adapt_params_with_keep_head_requires_pretrained_head():
     source = {key: leaf for key, leaf in flat_params().items() if not key.startswith("head/")}
-    assert "missing: head/kernel, head/bias" in not_adapted(source, flat_params(), keep_head=True)
+    assert "missing: head/kernel, head/bias" in adapt_error(source, flat_params(), keep_head=True)
 
 
-def test_adapt_params_names_two_architectures():
+def test_adapt_params_rejects_other_architecture():
     vit, resnet = nest(flat_params()), pretrained.to_original(released_params())
     with pytest.raises(UserError, match="does not fit the model: architecture vit instead of resnet50"):
         pretrained.adapt_params(vit, resnet)
@@ -190,12 +191,12 @@ def test_adapt_params_names_two_architectures():
         pretrained.adapt_params(resnet, vit)
 
 
-def test_adapt_params_refuses_other_files():
+def test_adapt_params_rejects_unknown_format():
     with pytest.raises(UserError, match="not the parameters of a known model: found layer1/weight"):
         adapt({"layer1/weight": np.zeros(1)}, flat_params())
 
 
-def test_report_prints_a_line_for_each_group():
+def test_report_prints_one_line_per_group():
     source = flat_params(representation_size=4, num_classes=9)
     _, report = adapt(source, flat_params(num_tokens=1 + 9))
     assert str(report).splitlines() == [
@@ -212,29 +213,29 @@ def test_report_prints_a_line_for_each_group():
 
 
 def resample(values, grid, new_grid):
-    """One number a position, class token first."""
+    """Resamples embeddings of width 1, class token first."""
     embeddings = np.array(values, np.float32).reshape(1, -1, 1)
     return pretrained.resample_position_embeddings(embeddings, grid, new_grid).ravel().tolist()
 
 
-def test_resampling_two_by_two_to_three_by_three_puts_means_between():
+def test_resample_position_embeddings_interpolates_linearly():
     assert resample([9, 0, 2, 4, 6], (2, 2), (3, 3)) == [9, 0, 1, 2, 2, 3, 4, 4, 5, 6]
 
 
-def test_resampling_down_keeps_the_corners():
+def test_resample_position_embeddings_keeps_corners_when_downsampling():
     assert resample([9, 0, 1, 2, 3, 4, 5, 6, 7, 8], (3, 3), (2, 2)) == [9, 0, 2, 6, 8]
 
 
-def test_resampling_treats_rows_and_columns_apart():
+def test_resample_position_embeddings_resamples_rows_and_columns_independently():
     assert resample([9, 0, 2, 10, 12], (2, 2), (2, 3)) == [9, 0, 1, 2, 10, 11, 12]
     assert resample([9, 0, 2, 10, 12], (2, 2), (3, 2)) == [9, 0, 2, 5, 7, 10, 12]
 
 
-def test_resampling_to_the_same_grid_changes_nothing():
+def test_resample_position_embeddings_is_identity_for_same_grid():
     assert resample([9, 1, 2, 3, 4, 5, 6], (2, 3), (2, 3)) == [9, 1, 2, 3, 4, 5, 6]
 
 
-def test_resampling_keeps_the_width_and_the_dtype():
+def test_resample_position_embeddings_matches_scipy_zoom():
     embeddings = np.random.default_rng(0).standard_normal((1, 1 + 196, 7)).astype(np.float32)
     new = pretrained.resample_position_embeddings(embeddings, (14, 14), (24, 24))
     assert new.shape == (1, 577, 7) and new.dtype == np.float32
@@ -243,8 +244,8 @@ def test_resampling_keeps_the_width_and_the_dtype():
     np.testing.assert_array_equal(new[0, 1:], zoomed.reshape(576, 7))
 
 
-def test_resampling_gives_every_wanted_grid_exactly():
-    """Ones stay ones: for some pairs, 28 → 14 among them, scipy's default rounds past the edge and fills in zeros."""
+def test_resample_position_embeddings_keeps_ones_for_every_grid():
+    """For some pairs, such as 28 → 14, scipy's default mode rounds past the edge and fills in zeros."""
     for old in range(1, 33):
         for new in range(1, 33):
             ones = np.ones((1, 1 + old, 1), np.float32)
@@ -253,6 +254,6 @@ def test_resampling_gives_every_wanted_grid_exactly():
             np.testing.assert_allclose(resampled, 1, rtol=1e-6)
 
 
-def test_resampling_refuses_a_grid_of_another_count():
+def test_resample_position_embeddings_rejects_grid_with_wrong_num_patches():
     with pytest.raises(UserError, match="embeddings are of 6 patches, but grid is 2 × 2"):
         resample([9, 1, 2, 3, 4, 5, 6], (2, 2), (3, 3))

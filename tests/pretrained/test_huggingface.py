@@ -21,7 +21,7 @@ def create_metadata(**changes):
 
 @pytest.fixture
 def directory(tmp_path):
-    """A saved micro ViT of 8-pixel images."""
+    """Directory of a saved micro ViT for 8-pixel images."""
     huggingface.save_huggingface(tmp_path, nest(flat_params()), create_metadata())
     return tmp_path
 
@@ -30,7 +30,7 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_load_huggingface_gives_what_was_saved(directory):
+def test_load_huggingface_returns_saved_params_and_metadata(directory):
     params, metadata = huggingface.load_huggingface(directory)
     expected = flat_params()
     found = flatten_dict(params, sep="/")
@@ -43,8 +43,8 @@ def test_load_huggingface_gives_what_was_saved(directory):
     assert [getattr(metadata, name) for name in names] == [getattr(expected, name) for name in names]
 
 
-def test_save_huggingface_puts_outputs_first(directory):
-    """Of three heads' width 2 · 3 = 6; patches of 4 pixels; a hidden layer of 8."""
+def test_save_huggingface_transposes_kernels(directory):
+    """hidden_size 6 = 2 heads × 3, patch_size 4, mlp_dim 8."""
     flat, tensors = flat_params(), load_file(directory / "model.safetensors")
     layer = "vit.encoder.layer.2"
     assert tensors["vit.embeddings.patch_embeddings.projection.weight"].shape == (6, 3, 4, 4)
@@ -67,14 +67,14 @@ def test_save_huggingface_puts_outputs_first(directory):
         ({"stem_units": (), "stem_width": 32}, "parameters conv_root"),
     ],
 )
-def test_save_huggingface_refuses_parts_that_their_vit_lacks(changes, part, tmp_path):
+def test_save_huggingface_rejects_unsupported_architecture(changes, part, tmp_path):
     with pytest.raises(UserError, match=f"the model has {part}, which a ViTForImageClassification cannot have"):
         huggingface.save_huggingface(tmp_path, nest(flat_params(**changes)), create_metadata())
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("approximate", "activation"), [(True, "gelu_pytorch_tanh"), (False, "gelu")])
-def test_save_huggingface_names_activation_and_classes(approximate, activation, tmp_path):
+def test_save_huggingface_writes_model_and_preprocessor_configs(approximate, activation, tmp_path):
     huggingface.save_huggingface(tmp_path, nest(flat_params()), create_metadata(gelu_approximate=approximate))
     config, preprocessor = (
         json.loads((tmp_path / name).read_text()) for name in ("config.json", "preprocessor_config.json")
@@ -84,8 +84,8 @@ def test_save_huggingface_names_activation_and_classes(approximate, activation, 
     assert (preprocessor["size"], preprocessor["image_std"]) == ({"height": 8, "width": 8}, [0.2, 0.2, 0.2])
 
 
-def test_load_huggingface_sorts_classes_by_their_numbers(directory):
-    """As numbers, not as strings: 10 comes after 9."""
+def test_load_huggingface_sorts_class_names_numerically(directory):
+    """As strings, "10" would come before "9"."""
     (directory / "metadata.json").unlink()
     names = {str(i): f"class {i}" for i in (10, 0, 9, 8, 7, 6, 5, 4, 3, 2, 1)}
     edit_json(directory / "config.json", id2label=names)
@@ -96,7 +96,7 @@ def test_load_huggingface_sorts_classes_by_their_numbers(directory):
     assert metadata.class_names == tuple(f"class {i}" for i in range(11))
 
 
-def test_load_huggingface_of_a_vit_model_has_a_zero_head(directory):
+def test_load_huggingface_returns_zero_head_for_vit_model(directory):
     (directory / "metadata.json").unlink()
     tensors = load_file(directory / "model.safetensors")
     bare = {name.removeprefix("vit."): leaf for name, leaf in tensors.items() if not name.startswith("classifier")}
@@ -113,13 +113,13 @@ def test_load_huggingface_reads_configs_of_old_versions(directory):
     assert huggingface.load_huggingface(directory)[1].model["num_layers"] == 3
 
 
-def test_load_huggingface_normalizes_to_plus_minus_one_without_a_preprocessor(directory):
+def test_load_huggingface_uses_default_mean_without_preprocessor_config(directory):
     for name in ("metadata.json", "preprocessor_config.json"):
         (directory / name).unlink()
     assert huggingface.load_huggingface(directory)[1].image_mean == (0.5, 0.5, 0.5)
 
 
-def test_load_huggingface_takes_the_dtype_from_our_metadata(tmp_path):
+def test_load_huggingface_reads_dtype_from_metadata(tmp_path):
     metadata = create_metadata(dtype=jnp.bfloat16)
     huggingface.save_huggingface(tmp_path, nest(flat_params()), metadata)
     assert huggingface.load_huggingface(tmp_path)[1].dtype == "bfloat16"
@@ -139,7 +139,7 @@ def test_load_huggingface_takes_the_dtype_from_our_metadata(tmp_path):
         ({"image_size": "8"}, "image_size is '8'; expected a positive integer"),
     ],
 )
-def test_load_huggingface_refuses_other_models(directory, changes, message):
+def test_load_huggingface_rejects_unsupported_configs(directory, changes, message):
     edit_json(directory / "config.json", **changes)
     with pytest.raises(UserError) as caught:
         huggingface.load_huggingface(directory)
@@ -148,7 +148,7 @@ def test_load_huggingface_refuses_other_models(directory, changes, message):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("content", [None, b"", b"{"])
-def test_load_huggingface_refuses_missing_and_damaged_files(directory, name, content):
+def test_load_huggingface_rejects_missing_and_damaged_files(directory, name, content):
     (directory / name).unlink()
     if content is not None:
         (directory / name).write_bytes(content)

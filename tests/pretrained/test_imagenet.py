@@ -3,12 +3,12 @@ import pytest
 from vit_jax import pretrained
 
 
-def test_imagenet_has_a_thousand_different_names_in_the_order_of_the_heads():
+def test_imagenet_classes_returns_1000_unique_names_in_wordnet_id_order():
     classes = pretrained.imagenet_classes()
-    numbers, names = zip(*classes, strict=True)
-    assert len(set(numbers)) == len(set(names)) == 1000 and list(numbers) == sorted(numbers)
-    places = {0: "tench", 1: "goldfish", 207: "golden retriever", 281: "tabby", 985: "daisy"}
-    assert {i: names[i] for i in places} == places
+    wordnet_ids, names = zip(*classes, strict=True)
+    assert len(set(wordnet_ids)) == len(set(names)) == 1000 and list(wordnet_ids) == sorted(wordnet_ids)
+    expected = {0: "tench", 1: "goldfish", 207: "golden retriever", 281: "tabby", 985: "daisy"}
+    assert {i: names[i] for i in expected} == expected
     assert {names[134], names[517]} == {"crane, wading bird", "crane, lifting device"}
 
 
@@ -22,5 +22,5 @@ def test_imagenet_has_a_thousand_different_names_in_the_order_of_the_heads():
         ("my_cat", "my_cat"),
     ],
 )
-def test_canonical_name_is_the_wordnet_id_of_imagenets_classes_only(name, expected):
+def test_canonical_name_returns_wordnet_id_of_imagenet_classes_only(name, expected):
     assert pretrained.canonical_name(name) == expected

@@ -26,7 +26,7 @@ SAVE = {
 
 
 def save(kind, path, flat):
-    """Path of the saved model; a directory but for npz."""
+    """Saves a model and returns its path: a file for npz, a directory otherwise."""
     if kind != "npz":
         path.mkdir()
     SAVE[kind](path, nest(flat))
@@ -34,27 +34,27 @@ def save(kind, path, flat):
 
 
 @pytest.mark.parametrize("kind", SAVE)
-def test_read_model_gives_what_was_saved(tmp_path, kind):
+def test_read_model_returns_saved_params_and_metadata(tmp_path, kind):
     params, metadata = pretrained.read_model(save(kind, tmp_path / "model", flat_params()))
     assert_equal(params, flat_params())
     assert metadata.class_names == tuple("abcde") and metadata.image_size == 8
 
 
-def test_read_model_has_no_metadata_of_a_file_without():
+def test_read_model_returns_none_for_missing_metadata():
     params, metadata = pretrained.read_model("micro")
     assert metadata is None and params["head"]["kernel"].shape == (96, 10)
 
 
 @pytest.mark.parametrize("kind", SAVE)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_read_model_refuses_values_that_are_not_finite(tmp_path, kind, value):
+def test_read_model_rejects_nonfinite_values(tmp_path, kind, value):
     flat = flat_params()
     flat["head/bias"][3] = value
     with pytest.raises(UserError, match="model: head/bias has values that float32 cannot hold"):
         pretrained.read_model(save(kind, tmp_path / "model", flat))
 
 
-def test_read_model_refuses_values_beyond_float32(tmp_path):
+def test_read_model_rejects_values_beyond_float32(tmp_path):
     flat = flat_params()
     pretrained.save_npz(tmp_path / "model.npz", nest(flat | {"head/bias": np.full(5, 1e39)}))
     with pytest.raises(UserError, match="model.npz: head/bias has values that float32 cannot hold"):
@@ -62,13 +62,13 @@ def test_read_model_refuses_values_beyond_float32(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["npz", "orbax"])
-def test_read_model_compares_metadata_with_the_parameters(tmp_path, kind):
+def test_read_model_rejects_metadata_of_other_params(tmp_path, kind):
     path = save(kind, tmp_path / "model", flat_params(num_classes=4))
     with pytest.raises(UserError, match="model: its metadata is not that of its parameters: "):
         pretrained.read_model(path)
 
 
-def test_load_orbax_names_a_damaged_directory(tmp_path):
+def test_load_orbax_rejects_damaged_directory(tmp_path):
     path = save("orbax", tmp_path / "model", flat_params())
     for file in (tmp_path / "model/params").rglob("*"):
         if file.is_file():

@@ -14,11 +14,11 @@ METADATA = ModelMetadata(
 )
 
 
-def test_from_json_gives_what_to_json_returned():
+def test_from_json_inverts_to_json():
     assert ModelMetadata.from_json(json.loads(json.dumps(METADATA.to_json()))) == METADATA
 
 
-def test_from_json_reads_the_names_of_version_0_1_and_ignores_unknown_ones():
+def test_from_json_reads_keys_of_version_0_1_and_ignores_unknown_keys():
     value = METADATA.to_json() | {"pixel_mean": [0.25] * 3, "pixel_deviation": [0.125] * 3, "command": "python"}
     for name in ("image_mean", "image_std", "dtype"):
         del value[name]
@@ -27,7 +27,7 @@ def test_from_json_reads_the_names_of_version_0_1_and_ignores_unknown_ones():
 
 
 @pytest.mark.parametrize("name", ["model", "image_size", "class_names"])
-def test_load_metadata_names_what_is_missing(name, tmp_path):
+def test_load_metadata_reports_missing_key(name, tmp_path):
     value = METADATA.to_json()
     del value[name]
     (tmp_path / "about.json").write_text(json.dumps(value))
@@ -48,12 +48,12 @@ def test_load_metadata_names_what_is_missing(name, tmp_path):
         ({"image_std": [0.5, 0.5]}, r"image_std is \(0.5, 0.5\); expected three numbers above 0"),
     ],
 )
-def test_metadata_names_a_wrong_attribute(changes, message):
+def test_from_json_rejects_invalid_attribute(changes, message):
     with pytest.raises(UserError, match=f"^{message}"):
         ModelMetadata.from_json(METADATA.to_json() | changes)
 
 
-def test_from_model_creates_the_same_model():
+def test_create_model_inverts_from_model():
     model = models.ResNet(5, (1, 2), 32, dtype="bfloat16")
     metadata = ModelMetadata.from_model(model, image_size=32, class_names=tuple("abcde"))
     assert (metadata.architecture, metadata.dtype) == ("resnet50", "bfloat16")
@@ -63,13 +63,13 @@ def test_from_model_creates_the_same_model():
 @pytest.mark.parametrize(
     ("num_classes", "names"), [(3, ("0", "1", "2")), (1000, tuple(name for _, name in imagenet_classes()))]
 )
-def test_from_params_names_classes_by_numbers_unless_they_are_imagenets(num_classes, names):
-    """A 3 × 3 grid of patches of 4 pixels is of 12-pixel images."""
+def test_from_params_infers_image_size_and_class_names(num_classes, names):
+    """A 3 × 3 grid of 4-pixel patches covers a 12-pixel image."""
     metadata = ModelMetadata.from_params(nest(flat_params(num_classes=num_classes, num_tokens=10)))
     assert (metadata.image_size, metadata.class_names) == (12, names)
 
 
-def test_validate_names_what_differs():
+def test_validate_reports_mismatch_with_params():
     METADATA.validate(nest(flat_params()))
     with pytest.raises(UserError, match="not that of its parameters: .*num_layers 3 instead of 2"):
         METADATA.validate(nest(flat_params(num_layers=2)))
@@ -79,7 +79,7 @@ def test_validate_names_what_differs():
         METADATA.validate(nest(flat_params(num_classes=7)))
 
 
-def test_unwrap_metadata_compares_checksums():
+def test_unwrap_metadata_rejects_wrong_checksums():
     wrapped = wrap_metadata(METADATA, {"cls": "1"})
     assert unwrap_metadata(wrapped, {"cls": "1"}) == METADATA
     with pytest.raises(UserError, match="the checksum of the metadata is wrong"):
@@ -88,14 +88,14 @@ def test_unwrap_metadata_compares_checksums():
         unwrap_metadata(wrapped | {"checksums": {"cls": "1"}}, {"cls": "2"})
 
 
-def test_load_metadata_gives_what_was_saved(tmp_path):
+def test_load_metadata_returns_saved_metadata(tmp_path):
     params = nest(flat_params())
     assert load_metadata(tmp_path, params) is None
     save_metadata(tmp_path, METADATA, params)
     assert load_metadata(tmp_path, params) == METADATA
 
 
-def test_load_metadata_notices_changed_parameters_and_damage(tmp_path):
+def test_load_metadata_rejects_changed_params_and_damaged_file(tmp_path):
     params = nest(flat_params())
     save_metadata(tmp_path, METADATA, params)
     params["head"]["bias"] = np.float32(params["head"]["bias"] + 1)

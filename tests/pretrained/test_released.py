@@ -17,14 +17,14 @@ def path(tmp_path):
 
 
 @pytest.fixture
-def fetched(monkeypatch, tmp_path):
-    """Catches what would be downloaded; `fetched["params"]` is then checked as the downloaded file."""
+def downloads(monkeypatch, tmp_path):
+    """Records downloads without making them; `downloads["params"]` is checked as the downloaded file, if given."""
     calls = {}
 
     def fetch(url, path, *, check):
         calls.update(url=url, path=path)
         if "params" in calls:
-            part = tmp_path / "fetched.part"
+            part = tmp_path / "download.part"
             pretrained.save_npz(part, nest(calls["params"]))
             check(part)
         return path
@@ -34,17 +34,17 @@ def fetched(monkeypatch, tmp_path):
     return calls
 
 
-def test_resolve_fetches_a_released_file_into_the_cache(fetched, tmp_path):
+def test_resolve_downloads_pretrained_checkpoint_to_cache(downloads, tmp_path):
     assert pretrained.resolve("imagenet21k/ViT-B_16") == tmp_path / "cache" / "imagenet21k" / "ViT-B_16.npz"
-    assert fetched["url"] == "https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz"
+    assert downloads["url"] == "https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz"
 
 
 @pytest.mark.parametrize("name", pretrained.RELEASED)
-def test_resolve_quotes_the_address(fetched, name):
+def test_resolve_quotes_url(downloads, name):
     pretrained.resolve(name)
-    assert "+" not in fetched["url"]
-    address = urllib.parse.unquote(fetched["url"]).removeprefix("https://storage.googleapis.com/")
-    assert address == f"{'' if name.startswith(('bit_models/', 'big_vision/')) else 'vit_models/'}{name}.npz"
+    assert "+" not in downloads["url"]
+    url_path = urllib.parse.unquote(downloads["url"]).removeprefix("https://storage.googleapis.com/")
+    assert url_path == f"{'' if name.startswith(('bit_models/', 'big_vision/')) else 'vit_models/'}{name}.npz"
 
 
 INDEX = """name,ds,lr,aug,wd,do,sd,best_val,final_val,final_test,adapt_ds,adapt_final_val,params,filename,adapt_filename
@@ -58,20 +58,20 @@ R26+S/32,i21k,0.001,none,0.1,0.0,0.0,0.6,0.55,0.5,pets,0.9,36,R26_S_32-i21k-d,R2
 
 @pytest.fixture
 def mirror(monkeypatch, tmp_path):
-    """`with mirror(content, …) as server`: what the server answers, one after the other."""
+    """Returns a context manager, `mirror(content, …)`: a server that returns the given contents in order."""
 
     @contextlib.contextmanager
-    def answer(*contents):
+    def start_server(*contents):
         monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
         with serve(*({"content": content} for content in contents)) as server:
             monkeypatch.setenv("VIT_JAX_MIRROR", server.url.removesuffix("/file.bin"))
             yield server
 
-    return answer
+    return start_server
 
 
-def test_resolve_takes_the_best_augreg_file_of_a_variant(mirror, tmp_path, capsys):
-    """By final accuracy in validation, of those that saw ImageNet-21k; the index is fetched once."""
+def test_resolve_selects_best_augreg_checkpoint_of_variant(mirror, tmp_path, capsys):
+    """Best by final validation accuracy among those pretrained on ImageNet-21k; the index is downloaded once."""
     pretrained.save_npz(tmp_path / "small.npz", nest(flat_params()))
     content = (tmp_path / "small.npz").read_bytes()
     with mirror(INDEX.encode(), content) as server:
@@ -83,42 +83,42 @@ def test_resolve_takes_the_best_augreg_file_of_a_variant(mirror, tmp_path, capsy
     assert capsys.readouterr().err.splitlines()[-1] == "augreg/B_16 is augreg/B_16-i21k-b"
 
 
-def test_resolve_lists_the_variants_that_augreg_has(mirror):
+def test_resolve_lists_augreg_variants(mirror):
     with mirror(INDEX.encode()), pytest.raises(UsageError, match="no variant augreg/B_7; .* one of B_16, R26_S_32"):
         pretrained.resolve("augreg/B_7")
 
 
-def test_resolve_refuses_an_index_of_other_columns(mirror, tmp_path):
+def test_resolve_rejects_index_with_other_columns(mirror, tmp_path):
     with mirror(b"name,file\nB/16,a\n"), pytest.raises(UserError, match="expected the columns filename, ds, final_val"):
         pretrained.resolve("augreg/B_16")
     assert not (tmp_path / "cache/augreg/index.csv").exists()
 
 
-def test_resolve_refuses_a_fetched_file_that_is_no_vit(fetched):
-    fetched["params"] = {"layer1/weight": np.zeros(1)}
+def test_resolve_rejects_download_of_unknown_format(downloads):
+    downloads["params"] = {"layer1/weight": np.zeros(1)}
     with pytest.raises(UserError, match="not the parameters of a known model: found layer1/weight"):
         pretrained.resolve("imagenet21k/ViT-L_32")
 
 
-def test_resolve_takes_a_path(path, monkeypatch):
+def test_resolve_accepts_path(path, monkeypatch):
     path.touch()
     assert pretrained.resolve(str(path)) == path
     monkeypatch.setenv("HOME", str(path.parent))
     assert pretrained.resolve("~/params.npz") == path
 
 
-def test_resolve_says_that_a_path_is_missing(path):
+def test_resolve_rejects_missing_path(path):
     with pytest.raises(UserError, match="there is no file .*params.npz.*; check the path") as caught:
         pretrained.resolve(str(path))
     assert caught.value.exit_code == 1
 
 
-def test_resolve_names_the_nearest_names():
+def test_resolve_suggests_nearest_names():
     with pytest.raises(
         UsageError, match="no file ViT-L_32, and no pretrained checkpoint of that name.* such as imagenet21k/ViT-L_32"
     ):
         pretrained.resolve("ViT-L_32")
 
 
-def test_resolve_finds_the_shipped_file():
+def test_resolve_finds_bundled_checkpoint():
     assert pretrained.resolve("micro").name == "ViT-micro_4.npz" and pretrained.resolve("micro").exists()

@@ -14,7 +14,7 @@ QUERY = "Transformer/encoderblock_1/MultiHeadDotProductAttention_1/query/kernel"
 
 
 @pytest.mark.parametrize("representation_size", [None, 4])
-def test_infer_sizes_reads_the_sizes_off_the_shapes(representation_size):
+def test_infer_sizes_returns_sizes_from_shapes(representation_size):
     params = nest(flat_params(representation_size=representation_size))
     sizes = {"representation_size": representation_size, "num_classes": 5, "stem_units": None, "pool": "cls"}
     expected = "vit", {**MICRO, **sizes}
@@ -23,7 +23,8 @@ def test_infer_sizes_reads_the_sizes_off_the_shapes(representation_size):
     assert pretrained.infer_sizes(abstract) == expected
 
 
-def not_inferred(flat):
+def infer_error(flat):
+    """Returns the message of the error that `infer_sizes` raises, one line."""
     with pytest.raises(UserError) as caught:
         pretrained.infer_sizes(nest(flat))
     assert "\n" not in str(caught.value)
@@ -31,43 +32,43 @@ def not_inferred(flat):
 
 
 @pytest.mark.parametrize("key", flat_params(representation_size=4))
-def test_infer_sizes_names_a_missing_key(key):
+def test_infer_sizes_reports_missing_key(key):
     flat = flat_params(representation_size=4)
     del flat[key]
-    message = not_inferred(flat)
+    message = infer_error(flat)
     assert "these are not the parameters of a complete VisionTransformer: " in message
     assert f"missing: {key}" in message or f"{key} is missing" in message
 
 
-def test_infer_sizes_names_a_missing_block():
+def test_infer_sizes_reports_missing_block():
     flat = {key: leaf for key, leaf in flat_params().items() if "encoderblock_1/" not in key}
-    message = not_inferred(flat)
+    message = infer_error(flat)
     assert "missing: Transformer/encoderblock_1/LayerNorm_0/bias" in message and "and 13 more" in message
 
 
-def test_infer_sizes_names_a_block_of_another_shape():
-    message = not_inferred({**flat_params(), QUERY: np.zeros((6, 3, 2))})
+def test_infer_sizes_reports_shape_mismatch():
+    message = infer_error({**flat_params(), QUERY: np.zeros((6, 3, 2))})
     assert f"of another shape: {QUERY} (6, 3, 2) instead of (6, 2, 3)" in message
 
 
-def test_infer_sizes_names_an_unexpected_key():
-    assert "unexpected: extra/scale" in not_inferred({**flat_params(), "extra/scale": np.zeros(6)})
+def test_infer_sizes_reports_unexpected_key():
+    assert "unexpected: extra/scale" in infer_error({**flat_params(), "extra/scale": np.zeros(6)})
 
 
-def test_infer_sizes_wants_heads_that_divide_the_width():
-    message = not_inferred(flat_params(num_heads=4))
+def test_infer_sizes_rejects_hidden_size_not_divisible_by_num_heads():
+    message = infer_error(flat_params(num_heads=4))
     assert message.endswith("complete VisionTransformer: model.hidden_size 6 is not a multiple of num_heads 4")
 
 
 @pytest.mark.parametrize(
     ("key", "shape"), [("embedding/kernel", (48, 6)), ("head/kernel", (1, 1, 6, 5)), (POSITIONS, (5, 6))]
 )
-def test_infer_sizes_wants_the_right_number_of_axes(key, shape):
-    message = not_inferred({**flat_params(), key: np.zeros(shape)})
+def test_infer_sizes_rejects_wrong_number_of_axes(key, shape):
+    message = infer_error({**flat_params(), key: np.zeros(shape)})
     assert f"{key} is of shape {shape}" in message or f"{key} {shape} instead of" in message
 
 
-FOREIGN = {
+UNKNOWN_FORMATS = {
     "found params/Transformer/encoder_norm/bias": {f"params/{key}": 0 for key in flat_params()},
     "found layer1/weight; expected keys Transformer/encoderblock_… or resnet/block…": {"layer1/weight": 0},
     "found conv_root/kernel": {"conv_root/kernel": 0},
@@ -75,20 +76,20 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("cause", FOREIGN)
-def test_infer_sizes_refuses_other_files(cause):
-    message = not_inferred({key: np.zeros(1) for key in FOREIGN[cause]})
+@pytest.mark.parametrize("cause", UNKNOWN_FORMATS)
+def test_infer_sizes_rejects_unknown_formats(cause):
+    message = infer_error({key: np.zeros(1) for key in UNKNOWN_FORMATS[cause]})
     assert "these are not the parameters of a known model: " in message and cause in message
 
 
 @pytest.mark.parametrize("num_patches", [1, 3, 7])
-def test_infer_sizes_reads_any_number_of_patches(num_patches):
+def test_infer_sizes_accepts_any_number_of_patches(num_patches):
     assert pretrained.infer_sizes(nest(flat_params(num_tokens=1 + num_patches)))[1]["num_layers"] == 3
 
 
-def test_infer_sizes_wants_the_class_token_of_a_square():
+def test_infer_sizes_requires_class_token_for_one_plus_square_tokens():
     flat = {key: leaf for key, leaf in flat_params().items() if key != "cls"}
-    assert "missing: cls" in not_inferred(flat)
+    assert "missing: cls" in infer_error(flat)
 
 
 # ---- ResNet
@@ -99,12 +100,12 @@ def infer_resnet(flat):
 
 
 @pytest.mark.parametrize("units", [(1,), (1, 2), (1, 1, 11)])
-def test_infer_sizes_reads_those_of_a_resnet(units):
+def test_infer_sizes_returns_resnet_sizes(units):
     expected = {"units": units, "width": WIDTH, "num_classes": 7}
     assert infer_resnet(reference_resnet.flat_params(units=units)) == ("resnet50", expected)
 
 
-def test_infer_sizes_reads_a_resnet_without_a_head():
+def test_infer_sizes_accepts_resnet_without_head():
     assert infer_resnet(without("head")) == ("resnet50", {"units": UNITS, "width": WIDTH, "num_classes": None})
 
 
@@ -120,7 +121,7 @@ def with_shape(key, shape):
     return {**reference_resnet.flat_params(), key: np.zeros(shape, np.float32)}
 
 
-NOT_COMPLETE = {
+INVALID_RESNETS = {
     "head/kernel is missing": with_shape(HEAD, (3, 3, 512, 7)) | {"head/bias": np.zeros(7)},
     f"unexpected: {HEAD}": with_shape(HEAD, (3, 3, 512, 7)),
     "root_block/standardized_conv2d/kernel is missing": without("root_block"),
@@ -134,10 +135,10 @@ NOT_COMPLETE = {
 }
 
 
-@pytest.mark.parametrize("cause", NOT_COMPLETE)
-def test_infer_sizes_names_what_a_resnet_lacks(cause):
+@pytest.mark.parametrize("cause", INVALID_RESNETS)
+def test_infer_sizes_reports_mismatch_of_resnet(cause):
     with pytest.raises(UserError) as caught:
-        infer_resnet(NOT_COMPLETE[cause])
+        infer_resnet(INVALID_RESNETS[cause])
     message = str(caught.value)
     assert message.startswith("these are not the parameters of a complete ResNet: ")
     assert cause in message and "\n" not in message

@@ -15,8 +15,8 @@ TX = optim.create_optimizer("sgd", schedule=lambda count: 0.1)
 def create_state(params=PARAMS, *, num_devices=8, seed=0) -> steps.TrainState:
     mesh = sharding.create_mesh(jax.devices()[:num_devices])
     create = lambda params: steps.create_train_state(params, patterns=("head/.*",), tx=TX, seed=seed)  # noqa: E731
-    everywhere = sharding.replicated(mesh)
-    return jax.jit(create, out_shardings=everywhere)(sharding.device_put(params, everywhere))
+    out_shardings = sharding.replicated(mesh)
+    return jax.jit(create, out_shardings=out_shardings)(sharding.device_put(params, out_shardings))
 
 
 def abstract_state(*args, **kwargs) -> steps.TrainState:
@@ -28,22 +28,22 @@ def replicated(num_devices: int = 1) -> jax.sharding.NamedSharding:
     return sharding.replicated(sharding.create_mesh(jax.devices()[:num_devices]))
 
 
-def assert_equal(ours, theirs):
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), ours, theirs)
+def assert_equal(actual, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), actual, expected)
 
 
-@pytest.mark.parametrize(("saved_on", "read_on"), [(8, 1), (1, 8), (8, 4)])
-def test_restore_reads_onto_any_number_of_devices(tmp_path, saved_on, read_on):
+@pytest.mark.parametrize(("saved_on", "restored_on"), [(8, 1), (1, 8), (8, 4)])
+def test_restore_supports_any_number_of_devices(tmp_path, saved_on, restored_on):
     state = create_state(num_devices=saved_on, seed=3)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(7, state, {"class_names": ["a"]}, accuracy=0.5)
         checkpoints.finish()
-        restored = checkpoints.restore(7, abstract_state(num_devices=read_on))
+        restored = checkpoints.restore(7, abstract_state(num_devices=restored_on))
     assert_equal(restored, state)
-    assert all(len(leaf.devices()) == read_on for leaf in jax.tree.leaves(restored))
+    assert all(len(leaf.devices()) == restored_on for leaf in jax.tree.leaves(restored))
 
 
-def test_restore_reads_sharded_arrays_onto_one_device(tmp_path):
+def test_restore_gathers_sharded_arrays_on_one_device(tmp_path):
     params = {"head": {"kernel": np.arange(8192, dtype=np.float32).reshape(2, 4096)}}
     mesh = sharding.create_mesh(fsdp=8)
     state = create_state(params)
@@ -55,7 +55,7 @@ def test_restore_reads_sharded_arrays_onto_one_device(tmp_path):
         assert_equal(checkpoints.restore(1, abstract_state(params, num_devices=1)), state)
 
 
-def test_restore_refuses_the_checkpoint_of_another_model(tmp_path):
+def test_restore_rejects_checkpoint_of_other_model(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, create_state(), {}, accuracy=None)
         checkpoints.finish()
@@ -67,7 +67,7 @@ def test_restore_refuses_the_checkpoint_of_another_model(tmp_path):
 
 
 @pytest.mark.parametrize("use_ema", [True, False])
-def test_restore_params_reads_parameters_and_metadata(tmp_path, use_ema):
+def test_restore_params_returns_params_and_metadata(tmp_path, use_ema):
     state = create_state()
     state = state.replace(ema=jax.tree.map(lambda leaf: leaf + 1, state.trainable))
     with Checkpoints(tmp_path) as checkpoints:
@@ -78,7 +78,7 @@ def test_restore_params_reads_parameters_and_metadata(tmp_path, use_ema):
     assert metadata == {"class_names": ["cat", "dog"]}
 
 
-def test_save_keeps_the_latest_and_the_best(tmp_path):
+def test_save_keeps_latest_and_best_checkpoint(tmp_path):
     state = create_state()
     with Checkpoints(tmp_path) as checkpoints:
         for step, accuracy in [(1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, None)]:
@@ -89,12 +89,12 @@ def test_save_keeps_the_latest_and_the_best(tmp_path):
         checkpoints.save(6, state, {}, accuracy=0.6)
         checkpoints.finish()
         assert checkpoints.steps() == [2, 6]
-        checkpoints.save(7, state, {}, accuracy=0.9)  # of equals the later one
+        checkpoints.save(7, state, {}, accuracy=0.9)  # on a tie, the later one is the best
         checkpoints.finish()
         assert checkpoints.steps() == [7]
 
 
-def test_save_reports_a_full_disk_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+def test_save_reports_full_disk_and_keeps_last_checkpoint(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, create_state(), {}, accuracy=None)
         checkpoints.finish()
@@ -104,7 +104,7 @@ def test_save_reports_a_full_disk_and_keeps_the_last_checkpoint(tmp_path, monkey
         assert checkpoints.steps() == [1]
 
 
-def test_steps_counts_a_checkpoint_that_is_being_saved(tmp_path):
+def test_latest_step_includes_checkpoint_being_saved(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, create_state(), {}, accuracy=None)
         assert checkpoints.latest_step() == 1
@@ -112,7 +112,7 @@ def test_steps_counts_a_checkpoint_that_is_being_saved(tmp_path):
         assert checkpoints.steps() == [1]
 
 
-def test_require_step_names_the_steps(tmp_path):
+def test_require_step_rejects_missing_step(tmp_path):
     (tmp_path / "run").mkdir()
     with Checkpoints(tmp_path / "run", read_only=True) as checkpoints:
         assert checkpoints.steps() == []
@@ -132,14 +132,14 @@ def test_require_step_names_the_steps(tmp_path):
 
 @pytest.fixture
 def two_steps(tmp_path):
-    """A run directory with the best checkpoint 1 and the latest 2."""
+    """Run directory with two checkpoints: step 1 is the best, step 2 the latest."""
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, create_state(seed=step), {}, accuracy=1 / step)
     return tmp_path
 
 
-def empty(directory):
+def truncate_files(directory):
     for path in directory.rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
@@ -147,7 +147,7 @@ def empty(directory):
 
 def test_restore_names_damaged_item_and_intact_steps(two_steps, capfd):
     latest = two_steps / "checkpoints/2"
-    empty(latest / "params/d")
+    truncate_files(latest / "params/d")
     with Checkpoints(two_steps) as checkpoints:
         for read in (
             lambda: checkpoints.restore(2, abstract_state(num_devices=1)),
@@ -157,13 +157,13 @@ def test_restore_names_damaged_item_and_intact_steps(two_steps, capfd):
                 read()
             assert str(error.value).endswith(f"; delete {latest} and rerun to resume from step 1")
             assert "\n" not in str(error.value)
-        empty(two_steps / "checkpoints/1/training")
+        truncate_files(two_steps / "checkpoints/1/training")
         with pytest.raises(UserError, match="no other checkpoint is intact; start again in another --workdir"):
             checkpoints.restore_params(2, replicated())
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_restore_names_arrays_that_are_not_what_was_saved(tmp_path, monkeypatch):
+def test_restore_params_rejects_wrong_checksum(tmp_path, monkeypatch):
     checksums = checkpoint.checksums
     monkeypatch.setattr(checkpoint, "checksums", lambda items: {**checksums(items), "params/cls": "00000000"})
     with Checkpoints(tmp_path) as checkpoints:
@@ -173,7 +173,7 @@ def test_restore_names_arrays_that_are_not_what_was_saved(tmp_path, monkeypatch)
             checkpoints.restore_params(1, replicated())
 
 
-def test_restore_does_not_take_lack_of_memory_for_damage(two_steps, monkeypatch):
+def test_restore_params_reports_out_of_memory(two_steps, monkeypatch):
     def fail(*_):
         raise MemoryError("cannot allocate")
 
@@ -183,23 +183,23 @@ def test_restore_does_not_take_lack_of_memory_for_damage(two_steps, monkeypatch)
             checkpoints.restore_params(2, replicated())
 
 
-def test_read_metadata_refuses_any_change(two_steps):
+def test_read_metadata_rejects_changed_file(two_steps):
     path = two_steps / "checkpoints/1/metadata/metadata"
     path.write_text(path.read_text().replace('"accuracy": 1.0', '"accuracy": 0.0'))
     with Checkpoints(two_steps, read_only=True) as checkpoints:
         assert checkpoints.read_metadata(2) == {}
         with pytest.raises(UserError, match="checkpoints/1/metadata is damaged .*intact steps: 2; delete .*/1 and"):
             checkpoints.read_metadata(1)
-    with pytest.raises(UserError, match="checkpoints/1/metadata is damaged"):  # it decides which one is the best
+    with pytest.raises(UserError, match="checkpoints/1/metadata is damaged"):  # metadata determines the best checkpoint
         Checkpoints(two_steps)
 
 
-def test_checkpoints_removes_the_remains_of_a_killed_save(tmp_path):
-    remains = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
-    remains.mkdir(parents=True)
+def test_checkpoints_removes_leftover_files_of_killed_save(tmp_path):
+    leftover = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
+    leftover.mkdir(parents=True)
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         assert checkpoints.steps() == []
-    assert remains.exists()
+    assert leftover.exists()
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step() is None
-    assert not remains.exists()
+    assert not leftover.exists()

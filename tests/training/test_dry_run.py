@@ -19,7 +19,7 @@ def config_with(**changes):
 
 @pytest.fixture
 def cost(monkeypatch):
-    """Returns a function from config changes and a number of devices to the cost of the training step."""
+    """Returns a function that measures the cost of a training step for a number of devices and config changes."""
     measured = []
     measure = dry_run.measure
     monkeypatch.setattr(dry_run, "measure", lambda *args: measured.append(measure(*args)) or measured[-1])
@@ -34,32 +34,32 @@ def cost(monkeypatch):
     return run
 
 
-def test_dry_run_counts_the_flops_of_the_layers(cost):
-    """Two FLOPs per multiply-add, three passes except in the first layer, which has no gradient of the images."""
+def test_dry_run_matches_flops_of_layers(cost):
+    """Two FLOPs per multiply-add; three passes, two in the first layer, as images need no gradient."""
     tokens, width, hidden = 17, 64, 256
     block = 4 * tokens * width * width + 2 * tokens * tokens * width + 2 * tokens * width * hidden
     embedding, head = 16 * 4 * 4 * 3 * width, width * 10
     products = 3 * (block + head) + 2 * embedding
-    assert cost().flops == pytest.approx(2 * products, rel=0.2)  # besides: norms, softmax, GELU, optimizer
+    assert cost().flops == pytest.approx(2 * products, rel=0.2)  # norms, softmax, GELU, optimizer: not in products
 
 
-def test_dry_run_measures_what_saves_memory(cost):
+def test_dry_run_measures_savings_of_accumulation_remat_and_sharding(cost):
     plain = cost(batch_size=64)
-    parts = cost(batch_size=64, accumulation_steps=4)
-    assert parts.temporaries < 0.6 * plain.temporaries
-    assert parts.flops == pytest.approx(plain.flops, rel=0.1)
-    again = cost(batch_size=64, remat="full")  # no savings on CPU; see test_aot.py
-    assert 1.2 * plain.flops < again.flops < 1.5 * plain.flops
-    several = cost(num_devices=8, batch_size=64)
-    assert several.temporaries < 0.6 * plain.temporaries
-    assert several.flops == pytest.approx(plain.flops, rel=0.1)
-    shared = cost(num_devices=8, batch_size=64, **{"mesh.fsdp": 8})
+    accumulated = cost(batch_size=64, accumulation_steps=4)
+    assert accumulated.temporaries < 0.6 * plain.temporaries
+    assert accumulated.flops == pytest.approx(plain.flops, rel=0.1)
+    rematerialized = cost(batch_size=64, remat="full")  # no savings on CPU; see test_aot.py
+    assert 1.2 * plain.flops < rematerialized.flops < 1.5 * plain.flops
+    replicated = cost(num_devices=8, batch_size=64)
+    assert replicated.temporaries < 0.6 * plain.temporaries
+    assert replicated.flops == pytest.approx(plain.flops, rel=0.1)
+    sharded = cost(num_devices=8, batch_size=64, **{"mesh.fsdp": 8})
     kernels = 4 * 64 * 64 + 2 * 64 * 256  # of attention and MLP: large enough to be sharded
-    assert several.arguments - shared.arguments == 3 * 4 * kernels * 7 // 8  # with two moments, float32
+    assert replicated.arguments - sharded.arguments == 3 * 4 * kernels * 7 // 8  # parameters and two moments in float32
 
 
 def test_dry_run_names_options_that_save_memory(monkeypatch, capsys):
-    monkeypatch.setattr(sharding, "device_memory", lambda device: (2**20, "a device's figure"))
+    monkeypatch.setattr(sharding, "device_memory", lambda device: (2**20, "limit of the device"))
     with pytest.raises(UserError) as error:
         dry_run.dry_run(config_with(remat="dots"))
     assert re.fullmatch(
@@ -71,24 +71,24 @@ def test_dry_run_names_options_that_save_memory(monkeypatch, capsys):
     assert "estimated by the compiler for cpu, jax" in capsys.readouterr().out
 
 
-def test_dry_run_counts_cached_features(capsys):
+def test_dry_run_reports_cached_features(capsys):
     dry_run.dry_run(config_with(trainable="head"))
     text = capsys.readouterr().out
     assert "as cached features" in text
     assert "head/.*         2           650" in text
 
 
-def test_dry_run_leaves_no_files(tmp_path, run_command):
+def test_dry_run_writes_no_files(tmp_path, run_command):
     command = ["train.py", "--config", "configs/cifar100.py", "--dry_run", "--workdir", tmp_path / "run"]
-    nowhere = {"VIT_JAX_CACHE": str(tmp_path / "cache"), "https_proxy": "http://localhost:9"}
-    result = run_command(*command, "--config.model.num_layers=1", "--config.batch_size=8", env=nowhere)
+    offline = {"VIT_JAX_CACHE": str(tmp_path / "cache"), "https_proxy": "http://localhost:9"}
+    result = run_command(*command, "--config.model.num_layers=1", "--config.batch_size=8", env=offline)
     assert result.returncode == 0, result.stderr
     assert "cifar100: 50,000 training and 10,000 test images of 32 × 32 pixels, 100 classes" in result.stdout
     assert list(tmp_path.iterdir()) == []
     assert result.stderr == ""
 
 
-def test_dry_run_refuses_a_download(monkeypatch, tmp_path):
+def test_dry_run_rejects_download(monkeypatch, tmp_path):
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))
     with pytest.raises(UsageError, match="model has no sizes and imagenet21k/ViT-B_16 is not in the cache"):
         dry_run.dry_run(config_with(model={}, pretrained="imagenet21k/ViT-B_16"))

@@ -48,7 +48,7 @@ def plan(config, *, num_devices=8, num_images=1437):
         ({"trainable": "head", "ablation.frozen_dropout": True}, True),
     ],
 )
-def test_plan_experiment_caches_features_where_the_backbone_is_a_fixed_function(changes, cached):
+def test_plan_experiment_caches_features_of_deterministic_backbone(changes, cached):
     planned = plan(config_with(**changes))
     assert planned.storage == ("features" if cached else "memory")
     assert planned.abstract_batch.inputs.shape == ((10 * 64, 24) if cached else (64, 8, 8, 3))
@@ -80,7 +80,7 @@ def test_plan_experiment_caches_features_where_the_backbone_is_a_fixed_function(
         ),
     ],
 )
-def test_plan_experiment_rejects_settings_that_exclude_each_other(changes, message):
+def test_plan_experiment_rejects_incompatible_settings(changes, message):
     with pytest.raises(UsageError) as error:
         plan(config_with(**changes))
     assert message in str(error.value)
@@ -101,7 +101,7 @@ def test_plan_experiment_rejects_settings_that_exclude_each_other(changes, messa
         ({"trainable": (".*/kernel.*",)}, False),
     ],
 )
-def test_plan_experiment_adds_lora_weights_where_a_pattern_names_them(changes, has_lora):
+def test_plan_experiment_adds_lora_weights_if_pattern_names_them(changes, has_lora):
     state = plan(config_with(**changes)).abstract_state
     assert ("lora" in state.trainable) == has_lora
     assert ("lora" in state.frozen) == (has_lora and changes["trainable"][0].endswith("/b"))
@@ -114,7 +114,7 @@ def test_plan_experiment_rejects_parameters_without_gradients(pattern):
         plan(config_with(trainable=(pattern,)))
 
 
-def test_plan_experiment_accepts_a_frozen_head_that_is_not_zero():
+def test_plan_experiment_accepts_nonzero_frozen_head():
     planned = plan(config_with(**{"trainable": ("lora/.*",), "ablation.head_init": "xavier"}))
     assert set(planned.abstract_state.trainable) == {"lora"}
 
@@ -127,24 +127,24 @@ def wide_config(**changes):
     return config_with(model=variants.get_config("micro_4"), features="fresh", image_size=32, **changes)
 
 
-def test_train_step_computes_no_gradient_below_the_head_if_it_alone_is_trained():
+def test_train_step_skips_backbone_gradients_if_only_head_is_trained():
     assert flops(wide_config(trainable="head")) <= 0.36 * flops(wide_config())
 
 
-def test_train_step_computes_no_gradient_of_kernels_with_lora_weights():
-    """Backward through activations, but of kernels only through their LoRA weights: 0.71 of all for B/16."""
+def test_train_step_skips_kernel_gradients_for_lora():
+    """Gradients of activations and LoRA weights, but not of kernels: 0.71 of the FLOPs of full fine-tuning for B/16."""
     assert flops(wide_config(trainable="lora")) <= 0.8 * flops(wide_config())
 
 
 @pytest.mark.parametrize(
-    ("changes", "on"),
+    ("changes", "is_applied"),
     [
         ({"trainable": "head"}, False),
         ({"trainable": "head", "ablation.frozen_dropout": True}, True),
         ({"trainable": "mlp"}, True),
     ],
 )
-def test_plan_experiment_turns_dropout_on_where_something_below_the_head_is_trained(changes, on):
+def test_plan_experiment_applies_dropout_if_backbone_is_trained(changes, is_applied):
     planned = plan(config_with(model={**SIZES, "dropout_rate": 0.1}, features="fresh", **changes))
     params = jax.tree.map(
         lambda leaf: np.random.default_rng(0).normal(0, 0.2, leaf.shape),
@@ -152,9 +152,9 @@ def test_plan_experiment_turns_dropout_on_where_something_below_the_head_is_trai
     )
     images = np.random.default_rng(1).uniform(-1, 1, (2, 16, 16, 3))
     keys = [None, *(jax.random.split(jax.random.key(seed), 2) for seed in (0, 1))]
-    without, one, two = (planned.image_forward.logits(params, images, image_keys) for image_keys in keys)
-    assert np.allclose(one, two, atol=1e-5) != on
-    assert np.allclose(one, without, atol=1e-5) != on
+    plain, first, second = (planned.image_forward.logits(params, images, image_keys) for image_keys in keys)
+    assert np.allclose(first, second, atol=1e-5) != is_applied
+    assert np.allclose(first, plain, atol=1e-5) != is_applied
 
 
 # ---- with data
@@ -170,7 +170,7 @@ def test_create_experiment_keeps_parameters_in_float32():
     assert saved.model == created.info.model and saved.dataset == created.info.dataset
 
 
-def test_check_same_dataset_names_the_process_that_differs(monkeypatch):
+def test_check_same_dataset_names_differing_process(monkeypatch):
     found = data.fingerprint(data.load_dataset("digits", image_size=8))
     experiment.check_same_dataset(found)
     monkeypatch.setattr(distributed, "gather_strings", lambda text: [text, text, "3 training images"])
@@ -181,8 +181,8 @@ def test_check_same_dataset_names_the_process_that_differs(monkeypatch):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Three images each of two classes to train on, two to test on."""
+def image_dir(tmp_path):
+    """Image directory of two classes, each with three training and two test images."""
     for split, count in (("train", 3), ("test", 2)):
         for name in ("cat", "dog"):
             (tmp_path / split / name).mkdir(parents=True)
@@ -191,39 +191,39 @@ def folder(tmp_path):
     return tmp_path
 
 
-def rename_class(folder):
+def rename_class(image_dir):
     for split in ("train", "test"):
-        (folder / split / "cat").rename(folder / split / "wolf")
+        (image_dir / split / "cat").rename(image_dir / split / "wolf")
 
 
 CHANGES = {
     "class": (rename_class, r"it has other classes \(new: wolf; missing: cat\)"),
     "count": (
-        lambda folder: shutil.copy(folder / "train/cat/0.png", folder / "train/cat/3.png"),
+        lambda image_dir: shutil.copy(image_dir / "train/cat/0.png", image_dir / "train/cat/3.png"),
         "it has 7 training and 4 test images instead of 6 training and 4 test images",
     ),
     "file": (
-        lambda folder: (folder / "test/dog/0.png").rename(folder / "test/dog/9.png"),
+        lambda image_dir: (image_dir / "test/dog/0.png").rename(image_dir / "test/dog/9.png"),
         "it has as many images, but other files or labels",
     ),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_create_experiment_rejects_a_dataset_that_changed_since_the_run_was_started(folder, tmp_path_factory, change):
-    config = config_with(**{"image_size": 8, "batch_size": 2, "mesh.data": 1, "dataset.name": f"folder:{folder}"})
+def test_create_experiment_rejects_dataset_changed_since_start_of_run(image_dir, tmp_path_factory, change):
+    config = config_with(**{"image_size": 8, "batch_size": 2, "mesh.data": 1, "dataset.name": f"folder:{image_dir}"})
     saved = experiment.create_experiment(config)[0].info
     moved = tmp_path_factory.mktemp("moved") / "images"
-    shutil.move(folder, moved)
+    shutil.move(image_dir, moved)
     config.dataset.name = f"folder:{moved}"
-    experiment.create_experiment(config, saved=saved)  # the same files in another place
+    experiment.create_experiment(config, saved=saved)  # same files, other path
     edit, message = CHANGES[change]
     edit(moved)
     with pytest.raises(UserError, match=f"has changed since the run was started: {message}; put it back"):
         experiment.create_experiment(config, saved=saved)
 
 
-def test_create_experiment_resumes_without_the_pretrained_checkpoint(tmp_path):
+def test_create_experiment_resumes_without_pretrained_checkpoint(tmp_path):
     config = set_keys(digits.get_config(), {"mesh.data": 1})
     created, state = experiment.create_experiment(config)
     config.pretrained = str(tmp_path / "moved.npz")
@@ -232,7 +232,7 @@ def test_create_experiment_resumes_without_the_pretrained_checkpoint(tmp_path):
     assert jax.tree.map(lambda leaf: leaf.shape, abstract_state) == jax.tree.map(lambda leaf: leaf.shape, state)
 
 
-def test_models_of_all_architectures_are_planned():
+def test_plan_experiment_supports_every_architecture():
     sizes = {"vit": SIZES, "resnet50": {"units": (1, 1), "width": 32}}
     assert sizes.keys() == models.ARCHITECTURES.keys()
     for architecture, model in sizes.items():

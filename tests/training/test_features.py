@@ -15,7 +15,7 @@ from vit_jax.training.steps import run_train_steps
 
 
 def head_config(**changes):
-    """The head of the shipped micro ViT, on real pictures; three epochs of 22 steps."""
+    """Returns a config that trains the head of the bundled micro ViT on digits: three epochs of 22 steps."""
     config = digits.get_config()
     config.trainable = "head"
     config.learning_rate = 0.01
@@ -25,7 +25,7 @@ def head_config(**changes):
 
 
 def run(config, workdir):
-    """The records of a run without what depends on the clock, and its parameters."""
+    """Trains a model; returns the metrics without throughput, and the parameters."""
     trainer.train_and_evaluate(config, workdir)
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for record in records:
@@ -33,18 +33,18 @@ def run(config, workdir):
     return records, flatten_dict(load_run(workdir).params, sep="/")
 
 
-def test_stored_features_give_the_run_without_them(tmp_path):
+def test_train_and_evaluate_with_cached_features_matches_uncached_run(tmp_path):
     cached, cached_params = run(head_config(num_steps=44), tmp_path / "cached")
-    fresh, fresh_params = run(head_config(num_steps=44, features="fresh"), tmp_path / "fresh")
-    assert len(cached) == len(fresh) == 10
-    for ours, theirs in zip(cached, fresh, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-5)
+    uncached, uncached_params = run(head_config(num_steps=44, features="fresh"), tmp_path / "uncached")
+    assert len(cached) == len(uncached) == 10
+    for record, expected in zip(cached, uncached, strict=True):
+        assert record == pytest.approx(expected, abs=1e-5)
     for path, leaf in cached_params.items():
-        np.testing.assert_allclose(leaf, fresh_params[path], atol=1e-5, rtol=0, err_msg=path)
-    assert cached[-1]["test/accuracy"] > 0.5  # it learned
+        np.testing.assert_allclose(leaf, uncached_params[path], atol=1e-5, rtol=0, err_msg=path)
+    assert cached[-1]["test/accuracy"] > 0.5  # above the chance level of 0.1
 
 
-def test_train_and_evaluate_caches_the_same_features_for_any_eval_batch_size(tmp_path):
+def test_train_and_evaluate_caches_same_features_for_any_eval_batch_size(tmp_path):
     """A resumed run may change `eval_batch_size`."""
     config = head_config(dtype="bfloat16", num_steps=5, eval_every_steps=5, eval_batch_size=360)
     config.dataset.train_split = "train[:320]"
@@ -54,8 +54,8 @@ def test_train_and_evaluate_caches_the_same_features_for_any_eval_batch_size(tmp
 
 
 @pytest.mark.parametrize("features", ["cached", "fresh"])
-def test_evaluate_run_crops_test_images_as_training_did(tmp_path, features):
-    """Test-time crops have keys of their own, whatever the seed."""
+def test_evaluate_applies_test_augment_as_in_training(tmp_path, features):
+    """Keys of test-time crops do not depend on the seed."""
     config = head_config(features=features, seed=3, num_steps=5, eval_every_steps=5, warmup_steps=0)
     config.dataset.train_split = "train[:320]"
     config.ablation.test_augment = "square_crop"
@@ -67,10 +67,10 @@ def test_train_and_evaluate_learns_from_augmented_views(tmp_path):
     config = head_config(features="cached", feature_views=3, augment="pad_crop")
     config.dataset.train_split = "train[:640]"
     records, _ = run(config, tmp_path)
-    assert records[-1]["test/accuracy"] > 0.3  # one in ten is right by chance
+    assert records[-1]["test/accuracy"] > 0.3  # above the chance level of 0.1
 
 
-def test_run_train_steps_makes_the_updates_one_by_one():
+def test_run_train_steps_applies_updates_sequentially():
     def train_step(state, batch):
         return state + batch.inputs.sum(), {"loss": batch.inputs[0] * 1.0}
 
@@ -78,4 +78,4 @@ def test_run_train_steps_makes_the_updates_one_by_one():
     labels = jnp.array([0, 0, 0, 0, 0, 0, -1, -1])
     batch = Batch(jnp.arange(8.0), labels, labels)
     state, scalars = jax.jit(functools.partial(run_train_steps, train_step))(jnp.array(0.0), batch)
-    assert float(state) == 15.0 and float(scalars["loss"]) == 4.0  # three updates, the loss of the third
+    assert float(state) == 15.0 and float(scalars["loss"]) == 4.0  # three updates; the loss is that of the third

@@ -15,7 +15,7 @@ MODEL = VisionTransformer(10, patch_size=4, hidden_size=16, num_layers=2, num_he
 
 @pytest.fixture(scope="module")
 def digits():
-    """Real images, 8 × 8."""
+    """Real images of 8 × 8 pixels."""
     split = data.load_dataset("digits", image_size=8).train
     return type(split)(split.images[:20], split.labels[:20])
 
@@ -32,7 +32,7 @@ def inference_of(forward, *, num_devices=1, batch_size=8):
 
 
 @pytest.mark.parametrize(("num_devices", "batch_size"), [(1, 1), (1, 7), (1, 20), (1, 64), (8, 8), (8, 24), (8, 64)])
-def test_sum_metrics_counts_every_image_once_whatever_the_batch_size(digits, params, num_devices, batch_size):
+def test_sum_metrics_counts_every_image_once_for_any_batch_size(digits, params, num_devices, batch_size):
     inference = inference_of(ImageForward(MODEL, image_size=8), num_devices=num_devices, batch_size=batch_size)
     replicated = sharding.replicated(inference.mesh)
     arrays = sharding.device_put((params, digits.images, digits.labels), replicated)
@@ -45,9 +45,7 @@ def test_sum_metrics_counts_every_image_once_whatever_the_batch_size(digits, par
     assert float(sums["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
 
 
-def test_sum_metrics_crops_test_images_in_the_same_way_whatever_the_batch_size(digits, params):
-    """An ablation."""
-
+def test_sum_metrics_samples_same_test_crops_for_any_batch_size(digits, params):
     def loss(test_augment, batch_size):
         forward = ImageForward(MODEL, image_size=8, test_augment=test_augment)
         return float(
@@ -58,7 +56,7 @@ def test_sum_metrics_crops_test_images_in_the_same_way_whatever_the_batch_size(d
     assert loss("square_crop", 20) != pytest.approx(loss("none", 20), rel=1e-4)
 
 
-def test_outputs_are_the_logits_of_every_image(digits, params):
+def test_outputs_returns_logits_of_every_image(digits, params):
     expected = MODEL.apply({"params": params}, preprocess.normalize(digits.images))
     for num_devices, batch_size in ((1, 7), (8, 16)):
         inference = inference_of(ImageForward(MODEL, image_size=8), num_devices=num_devices, batch_size=batch_size)
@@ -66,7 +64,7 @@ def test_outputs_are_the_logits_of_every_image(digits, params):
         np.testing.assert_allclose(inference.outputs(on_mesh, digits.images), expected, atol=1e-5)
 
 
-def test_outputs_augment_each_view_of_each_image_differently(params):
+def test_outputs_augments_each_view_of_each_image_differently(params):
     images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3)).astype(np.uint8)
 
     def compute(images, **options):
@@ -76,14 +74,14 @@ def test_outputs_augment_each_view_of_each_image_differently(params):
     plain, flipped = compute(images), compute(images[:, :, ::-1])
     views = compute(images, num_views=4, seed=1)
     assert views.shape == (40, 10)
-    same = np.isclose(views, np.tile(plain, (4, 1)), atol=1e-4).all(axis=1)
-    other = np.isclose(views, np.tile(flipped, (4, 1)), atol=1e-4).all(axis=1)
-    assert (same ^ other).all() and 8 < same.sum() < 32
-    by_view = same.reshape(4, 10)
+    is_plain = np.isclose(views, np.tile(plain, (4, 1)), atol=1e-4).all(axis=1)
+    is_flipped = np.isclose(views, np.tile(flipped, (4, 1)), atol=1e-4).all(axis=1)
+    assert (is_plain ^ is_flipped).all() and 8 < is_plain.sum() < 32
+    by_view = is_plain.reshape(4, 10)
     assert any((by_view[0] != by_view[view]).any() for view in (1, 2, 3))
 
 
-def test_feature_forward_applies_the_head_alone(digits, params):
+def test_feature_forward_applies_head_only(digits, params):
     inputs = preprocess.normalize(digits.images)
     features = MODEL.clone(num_classes=None).apply({"params": params}, inputs)
     logits = FeatureForward(MODEL).logits(params, features)

@@ -14,41 +14,41 @@ from vit_jax.training import lora, optim
 PARAMS = {"head": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}, "cls": np.ones((1, 1, 2))}
 
 
-def test_split_params_parts_by_whole_paths():
+def test_split_params_matches_full_paths():
     trainable, frozen = optim.split_params(PARAMS, (r"head/.*",))
     assert set(trainable) == {"head"} and set(frozen) == {"cls"}
     assert optim.merge_params(trainable, frozen).keys() == PARAMS.keys()
 
 
-def test_split_params_refuses_a_pattern_that_matches_nothing():
+def test_split_params_rejects_pattern_that_matches_nothing():
     with pytest.raises(UsageError, match="'head' matches no parameter"):
         optim.split_params(PARAMS, ("head",))
 
 
-def test_trainable_patterns_returns_those_of_a_mode_or_the_given_ones():
+def test_trainable_patterns_accepts_mode_or_patterns():
     assert optim.trainable_patterns("head") == ("head/.*",)
     assert optim.trainable_patterns(["cls"]) == ("cls",)
 
 
-def test_describe_trainable_counts():
+def test_describe_trainable_counts_arrays_and_parameters():
     table = optim.describe_trainable(PARAMS, (r"head/.*",))
     assert table.splitlines()[-1].split() == ["total", "2", "9", "of", "11"]
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 0.0), (5, 0.1), (10, 0.2), (60, 0.1), (110, 0.0), (200, 0.0)])
-def test_cosine_schedule_warms_up_from_zero_and_ends_at_zero(count, expected):
+def test_make_schedule_cosine_warms_up_from_zero_and_ends_at_zero(count, expected):
     schedule = optim.make_schedule("cosine", learning_rate=0.2, warmup_steps=10, num_steps=110)
     assert float(schedule(count)) == pytest.approx(expected, abs=1e-7)
 
 
-def test_schedules_without_warmup_start_at_the_peak():
+def test_make_schedule_without_warmup_starts_at_peak():
     for name, middle in (("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)):
         schedule = optim.make_schedule(name, learning_rate=1.0, warmup_steps=0, num_steps=10)
         assert float(schedule(0)) == 1.0
         assert float(schedule(5)) == pytest.approx(middle)
 
 
-def test_sgd_clips_then_adds_l2_then_momentum():
+def test_create_optimizer_sgd_clips_then_adds_l2_then_momentum():
     tx = optim.create_optimizer("sgd", schedule=lambda count: 0.1, momentum=0.5, weight_decay=0.01, clip_norm=1.0)
     params = {"w": jnp.array([10.0, 0.0])}
     state = tx.init(params)
@@ -59,14 +59,14 @@ def test_sgd_clips_then_adds_l2_then_momentum():
     np.testing.assert_allclose(updates["w"], [-0.1 * 1.5 * 0.7, -0.1 * 1.5 * 0.8], rtol=1e-6)
 
 
-def test_sgd_momentum_may_be_bfloat16():
+def test_create_optimizer_sgd_stores_momentum_in_bfloat16():
     tx = optim.create_optimizer("sgd", schedule=lambda count: 0.1, momentum_dtype="bfloat16")
     state = tx.init({"w": jnp.zeros(2)})
     trace = optax.tree_utils.tree_get(state, "trace")
     assert trace["w"].dtype == jnp.bfloat16
 
 
-def test_adamw_decays_apart_from_the_gradient():
+def test_create_optimizer_adamw_decouples_weight_decay():
     tx = optim.create_optimizer("adamw", schedule=lambda count: 0.1, weight_decay=0.5)
     params = {"w": jnp.array([2.0])}
     updates, _ = tx.update({"w": jnp.array([0.0])}, tx.init(params), params)
@@ -74,16 +74,16 @@ def test_adamw_decays_apart_from_the_gradient():
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
-def test_l2_goes_into_the_gradient(name):
+def test_create_optimizer_adds_l2_to_gradient(name):
     tx = optim.create_optimizer(name, schedule=lambda count: 0.1, momentum=0.0, weight_decay=0.5)
     plain = optim.create_optimizer(name, schedule=lambda count: 0.1, momentum=0.0)
     params = {"w": jnp.array([2.0, -4.0])}
-    ours, _ = tx.update({"w": jnp.array([1.0, 0.5])}, tx.init(params), params)
-    theirs, _ = plain.update({"w": jnp.array([2.0, -1.5])}, plain.init(params), params)  # g + 0.5 · w
-    np.testing.assert_array_equal(ours["w"], theirs["w"])
+    updates, _ = tx.update({"w": jnp.array([1.0, 0.5])}, tx.init(params), params)
+    expected, _ = plain.update({"w": jnp.array([2.0, -1.5])}, plain.init(params), params)  # g + 0.5 · w
+    np.testing.assert_array_equal(updates["w"], expected["w"])
 
 
-def test_adam_moves_by_the_rate_at_first():
+def test_create_optimizer_adam_starts_with_update_of_learning_rate():
     tx = optim.create_optimizer("adam", schedule=lambda count: 0.1)
     params = {"w": jnp.array([1.0, 1.0])}
     updates, _ = tx.update({"w": jnp.array([3.0, -0.2])}, tx.init(params), params)
@@ -91,7 +91,7 @@ def test_adam_moves_by_the_rate_at_first():
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
-def test_decay_may_spare_all_but_kernels(name):
+def test_create_optimizer_decays_kernels_only(name):
     tx = optim.create_optimizer(
         name, schedule=lambda count: 0.1, momentum=0.0, weight_decay=0.5, decayed="kernels", layer_decay=1.0
     )
@@ -109,11 +109,11 @@ def test_decay_may_spare_all_but_kernels(name):
     assert moved == {"head/kernel", "lora/head/kernel/a", "lora/head/kernel/b"}
 
 
-def test_layer_decay_slows_the_deeper_layers():
+def test_create_optimizer_scales_updates_by_layer_decay():
     tx = optim.create_optimizer(
         "sgd", schedule=lambda count: 1.0, momentum=0.0, layer_decay=0.5, model=VisionTransformer(3, num_layers=2)
     )
-    paths = {
+    scales = {
         "cls": 0.125,
         "embedding/kernel": 0.125,
         "conv_root/kernel": 0.125,
@@ -125,16 +125,16 @@ def test_layer_decay_slows_the_deeper_layers():
         "head/kernel": 1.0,
         "lora/Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel/a": 0.25,
     }
-    params = unflatten_dict({path: jnp.zeros(()) for path in paths}, sep="/")
+    params = unflatten_dict({path: jnp.zeros(()) for path in scales}, sep="/")
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
-    assert {path: -float(leaf) for path, leaf in flatten_dict(updates, sep="/").items()} == paths
+    assert {path: -float(leaf) for path, leaf in flatten_dict(updates, sep="/").items()} == scales
 
 
 @pytest.mark.parametrize(
     ("mode", "count"),
     [("head", 76_900), ("lora", 371_812), ("attention", 28_425_316), ("mlp", 56_746_084), ("full", 85_875_556)],
 )
-def test_modes_train_as_many_parameters_of_b16_as_published(mode, count):
+def test_split_params_matches_published_parameter_counts_of_b16(mode, count):
     model = VisionTransformer(100)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
     if mode == "lora":
@@ -145,7 +145,7 @@ def test_modes_train_as_many_parameters_of_b16_as_published(mode, count):
     assert f" {count:,} " in optim.describe_trainable(params, optim.MODES[mode]).splitlines()[-1]
 
 
-def test_bias_mode_trains_biases_norms_and_head():
+def test_split_params_bias_mode_selects_biases_norms_and_head():
     model = VisionTransformer(3, patch_size=4, hidden_size=8, num_layers=1, num_heads=2, mlp_dim=16)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     trainable, frozen = optim.split_params(params, optim.MODES["bias"])
@@ -153,12 +153,12 @@ def test_bias_mode_trains_biases_norms_and_head():
     assert {path[-1] for path in flatten_dict(frozen)} == {"kernel", "pos_embedding", "cls"}
 
 
-def test_a_rate_may_change_once_in_a_while():
+def test_make_schedule_holds_rate_for_hold_steps():
     schedule = optim.make_schedule("linear", learning_rate=1.0, warmup_steps=0, num_steps=100, hold_steps=10)
     assert [float(schedule(count)) for count in (0, 9, 10, 19, 95)] == pytest.approx([1.0, 1.0, 0.9, 0.9, 0.1])
 
 
-def test_make_schedule_holds_the_decay_but_not_the_warmup():
+def test_make_schedule_holds_decay_but_not_warmup():
     schedule = optim.make_schedule("linear", learning_rate=1.0, warmup_steps=4, num_steps=24, hold_steps=10)
     rates = [float(schedule(count)) for count in range(24)]
     # The decay is a function of 0, 10 and 20 updates: 1, 1 - 6/20 and 1 - 16/20.

@@ -19,13 +19,13 @@ INFO = RunInfo(
 )
 
 
-def test_from_json_gives_what_to_json_returned():
+def test_from_json_inverts_to_json():
     assert RunInfo.from_json(json.loads(json.dumps(INFO.to_json()))) == INFO
 
 
 @pytest.mark.parametrize(("name", "value"), [("custom", None), ("dataset", {}), ("storage", None), ("new", 1)])
-def test_from_json_refuses_other_versions(name, value):
-    """Without a key (None), and with keys that are unknown."""
+def test_from_json_rejects_other_versions(name, value):
+    """None removes the key."""
     values = {key: item for key, item in {**INFO.to_json(), name: value}.items() if item is not None}
     with pytest.raises(UserError, match="the checkpoint is of another version of vit_jax .*; train again in another"):
         RunInfo.from_json(values)

@@ -29,7 +29,7 @@ WIDE = MODEL.clone(hidden_size=32, mlp_dim=256)
 
 @pytest.fixture(scope="module")
 def digits():
-    """Real images, 8 × 8."""
+    """Real images of 8 × 8 pixels."""
     return data.load_dataset("digits", image_size=8).train
 
 
@@ -39,7 +39,7 @@ def abstract_params(model):
 
 
 def random_params(model):
-    """Random values, the head too, so that no gradient is zero from the first step on; scales are around 1."""
+    """Returns random parameters, including the head, so that no gradient is zero; scales are around 1."""
     random = np.random.default_rng(0)
     flat = flatten_dict(abstract_params(model))
     return unflatten_dict(
@@ -54,7 +54,7 @@ def random_params(model):
 def jit_functions(
     model, num_devices, fsdp, mode, batch_size, augment, ema_decay, **options
 ) -> tuple[Callable, Callable, jax.sharding.Mesh]:
-    """Jitted functions as the trainer makes them, once for all tests: state of parameters, and step; mesh."""
+    """Returns `create_train_state` and the train step, jitted as in the trainer, and the mesh."""
     mesh = sharding.create_mesh(jax.devices()[:num_devices], fsdp=fsdp)
     replicated = sharding.replicated(mesh)
     schedule = optim.make_schedule(
@@ -85,7 +85,7 @@ def jit_functions(
 
 
 class Setup:
-    """A state on a mesh, and the functions that train it."""
+    """A train state on a mesh, its train step and batches."""
 
     def __init__(
         self,
@@ -120,8 +120,8 @@ class Setup:
         return flatten_dict(optim.merge_params(self.state.trainable, self.state.frozen), sep="/")
 
 
-def first(split, number):
-    return type(split)(split.images[:number], split.labels[:number])
+def take(split, count):
+    return type(split)(split.images[:count], split.labels[:count])
 
 
 @jax.jit
@@ -129,37 +129,37 @@ def logits_of(params, images):
     return MODEL.apply({"params": params}, preprocess.normalize(images))
 
 
-def assert_close(ours, theirs, tolerance):
-    assert ours.keys() == theirs.keys()
-    for key in ours:
-        np.testing.assert_allclose(ours[key], theirs[key], atol=tolerance, rtol=0, err_msg=key)
+def assert_close(actual, expected, tolerance):
+    assert actual.keys() == expected.keys()
+    for key in actual:
+        np.testing.assert_allclose(actual[key], expected[key], atol=tolerance, rtol=0, err_msg=key)
 
 
 @pytest.mark.parametrize("mode", ["full", "head"])
-def test_train_step_follows_a_float64_reference(digits, mode):
-    split = first(digits, 16)
+def test_train_step_matches_float64_reference(digits, mode):
+    split = take(digits, 16)
     before = flatten_dict(random_params(DEEP), sep="/")
     images = np.asarray(preprocess.normalize(split.images))
-    theirs = reference_training.train(before, images, split.labels, trainable="head/" if mode == "head" else "")
+    expected = reference_training.train(before, images, split.labels, trainable="head/" if mode == "head" else "")
 
     setup = Setup(split, model=DEEP, mode=mode, num_devices=1)
     with jax.default_matmul_precision("highest"):
         setup.run(reference_training.NUM_STEPS)
     trace = flatten_dict(optax.tree.get(setup.state.opt_state, "trace"), sep="/")
-    ours = setup.params() | {f"trace/{key}": leaf for key, leaf in trace.items()}
-    assert_close(ours, theirs, 1e-5)
-    moved = np.abs(theirs["head/kernel"] - before["head/kernel"]).max()
-    assert moved > 1e-2  # the updates are far larger than what the comparison lets through
+    actual = setup.params() | {f"trace/{key}": leaf for key, leaf in trace.items()}
+    assert_close(actual, expected, 1e-5)
+    moved = np.abs(expected["head/kernel"] - before["head/kernel"]).max()
+    assert moved > 1e-2  # the updates are far larger than the tolerance
 
 
 def test_train_step_overfits_16_images(digits):
-    setup = Setup(first(digits, 16))
+    setup = Setup(take(digits, 16))
     before = setup.run(1)["train/loss"]
     assert setup.run(4)["train/loss"] < before - 0.1
 
 
-def test_train_step_keeps_the_bits_of_frozen_parameters_and_no_optimizer_state_of_them(digits):
-    setup = Setup(first(digits, 16), mode="head")
+def test_train_step_keeps_frozen_parameters_bit_identical_without_optimizer_state(digits):
+    setup = Setup(take(digits, 16), mode="head")
     before = {key: np.asarray(leaf) for key, leaf in setup.params().items()}
     setup.run(5)
     after = setup.params()
@@ -169,35 +169,35 @@ def test_train_step_keeps_the_bits_of_frozen_parameters_and_no_optimizer_state_o
     assert sizes <= 16 * 10 + 10 + 2  # the momentum of the head, and counters
 
 
-def test_train_step_accumulates_the_update_of_the_large_batch(digits):
-    whole, parts = (Setup(digits, batch_size=32, accumulation_steps=n, augment="inception") for n in (1, 4))
-    ours, theirs = parts.run(3), whole.run(3)
-    assert_close(parts.params(), whole.params(), 1e-6)
-    assert float(ours["train/loss"]) == pytest.approx(float(theirs["train/loss"]), abs=1e-6)
-    assert float(ours["train/accuracy"]) == pytest.approx(float(theirs["train/accuracy"]), abs=1e-6)
+def test_train_step_with_accumulation_equals_large_batch(digits):
+    plain, accumulated = (Setup(digits, batch_size=32, accumulation_steps=n, augment="inception") for n in (1, 4))
+    actual, expected = accumulated.run(3), plain.run(3)
+    assert_close(accumulated.params(), plain.params(), 1e-6)
+    assert float(actual["train/loss"]) == pytest.approx(float(expected["train/loss"]), abs=1e-6)
+    assert float(actual["train/accuracy"]) == pytest.approx(float(expected["train/accuracy"]), abs=1e-6)
 
 
 @pytest.mark.parametrize("options", [{"accumulation_steps": 4}, {"num_devices": 8}, {"num_devices": 8, "fsdp": 4}])
 def test_train_step_samples_dropout_per_image(digits, options):
     """Accumulation and devices split the batch; neither changes the masks."""
-    whole = Setup(digits, num_devices=1, batch_size=32, model=NOISY)
-    parts = Setup(digits, batch_size=32, model=NOISY, **options)
-    ours, theirs = parts.run(3), whole.run(3)
-    assert_close(parts.params(), whole.params(), 1e-6)
-    assert float(ours["train/loss"]) == pytest.approx(float(theirs["train/loss"]), abs=1e-6)
-    plain = Setup(digits, num_devices=1, batch_size=32, model=DEEP)
-    assert abs(float(plain.run(3)["train/loss"]) - float(theirs["train/loss"])) > 1e-2
+    single = Setup(digits, num_devices=1, batch_size=32, model=NOISY)
+    split = Setup(digits, batch_size=32, model=NOISY, **options)
+    actual, expected = split.run(3), single.run(3)
+    assert_close(split.params(), single.params(), 1e-6)
+    assert float(actual["train/loss"]) == pytest.approx(float(expected["train/loss"]), abs=1e-6)
+    without_dropout = Setup(digits, num_devices=1, batch_size=32, model=DEEP)
+    assert abs(float(without_dropout.run(3)["train/loss"]) - float(expected["train/loss"])) > 1e-2
 
 
-def test_train_step_gives_the_same_update_on_eight_devices_as_on_one(digits):
+def test_train_step_on_eight_devices_equals_one_device(digits):
     one, eight = (Setup(digits, num_devices=n, batch_size=32, augment="inception") for n in (1, 8))
-    ours, theirs = eight.run(4), one.run(4)
+    actual, expected = eight.run(4), one.run(4)
     assert_close(eight.params(), one.params(), 1e-5)
-    assert float(ours["train/loss"]) == pytest.approx(float(theirs["train/loss"]), abs=1e-5)
+    assert float(actual["train/loss"]) == pytest.approx(float(expected["train/loss"]), abs=1e-5)
 
 
-def test_train_step_returns_the_loss_of_its_batch_before_the_update(digits):
-    setup = Setup(first(digits, 40), batch_size=16)
+def test_train_step_returns_loss_before_update(digits):
+    setup = Setup(take(digits, 40), batch_size=16)
     order = np.asarray(rng.epoch_order(setup.state.key, 0, 40))
     for step in range(2):
         rows = order[step * 16 : (step + 1) * 16]
@@ -211,15 +211,15 @@ def test_train_step_returns_the_loss_of_its_batch_before_the_update(digits):
         )
 
 
-def test_train_step_returns_the_learning_rate_of_the_update(digits):
-    setup = Setup(first(digits, 16))
+def test_train_step_returns_learning_rate_of_update(digits):
+    setup = Setup(take(digits, 16))
     rates = [float(setup.run(1)["learning_rate"]) for _ in range(4)]
     # warm-up of two updates to 0.1, then the cosine over three
     np.testing.assert_allclose(rates, [0.0, 0.05, 0.1, 0.075], atol=1e-7)
 
 
-def test_train_step_keeps_the_first_nonfinite_step(digits):
-    setup = Setup(first(digits, 16))
+def test_train_step_keeps_first_nonfinite_step(digits):
+    setup = Setup(take(digits, 16))
     setup.run(1)
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, setup.state.trainable)
     setup.state = dataclasses.replace(setup.state, trainable=broken)
@@ -227,16 +227,16 @@ def test_train_step_keeps_the_first_nonfinite_step(digits):
     assert int(setup.state.first_nonfinite_step) == 2
 
 
-def test_train_step_transfers_nothing_from_the_host(digits):
-    setup = Setup(first(digits, 40), batch_size=16)
+def test_train_step_transfers_nothing_from_host(digits):
+    setup = Setup(take(digits, 40), batch_size=16)
     setup.run(3)  # into the second epoch
     with jax.transfer_guard("disallow"):
         setup.run(4)
     assert int(setup.state.step) == 7
 
 
-def test_train_step_donates_the_state(digits):
-    setup = Setup(first(digits, 16))
+def test_train_step_donates_state(digits):
+    setup = Setup(take(digits, 16))
     before = setup.state
     setup.run(1)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
@@ -245,16 +245,18 @@ def test_train_step_donates_the_state(digits):
 MIXING = {"mixup_alpha": 0.3, "cutmix_alpha": 1.0, "label_smoothing": 0.1}
 
 
-def test_train_step_accumulates_the_update_of_the_large_batch_of_mixed_images(digits):
-    whole, parts = (Setup(digits, batch_size=32, accumulation_steps=n, augment="inception", **MIXING) for n in (1, 4))
-    ours, theirs = parts.run(3), whole.run(3)
-    assert_close(parts.params(), whole.params(), 1e-6)
-    assert float(ours["train/loss"]) == pytest.approx(float(theirs["train/loss"]), abs=1e-6)
+def test_train_step_with_accumulation_and_mixing_equals_large_batch(digits):
+    plain, accumulated = (
+        Setup(digits, batch_size=32, accumulation_steps=n, augment="inception", **MIXING) for n in (1, 4)
+    )
+    actual, expected = accumulated.run(3), plain.run(3)
+    assert_close(accumulated.params(), plain.params(), 1e-6)
+    assert float(actual["train/loss"]) == pytest.approx(float(expected["train/loss"]), abs=1e-6)
 
 
-def test_train_step_weights_the_labels_of_mixed_images(digits):
-    """The loss of a step is that of the mixed images under both labels."""
-    setup = Setup(first(digits, 16), mixup_alpha=0.3, label_smoothing=0.1)
+def test_train_step_mixes_labels_like_images(digits):
+    """The loss is the cross-entropy of mixed images with mixed, smoothed labels."""
+    setup = Setup(take(digits, 16), mixup_alpha=0.3, label_smoothing=0.1)
     rows = np.asarray(rng.epoch_order(setup.state.key, 0, 16))
     partners = np.roll(rows, 1)
     keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(setup.state.key, 2), 0), 16)
@@ -275,17 +277,17 @@ def test_train_step_weights_the_labels_of_mixed_images(digits):
 @pytest.mark.parametrize(
     ("num_devices", "fsdp", "mode"), [(8, 8, "full"), (8, 4, "full"), (4, 2, "full"), (8, 4, "mlp")]
 )
-def test_train_step_gives_the_same_update_with_sharded_parameters(digits, num_devices, fsdp, mode):
+def test_train_step_with_sharded_parameters_equals_one_device(digits, num_devices, fsdp, mode):
     options = {"model": WIDE, "mode": mode, "batch_size": 32, "augment": "flip", "ema_decay": 0.5}
-    one, many = (Setup(digits, num_devices=n, fsdp=f, **options) for n, f in ((1, 1), (num_devices, fsdp)))
+    single, sharded = (Setup(digits, num_devices=n, fsdp=f, **options) for n, f in ((1, 1), (num_devices, fsdp)))
     for _ in range(4):
-        ours, theirs = many.run(1), one.run(1)
-        assert float(ours["train/loss"]) == pytest.approx(float(theirs["train/loss"]), abs=1e-5)
-    assert_close(many.params(), one.params(), 1e-5)
-    assert_close(flatten_dict(many.state.ema), flatten_dict(one.state.ema), 1e-5)
+        actual, expected = sharded.run(1), single.run(1)
+        assert float(actual["train/loss"]) == pytest.approx(float(expected["train/loss"]), abs=1e-5)
+    assert_close(sharded.params(), single.params(), 1e-5)
+    assert_close(flatten_dict(sharded.state.ema), flatten_dict(single.state.ema), 1e-5)
 
 
-def test_train_step_keeps_the_state_sharded(digits):
+def test_train_step_keeps_state_sharded(digits):
     setup = Setup(digits, num_devices=8, fsdp=8, model=WIDE, batch_size=32, augment="flip", ema_decay=0.5)
     setup.run(1)
     kernel = setup.state.trainable["Transformer"]["encoderblock_0"]["MlpBlock_3"]["Dense_0"]["kernel"]
@@ -298,7 +300,7 @@ def test_train_step_keeps_the_state_sharded(digits):
 
 
 def test_train_step_updates_ema_of_trainable_parameters(digits):
-    setup = Setup(first(digits, 16), mode="head", ema_decay=0.2)
+    setup = Setup(take(digits, 16), mode="head", ema_decay=0.2)
     ema = np.asarray(setup.state.trainable["head"]["kernel"])
     assert set(setup.state.ema) == {"head"}
     for decay in (1 / 10, 2 / 11, 0.2):  # (1 + t) / (10 + t), then the bound
@@ -311,12 +313,12 @@ def test_train_step_updates_ema_of_trainable_parameters(digits):
 
 
 @pytest.mark.parametrize("mode", ["mlp", "attention", "bias"])
-def test_train_step_moves_the_parameters_of_the_mode_and_no_other(digits, mode):
-    setup = Setup(first(digits, 16), mode=mode)
+def test_train_step_updates_only_parameters_of_mode(digits, mode):
+    setup = Setup(take(digits, 16), mode=mode)
     before = {key: np.asarray(leaf) for key, leaf in setup.params().items()}
     setup.run(5)
     changed = {key for key, leaf in setup.params().items() if not np.array_equal(before[key], leaf)}
-    wanted = {key for key in before if any(re.fullmatch(pattern, key) for pattern in optim.MODES[mode])}
-    # A key's bias shifts all scores of a query alike, which the softmax does not see: its gradient is zero but for
-    # rounding, and it may stay.
-    assert changed <= wanted and {key for key in wanted - changed if not key.endswith("key/bias")} == set()
+    expected = {key for key in before if any(re.fullmatch(pattern, key) for pattern in optim.MODES[mode])}
+    # The key bias adds the same number to all scores of a query. Softmax is invariant to it: its gradient is zero up to
+    # rounding.
+    assert changed <= expected and {key for key in expected - changed if not key.endswith("key/bias")} == set()

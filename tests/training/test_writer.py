@@ -8,7 +8,7 @@ from vit_jax.runtime.errors import UserError
 from vit_jax.training.writer import Writer, read_records, read_results
 
 
-def test_read_records_ignores_a_truncated_last_line(tmp_path):
+def test_read_records_ignores_truncated_last_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "train/lo')
     assert read_records(path) == [{"step": 1}, {"step": 2}]
@@ -24,7 +24,7 @@ def test_read_records_ignores_a_truncated_last_line(tmp_path):
         b"",
     ],
 )
-def test_read_records_names_a_damaged_line(tmp_path, line):
+def test_read_records_names_damaged_line(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
     with pytest.raises(
@@ -33,13 +33,13 @@ def test_read_records_names_a_damaged_line(tmp_path, line):
         read_records(path)
 
 
-def test_read_results_says_how_to_measure_a_finished_run_again(tmp_path):
+def test_read_results_rejects_missing_metrics(tmp_path):
     message = "finished at step 8, but metrics.jsonl is missing; python -m vit_jax.evaluate --workdir"
     with pytest.raises(UserError, match=message):
         read_results(tmp_path, 8, "12345678")
 
 
-def test_read_results_rejects_metrics_that_were_changed(tmp_path):
+def test_read_results_rejects_changed_metrics(tmp_path):
     path, metrics = tmp_path / "metrics.jsonl", {"test/loss": 1.0, "test/accuracy": 0.5, "test/accuracy_top5": 0.9}
     with Writer(tmp_path, step=0, num_steps=8) as writer:
         writer.log_evaluation(8, metrics)
@@ -49,13 +49,13 @@ def test_read_results_rejects_metrics_that_were_changed(tmp_path):
         read_results(tmp_path, 8, writer.checksum)
 
 
-def test_read_records_stops_at_a_step(tmp_path):
+def test_read_records_stops_at_last_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "test/loss": 1.0}\n{"step": 3}\n')
     assert [record["step"] for record in read_records(path, last_step=2)] == [1, 2, 2]
 
 
-def test_writer_cuts_back_to_the_restored_step_and_resumes(tmp_path):
+def test_writer_truncates_to_restored_step_and_resumes(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10}\n{"step": 20}\n{"step": 30')
     with Writer(tmp_path, step=10, num_steps=40) as writer:
@@ -69,7 +69,7 @@ def test_writer_cuts_back_to_the_restored_step_and_resumes(tmp_path):
 
 
 def read_events(workdir):
-    """Returns (tag, step, value) of every scalar, from the only event file: TFRecords of protocol buffers."""
+    """Returns (tag, step, value) of every scalar in the only event file, TFRecords of protocol buffers."""
     (path,) = workdir.glob("events.out.tfevents.*")
     content, scalars = path.read_bytes(), []
     while content:
@@ -80,7 +80,7 @@ def read_events(workdir):
     return scalars
 
 
-def test_writer_leaves_one_tensorboard_curve_after_sixty_restarts(tmp_path):
+def test_writer_writes_one_tensorboard_curve_across_restarts(tmp_path):
     for step in range(60):
         with Writer(tmp_path, step=step, num_steps=200) as writer:
             for new in (step + 1, step + 2):  # the second one is written again after the restart

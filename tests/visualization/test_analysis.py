@@ -10,7 +10,7 @@ SIZES = {"patch_size": 4, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "m
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_attention_weights_of_every_head_sum_to_one(remat):
+def test_attention_weights_sum_to_one_and_match_reference(remat):
     model = VisionTransformer(7, **SIZES, remat=remat)
     images = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
     params = model.init(jax.random.key(0), images)["params"]
@@ -18,7 +18,7 @@ def test_attention_weights_of_every_head_sum_to_one(remat):
     assert weights.shape == (2, 5, 3, 5, 5) and weights.dtype == np.float32
     np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=1e-6)
 
-    # The first layer's, by hand: queries and keys of the normalized tokens.
+    # First layer, computed from queries and keys of the normalized tokens.
     tree = params["Transformer"]
     attention = tree["encoderblock_0"]["MultiHeadDotProductAttention_1"]
     embedding = params["embedding"]
@@ -34,8 +34,8 @@ def test_attention_weights_of_every_head_sum_to_one(remat):
     np.testing.assert_allclose(weights[0], scores / scores.sum(-1, keepdims=True), atol=1e-5)
 
 
-def test_attention_weights_are_not_kept_by_other_calls():
-    """Every call sows them, only that of `attention_weights` keeps them."""
+def test_attention_weights_are_not_returned_by_init_and_apply():
+    """Modules always sow them; only `attention_weights` makes the collection mutable."""
     model = VisionTransformer(7, **SIZES)
     images = np.zeros((2, 8, 8, 3), np.float32)
     params = model.init(jax.random.key(0), images)
@@ -43,26 +43,25 @@ def test_attention_weights_are_not_kept_by_other_calls():
     assert model.apply(params, images).shape == (2, 7)
 
 
-def test_attention_rollout_of_one_layer_is_half_of_its_mean_over_heads():
+def test_attention_rollout_averages_heads_and_adds_skip_connection():
     weights = np.zeros((1, 1, 2, 5, 5))
-    weights[0, 0, 0] = np.eye(5)[[1, 1, 1, 1, 1]]  # one head: all on the first patch
-    weights[0, 0, 1] = np.eye(5)[[4, 4, 4, 4, 4]]  # the other: all on the last
+    weights[0, 0, 0] = np.eye(5)[[1, 1, 1, 1, 1]]  # first head: all tokens attend to the first patch
+    weights[0, 0, 1] = np.eye(5)[[4, 4, 4, 4, 4]]  # second head: all tokens attend to the last patch
     rollout = analysis.attention_rollout(weights)
     np.testing.assert_allclose(rollout, [[[0.25, 0], [0, 0.25]]])
 
 
-def test_attention_rollout_multiplies_the_later_layer_from_the_left():
-    """The class token takes half of patch 1, which had taken half of patch 2 before."""
+def test_attention_rollout_multiplies_later_layer_from_left():
     first, second = np.eye(5), np.eye(5)
     first[1] = np.eye(5)[2]
     second[0] = np.eye(5)[1]
     weights = np.stack([first, second])[:, None, None]
-    # Layer 1: patch 1 is half itself, half patch 2. Layer 2: the class token is half itself, half that.
+    # Layer 1: patch 1 is half itself, half patch 2. Layer 2: the class token is half itself, half patch 1.
     np.testing.assert_allclose(analysis.attention_rollout(weights), [[[0.25, 0.25], [0, 0]]])
 
 
-def test_attention_rollout_without_a_class_token_averages_by_pooling_weights():
-    """Every patch attends to the first of four; half of each stays what it is."""
+def test_attention_rollout_without_class_token_averages_by_pooling_weights():
+    """Every patch attends to the first of four; the skip connection contributes half."""
     weights = np.zeros((1, 1, 1, 4, 4))
     weights[..., 0] = 1
     mean = np.full((1, 4), 0.25)
@@ -71,7 +70,7 @@ def test_attention_rollout_without_a_class_token_averages_by_pooling_weights():
     np.testing.assert_allclose(analysis.attention_rollout(weights, last), [[[0.5, 0], [0, 0.5]]])
 
 
-def test_attention_maps_are_of_the_class_token_or_the_mean_over_patches():
+def test_attention_maps_returns_class_token_row_or_mean_over_patches():
     weights = np.arange(25.0).reshape(1, 1, 1, 5, 5)
     np.testing.assert_array_equal(analysis.attention_maps(weights)[0, 0, 0], [[1, 2], [3, 4]])
     weights = np.arange(16.0).reshape(1, 1, 1, 4, 4)
@@ -80,14 +79,14 @@ def test_attention_maps_are_of_the_class_token_or_the_mean_over_patches():
 
 @pytest.mark.parametrize("pool", ["mean", "map"])
 def test_pooling_weights_sum_to_one(pool):
-    """The mean's are equal; a probe's are what its attention gives, and equal where its queries are zero."""
+    """Mean pooling has equal weights; a MAP head has equal weights only if its queries are zero."""
     model = VisionTransformer(3, patch_size=4, hidden_size=8, num_layers=1, num_heads=2, mlp_dim=8, pool=pool)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
     params = model.init(jax.random.PRNGKey(0), images)["params"]
-    fractions = analysis.pooling_weights(model, params, images)
-    assert fractions.shape == (2, 4)
-    np.testing.assert_allclose(fractions.sum(axis=-1), 1, rtol=1e-5)
-    assert (np.ptp(fractions, axis=-1) > 0.01).all() == (pool == "map")
+    weights = analysis.pooling_weights(model, params, images)
+    assert weights.shape == (2, 4)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
+    assert (np.ptp(weights, axis=-1) > 0.01).all() == (pool == "map")
     if pool == "map":
         query = params["MAPHead_0"]["MultiHeadDotProductAttention_0"]["query"]
         query["kernel"] = jnp.zeros_like(query["kernel"])
@@ -95,23 +94,23 @@ def test_pooling_weights_sum_to_one(pool):
     assert analysis.pooling_weights(model.clone(pool="cls"), params, images) is None
 
 
-def test_position_similarity_is_a_cosine_without_the_class_token():
+def test_position_similarity_returns_cosine_between_patches():
     embeddings = np.array([[[9.0, 9.0], [1.0, 0.0], [0.0, 5.0], [-2.0, 0.0], [3.0, 3.0]]])
     half = np.sqrt(0.5)
     expected = [[1, 0, -1, half], [0, 1, 0, half], [-1, 0, 1, -half], [half, half, -half, 1]]
     np.testing.assert_allclose(analysis.position_similarity(embeddings), expected, atol=1e-6)
 
 
-def test_position_similarity_without_a_class_token_is_of_every_row():
+def test_position_similarity_without_class_token_includes_every_row():
     embeddings = np.array([[[2.0, 0], [0, 1], [1, 1]]])
     similarity = analysis.position_similarity(embeddings, class_token=False)
     np.testing.assert_allclose(similarity[0], [1, 0, 0.5**0.5], atol=1e-6)
 
 
-def test_filter_components_are_the_directions_of_most_variance():
+def test_filter_components_returns_principal_components():
     rng = np.random.default_rng(0)
     red, edge = np.zeros((2, 2, 3)), np.zeros((2, 2, 3))
-    red[..., 0] = 0.5  # of length 1
+    red[..., 0] = 0.5  # unit norm
     edge[0], edge[1] = np.sqrt(1 / 12), -np.sqrt(1 / 12)
     strong, weak = rng.permutation(np.repeat([-1.0, 1.0], 50)), rng.permutation(np.repeat([-1.0, 1.0], 50))
     weak -= strong * (weak @ strong) / (strong @ strong)
@@ -131,7 +130,7 @@ def test_confusion_matrix_counts_true_and_predicted_classes():
     assert analysis.most_frequent_confusions(counts, count=1) == [(0, 1, 2)]
 
 
-def test_most_confident_errors_are_wrong_and_in_order():
+def test_most_confident_errors_returns_errors_by_descending_confidence():
     probabilities = np.array([[0.9, 0.1], [0.3, 0.7], [0.2, 0.8], [0.45, 0.55]])
     labels = np.array([0, 0, 0, 0])
     np.testing.assert_array_equal(analysis.most_confident_errors(probabilities, labels), [2, 1, 3])

@@ -5,7 +5,7 @@ from vit_jax.visualization import html
 TEXTS = {"title": "<run>", "accuracy": "97.22%", "summary": "$5", "command": "python train.py", "config": "{}"}
 
 
-def test_format_report_escapes_texts_and_embeds_figures():
+def test_format_report_escapes_strings_and_embeds_figures():
     figures = {"Curves. Loss & accuracy.": b"png"}
     page = html.format_report(TEXTS, results=[("a < b", "1")], settings=[("model", "vit")], figures=figures)
     assert page.count("&lt;run&gt;") == 2 and "<run>" not in page

@@ -24,16 +24,16 @@ def test_plot_curves_labels_axes_and_lines():
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["train (single batches)", "test"]
 
 
-def test_plot_accuracies_plots_a_line_for_each_run_and_names_its_last_value():
-    (axes,) = plotting.plot_accuracies({"ours": RECORDS, "not evaluated": []}, title="digits").axes
+def test_plot_accuracies_plots_each_run_and_labels_its_final_accuracy():
+    (axes,) = plotting.plot_accuracies({"full": RECORDS, "not evaluated": []}, title="digits").axes
     tested = [(record["step"], record["test/accuracy"]) for record in RECORDS if "test/accuracy" in record]
     assert axes.lines[0].get_xydata().tolist() == [list(point) for point in tested]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == [f"ours: {tested[-1][1]:.1%}", "not evaluated"]
+    assert labels == [f"full: {tested[-1][1]:.1%}", "not evaluated"]
     assert axes.lines[0].get_color() != axes.lines[1].get_color()
 
 
-def test_plot_attention_of_a_single_image_shows_whole_titles():
+def test_plot_attention_of_single_image_fits_titles_into_figure():
     image, weights = np.zeros((1, 32, 32, 3), np.uint8), np.ones((1, 8, 8))
     title = "Attention of the patches, on average: layer 11, mean of its heads"
     figure = plotting.plot_attention(
@@ -53,14 +53,14 @@ def test_plot_attention_scales_each_map_to_its_own_range():
     assert [axes.get_title() for axes in figure.axes[2:4]] == ["10.00% to 40.00%", "0.00% to 90.00%"]
 
 
-def test_plot_confusion_leaves_rows_of_classes_without_images_empty():
+def test_plot_confusion_masks_rows_of_classes_without_images():
     counts = np.array([[3, 1], [0, 0]])
-    matrix, words, _ = plotting.plot_confusion(counts, [(0, 1, 1)], ["cat", "dog"], title="").axes
+    matrix, table, _ = plotting.plot_confusion(counts, [(0, 1, 1)], ["cat", "dog"], title="").axes
     np.testing.assert_array_equal(matrix.images[0].get_array().filled(-1), [[0.75, 0.25], [-1, -1]])
-    assert words.texts[0].get_text() == "1 × cat classified as dog"
+    assert table.texts[0].get_text() == "1 × cat classified as dog"
 
 
-def test_plot_position_similarity_puts_each_map_at_its_patch():
+def test_plot_position_similarity_arranges_maps_by_patch():
     similarity = np.arange(16, dtype=np.float32).reshape(4, 4) / 16
     (image,) = plotting.plot_position_similarity(similarity).axes[0].images
     canvas = image.get_array().filled(-9)
