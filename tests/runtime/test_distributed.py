@@ -89,6 +89,7 @@ def records(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_train_and_evaluate_resumes_two_killed_processes_and_matches_one_process(tmp_path, run_command):
     processes = start_training(tmp_path / "pair")
     wait_for(tmp_path / "pair/checkpoints/4", processes)
@@ -252,7 +253,7 @@ def read_logs(log: Path) -> list[str]:
     return [log.with_suffix(f".{i}").read_text() for i in range(2)]
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_initialize_processes_stops_all_processes_when_one_is_out_of_memory(tmp_path, failing):
     assert wait(start_failing(tmp_path / "log", "out of memory", failing), 60) == [1, 1]
     logs = read_logs(tmp_path / "log")
@@ -275,7 +276,7 @@ def test_initialize_processes_reports_shared_error_in_each_process(tmp_path):
     assert read_logs(tmp_path / "log") == ["error: the disk is full\n"] * 2
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_initialize_processes_stops_waiting_process_when_other_fails_late(tmp_path, failing):
     assert wait(start_failing(tmp_path / "log", "late", failing), 60) == [1, 1]
     logs = read_logs(tmp_path / "log")
