@@ -119,7 +119,13 @@ def test_vision_transformer_variants_differ_only_in_patch_size():
     assert different == {"embedding/kernel", "Transformer/posembed_input/pos_embedding"}
 
 
-@pytest.mark.parametrize("variant", variants.VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(name, marks=() if name in ("micro_4", "B_16", "R50_B_16") else pytest.mark.slow)
+        for name in variants.VARIANTS
+    ],
+)
 def test_infer_sizes_recovers_arguments_from_shapes(variant):
     arguments = variants.get_config(variant).to_dict()
     model = create_variant(variant, num_classes=10)
