@@ -340,7 +340,7 @@ def special_file(rng: np.random.Generator, path: Path) -> None:
 
 def npz_case(rng: np.random.Generator, number: int, directory: Path) -> Case:
     makers: list[Callable[..., bytes]] = [wrong_header, wrong_array, wrong_names, wrong_metadata, compressed]
-    good, arrays = good_npz(directory), released_arrays()
+    valid, arrays = good_npz(directory), released_arrays()
     path = directory / f"{number}.npz"
     which = number % 10
     if which < 5:
@@ -350,7 +350,7 @@ def npz_case(rng: np.random.Generator, number: int, directory: Path) -> Case:
     elif which == 6:
         special_file(rng, path)
     else:
-        path.write_bytes(damage(rng, good))
+        path.write_bytes(damage(rng, valid))
     write_image(directory / "good.png")
     workdir = directory / f"run{number}"
     where = number // 10 % 10
@@ -528,7 +528,7 @@ VALUES = {
     + ["", f"('{'(' * 3000}',)", f"('{'(' * 3000}{')' * 3000}',)", "(" * 150, f"({'9' * 400}, 0, 0)"],
     BOOLEANS: ["", "maybe", "2", "None", "()", "Truee", "-1"],
 }
-ODD_WORDS = (
+ODD_FLAGS = (
     """
 --config.=1 --config..x=1 --config.optimizer=5 --config.optimizer={} --config.optimizer.name.x=1 --config.__class__=1
 --config.lock=1 --config.to_dict=1 --config.items=1 --config.model= --config.x --config.batch_size
@@ -550,19 +550,19 @@ def config_case(rng: np.random.Generator, number: int, directory: Path) -> Case:
         keys = groups[which] if number % 40 else BOOLEANS
         key = (keys.split())[rng.integers(len(keys.split()))]
         values = VALUES[keys]
-        words = [f"--config.{key}={values[rng.integers(len(values))]}"]
+        flags = [f"--config.{key}={values[rng.integers(len(values))]}"]
     elif which == 6:
         key = " ".join(VALUES).split()[rng.integers(len(" ".join(VALUES).split()))]
-        words = [f"--config.{mistype(rng, key)}=1"]
+        flags = [f"--config.{mistype(rng, key)}=1"]
     else:
-        words = [ODD_WORDS[number // 8 % len(ODD_WORDS)]]
+        flags = [ODD_FLAGS[number // 8 % len(ODD_FLAGS)]]
         if number % 3 == 0:
-            words += [ODD_WORDS[rng.integers(len(ODD_WORDS))]]
+            flags += [ODD_FLAGS[rng.integers(len(ODD_FLAGS))]]
     config = directory / "sized.py"
     config.write_text(CONFIG.format(model={**TINY, "dropout_rate": 0.0}))
     workdir = directory / f"run{number}"
-    arguments = ["--config", config, "--workdir", workdir, "--noreport", *words]
-    return create_case(f"train {' '.join(words)[:200]!a}", "train", arguments, workdir)
+    arguments = ["--config", config, "--workdir", workdir, "--noreport", *flags]
+    return create_case(f"train {' '.join(flags)[:200]!a}", "train", arguments, workdir)
 
 
 def mistype(rng: np.random.Generator, key: str) -> str:
@@ -650,30 +650,30 @@ def directory(tmp_path, monkeypatch):
 @pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", NUM_CASES)
 def test_commands_reject_damaged_input_in_one_line(kind, every, directory, run_case):
-    found, num_refused = [], 0
+    found, num_rejected = [], 0
     numbers = range(0, NUM_CASES[kind], every)
     for number in numbers:
         case = make_case(kind, number, directory)
         before = listing(directory)
         code, stderr = run_case(case)
         found += [f"{number}: {problem}" for problem in problems_of(case, code, stderr, listing(directory) - before)]
-        num_refused += code in (1, 2)
+        num_rejected += code in (1, 2)
     assert not found, "\n".join(found)
     assert not (directory / "executed").exists()
-    assert num_refused >= 0.6 * len(numbers)
+    assert num_rejected >= 0.6 * len(numbers)
 
 
 @pytest.mark.slow
 def test_subprocesses_reject_damaged_input_in_one_line(directory, run_command):
     every = [(kind, number) for kind, count in NUM_CASES.items() for number in range(count)]
-    found, num_refused = [], 0
+    found, num_rejected = [], 0
     for i in np.random.default_rng(7).permutation(len(every))[:20]:
         case = make_case(*every[i], directory)
         before = listing(directory)
         command = ["train.py"] if case.command == "train" else ["-m", case.command]
         result = run_command(*command, *case.arguments, timeout=60)
         found += problems_of(case, result.returncode, result.stderr, listing(directory) - before)
-        num_refused += result.returncode in (1, 2)
+        num_rejected += result.returncode in (1, 2)
     assert not found, "\n".join(found)
     assert not (directory / "executed").exists()
-    assert num_refused >= 12
+    assert num_rejected >= 12

@@ -267,13 +267,13 @@ def test_write_report_accepts_test_split(finished, copy_of):
 def test_visualize_omits_predictions_for_own_dataset(finished, run_cli, tmp_path):
     Image.fromarray(DATASET.test.images[0]).save(tmp_path / "image.png")
     argv = ["--workdir", finished[0], "--out", tmp_path / "out"]
-    known = {"curves", "position_similarity", "position_matrix", "patch_filters"}
+    figures = {"curves", "position_similarity", "position_matrix", "patch_filters"}
     for images, more in ([], set()), (["--images", tmp_path / "image.png"], {"attention_rollout", "attention_heads"}):
         result = run_cli("vit_jax.visualize", [*argv, *images])
         assert result.code == 0
         (line,) = result.stderr.splitlines()
         assert "given from Python: no predictions are plotted; for all figures, call vit_jax.report" in line
-        assert {path.stem for path in (tmp_path / "out").iterdir()} == known | more
+        assert {path.stem for path in (tmp_path / "out").iterdir()} == figures | more
 
 
 def test_predict_and_export_accept_run_on_own_dataset(finished, run_cli, tmp_path):

@@ -39,7 +39,7 @@ RUNS = {
     },
     "full_accumulated": {"accumulation_steps": 2, "augment": "flip", "model": DEEP},
     "head": {"trainable": "head", "ema_decay": 0.9},
-    "head_fresh": {"trainable": "head", "features": "fresh", "optimizer.name": "adam", "augment": "pad_crop"},
+    "head_uncached": {"trainable": "head", "features": "fresh", "optimizer.name": "adam", "augment": "pad_crop"},
     "head_views": {"trainable": "head", "optimizer.name": "sgd", "optimizer.momentum_dtype": "bfloat16", **VIEWS},
     "mlp": {
         "trainable": "mlp",

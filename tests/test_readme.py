@@ -172,10 +172,10 @@ def run_inference_examples(run_command, workdir, directory):
     ]
     assert len(used) == 6
     for command in used:
-        words = [str(paths.get(word, directory / word if word.startswith("digits") else word)) for word in command]
-        result = run_command(*words)
+        argv = [str(paths.get(word, directory / word if word.startswith("digits") else word)) for word in command]
+        result = run_command(*argv)
         assert result.returncode == 0, result.stderr
-        assert len(result.stdout.splitlines()) == (3 if "--top" in words else 1)
+        assert len(result.stdout.splitlines()) == (3 if "--top" in argv else 1)
     examples = [script for script in scripts() if "probabilities" in script or "deserialize" in script]
     assert len(examples) == 2
     for script in examples:

@@ -147,12 +147,12 @@ def test_train_ends_worker_processes_after_sigterm_and_sigkill(image_dir, tmp_pa
     """Sends SIGTERM to the process group, as a cluster does, then SIGKILL to the main process alone."""
     keys = {"dataset.name": f"folder:{image_dir}", "dataset.storage": "stream", "num_steps": 100_000, "batch_size": 16}
     keys |= {"log_every_steps": 1, "checkpoint_every_steps": 50, "eval_every_steps": 100_000}
-    words = [f"--config.{key}={value}" for key, value in keys.items()]
-    words = ["train.py", "--config", "configs/digits.py:scratch", "--workdir", tmp_path / "run", *words]
+    argv = [f"--config.{key}={value}" for key, value in keys.items()]
+    argv = ["train.py", "--config", "configs/digits.py:scratch", "--workdir", tmp_path / "run", *argv]
 
     def start():
         process = subprocess.Popen(
-            command_line(*words),
+            command_line(*argv),
             cwd=ROOT,
             env=command_env(),
             start_new_session=True,
