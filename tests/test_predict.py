@@ -90,7 +90,7 @@ def test_main_reports_unreadable_files_and_classifies_others(workdir, image_file
 
 
 def test_predict_files_keeps_batch_size(image_files, monkeypatch):
-    """Seven files in batches of three: the last batch is padded, and an unreadable file is replaced."""
+    """Seven files, one of them unreadable, in batches of three: incomplete batches are padded."""
     directory, _ = image_files
     classifier, sizes = vit_jax.load("micro"), []
     paths = [*sorted(map(str, directory.glob("*.png"))), "nowhere.png", str(directory / "more/f_large.webp")]
