@@ -1,4 +1,4 @@
-"""Eight simulated devices, commands in this process and in their own, and runs that many tests read."""
+"""Shared fixtures: eight simulated CPU devices, commands run in-process or as a subprocess, and finished runs."""
 
 import contextlib
 import importlib
@@ -23,24 +23,24 @@ from beartype import BeartypeConf, beartype
 from filelock import FileLock
 from ml_collections import ConfigDict
 
-# JAX reads these when it is imported: by the tests, not by anything above.
+# JAX reads these variables when it is imported, which the test modules do after conftest.py.
 os.environ["JAX_PLATFORMS"] = "cpu"
 _EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"patch_size": 4, "hidden_size": 24, "num_layers": 1, "num_heads": 3, "mlp_dim": 40}
-"""Arguments of the smallest VisionTransformer in use."""
+"""Arguments of a tiny VisionTransformer."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Sets how XLA compiles: most of the time of the quick tests would go into optimizing programs that run once.
+    """Sets the flags of XLA: the quick tests compile without optimizations, since most programs run only once.
 
-    The slow tests, some of which measure time, compile as users do.
+    The slow tests, some of which measure time, compile with the default flags.
     """
     os.environ["XLA_FLAGS"] = _EIGHT_DEVICES
     if config.option.markexpr == "not slow":
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-        if importlib.metadata.version("jaxlib") < "0.11":  # 0.11 has the older, quicker emitters no more
+        if importlib.metadata.version("jaxlib") < "0.11":  # 0.11 no longer has the older, faster emitters
             os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
     if "PYTEST_XDIST_WORKER" not in os.environ:  # workers and child processes inherit it
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_compilation_cache(config))
@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def check_types(function: Callable) -> Callable:
-    """Checks arguments and results of a function whose annotations have shapes of arrays; see `jaxtyping`."""
+    """Checks the types of a function if its annotations contain array shapes; used by the import hook of jaxtyping."""
     if any(map(_has_shape, function.__annotations__.values())):
         return beartype(function, conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
     return function
@@ -61,7 +61,7 @@ def _has_shape(annotation: object) -> bool:
 
 
 def _compilation_cache(config: pytest.Config) -> Path:
-    """The directory of JAX's compilation cache: in pytest's own, so that the next session finds it."""
+    """Returns the directory of JAX's compilation cache, inside pytest's cache, so that later sessions reuse it."""
     try:
         directory = config.cache.mkdir("jax")
         for path in directory.iterdir():
@@ -76,15 +76,15 @@ def _compilation_cache(config: pytest.Config) -> Path:
 
 @pytest.fixture(scope="session")
 def cifar10_archive() -> Path:
-    """The real CIFAR-10 images as a binary archive."""
+    """Path of the CIFAR-10 binary archive."""
     path = os.environ.get("VIT_JAX_CIFAR10")
     if not path:
-        pytest.skip("needs the real images: set VIT_JAX_CIFAR10 to a cifar-10-binary.tar.gz")
+        pytest.skip("needs CIFAR-10: set VIT_JAX_CIFAR10 to the path of cifar-10-binary.tar.gz")
     return Path(path)
 
 
 class Result(NamedTuple):
-    """Outcome of a command."""
+    """Exit code and output of a command."""
 
     code: int
     stdout: str
@@ -93,20 +93,20 @@ class Result(NamedTuple):
 
 @pytest.fixture(scope="session")
 def run_cli() -> Callable[..., Result]:
-    """Returns a function that calls `main(argv)` of a command in this process, as its own process would."""
+    """Returns a function that runs a command in-process, through its `main(argv)`."""
     return _run_cli
 
 
 def _run_cli(
     module: str, argv: list, *, env: dict[str, str] | None = None, stdin: str = "", cwd: Path = ROOT
 ) -> Result:
-    """Runs a command in this process, which has eight devices; a bug in the command raises.
+    """Runs a command in-process, on eight devices; unexpected exceptions propagate.
 
     Args:
-        module: "train", "vit_jax.evaluate", …: a module with a `main`.
-        argv: the words behind the command; each is made a string.
-        env: further environment variables.
-        stdin: what the command reads from standard input.
+        module: name of a module with a `main`, such as "train" or "vit_jax.evaluate".
+        argv: command-line arguments, converted to strings.
+        env: additional environment variables.
+        stdin: text on standard input.
         cwd: working directory.
     """
     from vit_jax.runtime.errors import run_command
@@ -134,9 +134,9 @@ def _run_cli(
 
 @pytest.fixture(scope="session")
 def run_command() -> Callable[..., subprocess.CompletedProcess]:
-    """Returns a function that runs a command in a process of its own: one device, no terminal.
+    """Returns a function that runs a command as a subprocess: one device, no terminal.
 
-    The eight devices simulated here do not leak into it. Where the process does not matter, `run_cli` is quicker.
+    `run_cli` is faster where no subprocess is needed.
     """
 
     def run(*arguments: object, timeout: float = 300, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
@@ -152,12 +152,12 @@ def command_line(*arguments: object) -> list[str]:
 
 
 def command_env(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """The environment of a user's shell, on the CPU."""
+    """Returns the environment of a subprocess: CPU, one device."""
     return {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(_EIGHT_DEVICES, ""), **(extra or {})}
 
 
 def set_keys(config: ConfigDict, changes: dict[str, object]) -> ConfigDict:
-    """Sets keys such as "optimizer.name" of a config, which it returns."""
+    """Sets keys such as "optimizer.name" of a config and returns the config."""
     for key, value in changes.items():
         parent, _, name = key.rpartition(".")
         (config[parent] if parent else config)[name] = value
@@ -165,7 +165,7 @@ def set_keys(config: ConfigDict, changes: dict[str, object]) -> ConfigDict:
 
 
 def edit_run(workdir: Path, changes: dict[str, object], *, metrics: str | None = None) -> None:
-    """Changes the config in all checkpoints of a run, and metrics.jsonl, as if it had been trained so."""
+    """Changes the config in config.json and all checkpoints of a run, and optionally metrics.jsonl."""
     from vit_jax.runtime import checksums
     from vit_jax.training import writer
 
@@ -184,15 +184,15 @@ def edit_run(workdir: Path, changes: dict[str, object], *, metrics: str | None =
         (workdir / "config.json").write_text(json.dumps(info["config"]))
 
 
-# ---- made once, and shared by pytest's workers; read-only: a test that changes one copies it (shutil.copytree)
+# ---- created once and shared by pytest's workers; read-only: a test that modifies a run copies it (shutil.copytree)
 
 
 @pytest.fixture(scope="session")
 def create_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """Returns `(name, create) -> path`: `create(path)` is called by the first worker that asks, the others wait."""
+    """Returns `get(name, create) -> path`: the first worker calls `create(path)`, the others wait for it."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent  # of the workers' own directories
+        shared = shared.parent  # common to all workers
 
     def get(name: str, create: Callable[[Path], object]) -> Path:
         path = shared / "shared" / name
@@ -218,19 +218,19 @@ def _train_digits(workdir: Path, **changes: object) -> None:
 
 @pytest.fixture(scope="session")
 def finished_run(create_once) -> Path:
-    """Run directory: the shipped micro ViT, fully fine-tuned on digits for 20 steps. Read-only."""
+    """Run directory of the micro checkpoint, fully fine-tuned on digits for 20 steps. Read-only."""
     return create_once("finished_run", _train_digits)
 
 
 @pytest.fixture(scope="session")
 def lora_run(create_once) -> Path:
-    """Run directory as `finished_run`, with LoRA and an EMA that differs from the parameters. Read-only."""
+    """Run directory like `finished_run`, with LoRA and EMA parameters that differ from the parameters. Read-only."""
     return create_once("lora_run", lambda workdir: _train_digits(workdir, trainable="lora", ema_decay=0.9))
 
 
 @pytest.fixture(scope="session")
 def tiny_npz(create_once) -> Path:
-    """A file in the original ViT checkpoint format, `TINY` at 16 px with 3 classes and random values. Read-only."""
+    """Path of a checkpoint in the original ViT format: `TINY`, 16 px, 3 classes, random values. Read-only."""
     return create_once("tiny.npz", save_tiny_npz)
 
 
@@ -238,8 +238,8 @@ def save_tiny_npz(path: Path, **changes: object) -> None:
     """Saves random parameters in the original ViT checkpoint format.
 
     Args:
-        path: of the file.
-        **changes: to `TINY` and to the arguments of `reference.released_shapes`.
+        path: output file.
+        **changes: overrides of `TINY` and of the other arguments of `reference.released_shapes`.
     """
     import reference
     from flax.traverse_util import unflatten_dict

@@ -1,6 +1,6 @@
-"""What the tests compare with: the released files' key list, and a ViT in float64 NumPy written from the paper alone.
+"""Reference implementation: shapes of the pretrained checkpoints, and a ViT in float64 NumPy, written from the paper.
 
-No JAX here, and nothing of the package.
+It imports neither JAX nor the package.
 """
 
 import numpy as np
@@ -24,7 +24,7 @@ def released_shapes(
     stem_units=None,
     stem_width=64,
 ):
-    """Key -> shape of a released file; the order is that of the files."""
+    """Returns key -> shape of a pretrained checkpoint, in the order of the file."""
     d, m, heads = hidden_size, mlp_dim, (num_heads, hidden_size // num_heads)
     shapes = {"cls": (1, 1, d)} if pool == "cls" else {}
     channels = 3
@@ -65,7 +65,7 @@ def released_shapes(
 
 
 def flat_params(*, representation_size=None, num_classes=5, num_tokens=5, seed=0, **sizes):
-    """Joined key -> random numbers, of a micro ViT."""
+    """Returns joined key -> random array, of a micro ViT."""
     shapes = released_shapes(
         **MICRO | sizes, representation_size=representation_size, num_classes=num_classes, num_tokens=num_tokens
     )
@@ -74,12 +74,12 @@ def flat_params(*, representation_size=None, num_classes=5, num_tokens=5, seed=0
 
 
 def nest(flat):
-    """The nested dictionary of joined keys."""
+    """Returns nested parameters from joined keys."""
     return unflatten_dict(flat, sep="/")
 
 
 def stem_shapes(units, width):
-    """Key -> shape of a hybrid's ResNet."""
+    """Returns key -> shape of the ResNet of a hybrid."""
     shapes = {"conv_root/kernel": (7, 7, 3, width), "gn_root/scale": (width,), "gn_root/bias": (width,)}
     channels = width
     for block, (num_units, middle) in enumerate(zip(units, [width, 2 * width, 4 * width, 8 * width], strict=False), 1):
@@ -96,9 +96,9 @@ def stem_shapes(units, width):
 
 
 def forward(params, images):
-    """Logits [b classes] of images [b h w 3], both float64; Dosovitskiy et al. 2021, Eq. 1 to 4.
+    """Returns logits [b classes] of images [b h w 3], both float64; Dosovitskiy et al. 2021, Eq. 1 to 4.
 
-    Where the parameters have a ResNet before the patches, no class token, or a pooling head, so has the model.
+    The parameters determine whether the model has a ResNet stem, a class token and an attention pooling head.
     """
     params = to_float64(params)
     encoder = params["Transformer"]
@@ -126,7 +126,7 @@ def forward(params, images):
 
 
 def pool(params, x):
-    """Tokens [b n d] -> features [b d]: the class token's, what a probe attends to (Zhai et al. 2022), or the mean."""
+    """Pools tokens [b n d] to features [b d]: class token, attention pooling (Zhai et al. 2022), or mean."""
     if "cls" in params:
         return x[:, 0]
     if "MAPHead_0" not in params:
@@ -137,7 +137,7 @@ def pool(params, x):
 
 
 def stem(params, x):
-    """A hybrid's ResNet: convolution, norm, ReLU; after two convolutions the sum with the shortcut, then the ReLU."""
+    """Applies the ResNet of a hybrid: bottleneck units, with the last ReLU after the residual connection."""
     x = max_pool(relu(group_norm(params["gn_root"], std_conv(params["conv_root"], x, stride=2))))
     blocks = sorted(name for name in params if name.startswith("block"))
     for name in blocks:
@@ -158,34 +158,34 @@ def relu(x):
 
 
 def std_conv(layer, x, stride=1):
-    """The kernel less its mean, over its deviation and 1e-5, for each output channel; the odd zero stands behind."""
+    """Convolution with SAME padding; each output channel of the kernel has mean 0 and is divided by its std + 1e-5."""
     kernel = layer["kernel"] - layer["kernel"].mean(axis=(0, 1, 2))
     kernel = kernel / (np.sqrt((kernel**2).mean(axis=(0, 1, 2))) + 1e-5)
     side = len(kernel)
     windows = [window(x, side, stride, row, column, 0.0) for row in range(side) for column in range(side)]
-    return sum(part @ kernel[i // side, i % side] for i, part in enumerate(windows))
+    return sum(values @ kernel[i // side, i % side] for i, values in enumerate(windows))
 
 
 def max_pool(x):
-    """3 × 3, stride 2; what lies outside never is the largest."""
+    """Max pooling, 3 × 3, stride 2, SAME padding."""
     return np.max([window(x, 3, 2, row, column, -np.inf) for row in range(3) for column in range(3)], axis=0)
 
 
-def window(x, side, stride, row, column, outside):
-    """What one place of a kernel sees: ceil(length / stride) steps along each axis, centred, rather too far behind."""
+def window(x, side, stride, row, column, padding):
+    """Returns the inputs [b h' w' c] at one position of the kernel, for all output positions, with SAME padding."""
     starts = []
-    for length, place in zip(x.shape[1:3], (row, column), strict=True):
+    for length, offset in zip(x.shape[1:3], (row, column), strict=True):
         steps = -(-length // stride)
         margin = max(0, (steps - 1) * stride + side - length) // 2
-        starts.append(np.arange(steps) * stride + place - margin)
+        starts.append(np.arange(steps) * stride + offset - margin)
     inside = [(start >= 0) & (start < length) for start, length in zip(starts, x.shape[1:3], strict=True)]
-    rows, columns = (np.where(there, start, 0) for there, start in zip(inside, starts, strict=True))
-    seen = x[:, rows[:, None], columns[None]]
-    return np.where((inside[0][:, None] & inside[1][None])[..., None], seen, outside)
+    rows, columns = (np.where(valid, start, 0) for valid, start in zip(inside, starts, strict=True))
+    values = x[:, rows[:, None], columns[None]]
+    return np.where((inside[0][:, None] & inside[1][None])[..., None], values, padding)
 
 
 def group_norm(norm, x):
-    """32 groups of channels."""
+    """Group normalization with 32 groups."""
     groups = x.reshape(*x.shape[:3], 32, -1)
     mean = groups.mean(axis=(1, 2, 4), keepdims=True)
     variance = ((groups - mean) ** 2).mean(axis=(1, 2, 4), keepdims=True)
@@ -194,12 +194,12 @@ def group_norm(norm, x):
 
 def to_float64(tree):
     if isinstance(tree, dict):
-        return {name: to_float64(branch) for name, branch in tree.items()}
+        return {name: to_float64(subtree) for name, subtree in tree.items()}
     return np.asarray(tree, np.float64)
 
 
 def embed_patches(embedding, images):
-    """Cuts pictures into patches, row by row, and maps each to a vector."""
+    """Splits images into patches, row by row, and projects each to a vector."""
     kernel = embedding["kernel"]
     patch = kernel.shape[0]
     height, width = images.shape[1:3]
@@ -217,11 +217,11 @@ def layer_norm(norm, x):
     return centred / np.sqrt(variance + 1e-6) * norm["scale"] + norm["bias"]
 
 
-def attend(attention, asking, asked):
-    """Scaled dot-product attention of every head (appendix A of the paper)."""
+def attend(attention, queries, keys):
+    """Multi-head scaled dot-product attention (appendix A of the paper)."""
     query, key, value = (
         np.einsum("bnd,dke->bkne", x, attention[name]["kernel"]) + attention[name]["bias"][:, None]
-        for name, x in (("query", asking), ("key", asked), ("value", asked))
+        for name, x in (("query", queries), ("key", keys), ("value", keys))
     )  # [b k n d/k]
     scores = query @ key.swapaxes(-1, -2) / np.sqrt(query.shape[-1])  # [b k n n]
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -234,7 +234,7 @@ def mlp(block, x):
 
 
 def gelu(x):
-    """The tanh form (Hendrycks and Gimpel 2016)."""
+    """Tanh approximation (Hendrycks and Gimpel 2016)."""
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 

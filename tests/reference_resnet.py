@@ -1,6 +1,6 @@
-"""What the tests of ResNets compare with: BiT's key list, and its forward pass in float64 NumPy.
+"""Reference implementation: shapes of the BiT checkpoints, and the forward pass of ResNet v2 in float64 NumPy.
 
-No JAX here, and nothing of the package.
+It imports neither JAX nor the package.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ UNITS, WIDTH = (1, 2), 32
 
 
 def released_shapes(units=UNITS, width=WIDTH, num_classes=7):
-    """Key -> shape of a released file."""
+    """Returns key -> shape of a pretrained checkpoint."""
     shapes = {"resnet/root_block/standardized_conv2d/kernel": (7, 7, 3, width)}
     channels = width
     for i, num_units in enumerate(units):
@@ -34,7 +34,7 @@ def released_shapes(units=UNITS, width=WIDTH, num_classes=7):
 
 
 def flat_params(**sizes):
-    """Key -> random numbers, of the layout of a released file."""
+    """Returns key -> random array, with the keys of a pretrained checkpoint."""
     rng = np.random.default_rng(0)
     return {key: rng.normal(0.3, 0.5, shape).astype(np.float32) for key, shape in released_shapes(**sizes).items()}
 
@@ -44,7 +44,7 @@ def released_params(**sizes):
 
 
 def forward(params, images):
-    """Logits [b classes] of images [b h w 3], in float64; `params` as in the file."""
+    """Returns logits [b classes] of images [b h w 3], in float64; `params` has the keys of the checkpoint."""
     tree = params["resnet"]
     x = max_pool(conv(np.asarray(images, np.float64), tree["root_block"], stride=2))
     for name in sorted(key for key in tree if key.startswith("block")):
@@ -61,7 +61,7 @@ def forward(params, images):
 
 
 def conv(x, tree, stride=1):
-    """A sum over the places of the kernel, which is standardised for each output channel."""
+    """Convolution with a kernel that is standardized per output channel."""
     kernel = np.asarray(tree["standardized_conv2d"]["kernel"], np.float64)
     kernel = (kernel - kernel.mean((0, 1, 2))) / np.sqrt(kernel.var((0, 1, 2)) + 1e-10)
     pad = kernel.shape[0] // 2
@@ -82,7 +82,7 @@ def norm_relu(x, tree):
 
 
 def max_pool(x):
-    """3 × 3, stride 2, over a margin of zeros."""
+    """Max pooling, 3 × 3, stride 2, after zero padding."""
     x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     rows, columns = ((length - 3) // 2 + 1 for length in x.shape[1:3])
     x = np.stack([x[:, 2 * i : 2 * i + 3].max(axis=1) for i in range(rows)], axis=1)

@@ -1,4 +1,4 @@
-"""Updates in float64: the reference's forward pass under autodiff, every other formula written out."""
+"""Reference for training in float64: gradients of the reference model, with an explicit optimizer and schedule."""
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,13 @@ MOMENTUM, WEIGHT_DECAY, CLIP_NORM = 0.9, 0.01, 0.5
 
 
 def train(params, images, labels, *, trainable=""):
-    """Returns parameters, and momentum under "trace/…", after `NUM_STEPS` updates on one batch.
+    """Returns the parameters, and the momentum under "trace/…", after `NUM_STEPS` updates on one batch.
 
     Args:
         params: key -> array.
         images: in [-1, 1].
         labels: integers.
-        trainable: prefix of the keys of trainable parameters.
+        trainable: key prefix of the trainable parameters.
     """
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "np", jnp)  # the same formulas, differentiable

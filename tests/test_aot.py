@@ -40,11 +40,11 @@ GOOD = aot.Measured(
         ({"fsdp": 1, "temporaries": 8 * aot.GIB}, ["temporaries 8.00 GiB, expected at most 7"]),
     ],
 )
-def test_failures_of_names_what_a_configuration_should_not_show(changes, expected):
+def test_failures_of_returns_failed_checks(changes, expected):
     assert aot.failures_of(dataclasses.replace(GOOD, **changes)) == expected
 
 
-def test_count_collectives_counts_a_start_and_its_done_once():
+def test_count_collectives_counts_async_pairs_once():
     text = """
       %a = (f32[1], f32[8]) all-gather-start(%x), metadata={op_name="jit(f)/all-gather"}
       %b = f32[8] all-gather-done(%a)
@@ -65,7 +65,7 @@ def test_count_collectives_counts_a_start_and_its_done_once():
         (64, [(64, 1), (1, 64), (8, 8)]),
     ],
 )
-def test_meshes_of_shards_inside_hosts(num_devices, meshes):
+def test_meshes_of_keeps_shards_within_hosts(num_devices, meshes):
     assert aot.meshes_of(num_devices) == meshes
 
 
@@ -77,7 +77,7 @@ def test_meshes_of_shards_inside_hosts(num_devices, meshes):
         (["--variants", "B_17"], "invalid choice: 'B_17'"),
     ],
 )
-def test_what_cannot_be_compiled_is_refused(run_command, arguments, message):
+def test_main_rejects_invalid_arguments(run_command, arguments, message):
     result = run_command("benchmarks/aot.py", *arguments)
     assert result.returncode == 2
     assert message in result.stderr.splitlines()[-1]
@@ -90,7 +90,7 @@ def installed(package: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # five and a half minutes on two shared cores
 @pytest.mark.skipif(not installed("jax-cuda12-plugin"), reason="needs JAX's CUDA plugin: pip install '.[aot]' (Linux)")
-def test_the_step_compiles_for_gpus_that_are_not_there(run_command):
+def test_main_compiles_train_step_for_absent_gpus(run_command):
     result = run_command("benchmarks/aot.py", "--variants", "B_16", "--devices", "1", "8", timeout=1800)
     assert result.returncode == 0, result.stderr
     rows = [line.split("|")[1:3] for line in result.stdout.splitlines() if line.startswith("|") and "B_16" in line]

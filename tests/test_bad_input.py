@@ -1,4 +1,4 @@
-"""User errors: one line on stderr, an exit code, and nothing half-written."""
+"""User errors: one line on stderr, an exit code, and no partially written run directory."""
 
 import io
 import shutil
@@ -15,7 +15,7 @@ from vit_jax import pretrained
 
 @pytest.fixture
 def train(tmp_path, run_cli):
-    """Trains as configs/digits.py:scratch with overrides; checks what every failure has in common."""
+    """Returns a function that trains with invalid overrides, checks the outcome and returns the line of error."""
 
     def run(*overrides: str, code: int, config: str = "configs/digits.py:scratch", env: dict | None = None) -> str:
         workdir = tmp_path / "run"
@@ -31,13 +31,13 @@ def train(tmp_path, run_cli):
 
 @pytest.fixture
 def npz(tmp_path, tiny_npz):
-    """A file in the original ViT checkpoint format, of another size than the config's."""
+    """Path of a checkpoint in the original ViT format, whose sizes differ from the config's."""
     return shutil.copy(tiny_npz, tmp_path / "file.npz")
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Two classes, four images each, in both splits."""
+def image_dir(tmp_path):
+    """Directory with two classes of four images in both splits."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for name in ("cat", "dog"):
@@ -52,8 +52,8 @@ def folder(tmp_path):
     ("override", "code"),
     [("--config.batch_size=0", 2), ("--config.pretrained=nowhere/no.npz", 1)],
 )
-def test_train_py_exits_with_one_line(run_command, tmp_path, override, code):
-    """As a process of its own; the other tests call `main`."""
+def test_train_exits_with_one_line_of_error(run_command, tmp_path, override, code):
+    """Runs a subprocess; the other tests call `main`."""
     command = ["train.py", "--config", "configs/digits.py:scratch", "--workdir", tmp_path / "run", override]
     result = run_command(*command)
     assert result.returncode == code
@@ -97,7 +97,7 @@ def test_train_py_exits_with_one_line(run_command, tmp_path, override, code):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_train_rejects_wrong_arguments(train, overrides, message):
+def test_train_rejects_invalid_arguments(train, overrides, message):
     assert message in train(*overrides, code=2)
 
 
@@ -108,27 +108,27 @@ def test_train_rejects_wrong_arguments(train, overrides, message):
         ("configs/nothing.py", "configs/nothing.py"),
     ],
 )
-def test_train_rejects_unknown_configs(train, config, message):
+def test_train_rejects_unknown_config(train, config, message):
     assert message in train(code=2, config=config)
 
 
-def test_train_rejects_a_missing_config(run_cli):
+def test_train_requires_config(run_cli):
     result = run_cli("train", [])
     assert result.code == 2
     assert result.stderr == "error: --config is missing; give a config file, such as --config configs/digits.py\n"
 
 
-def test_train_reports_a_missing_npz(train, tmp_path):
+def test_train_rejects_missing_npz(train, tmp_path):
     assert f"there is no file {tmp_path}/no.npz" in train(f"--config.pretrained={tmp_path}/no.npz", code=1)
 
 
-def test_train_reports_an_npz_of_another_variant(train, npz):
+def test_train_rejects_npz_of_other_size(train, npz):
     line = train(f"--config.pretrained={npz}", code=2)
     assert f"the model does not fit {npz}" in line
     assert "hidden_size 96 (checkpoint: 24), num_layers 4 (checkpoint: 1)" in line
 
 
-def test_train_reports_an_npz_of_images_that_are_not_square(train, npz):
+def test_train_rejects_npz_with_non_square_grid(train, npz):
     params = pretrained.load_npz(npz)
     params["Transformer"]["posembed_input"]["pos_embedding"] = np.ones((1, 19, 24), np.float32)
     pretrained.save_npz(npz, params)
@@ -137,30 +137,30 @@ def test_train_reports_an_npz_of_images_that_are_not_square(train, npz):
     assert "of 18 patches, but they are not a square; commands and configs need a square" in line
 
 
-def test_train_reports_a_run_directory_as_pretrained(train, tmp_path):
+def test_train_rejects_run_directory_as_pretrained(train, tmp_path):
     (tmp_path / "other/checkpoints").mkdir(parents=True)
     line = train(f"--config.pretrained={tmp_path / 'other'}", code=1)
     assert f"{tmp_path / 'other'} is a run directory; give an export of it (python -m vit_jax.export)" in line
 
 
-def test_train_reports_a_truncated_npz(train, npz):
+def test_train_rejects_truncated_npz(train, npz):
     npz.write_bytes(npz.read_bytes()[:-1000])
     assert "is truncated" in train(f"--config.pretrained={npz}", code=1)
 
 
-def test_train_reports_a_damaged_npz(train, npz):
+def test_train_rejects_damaged_npz(train, npz):
     content = bytearray(npz.read_bytes())
     content[len(content) // 2] ^= 0xFF
     npz.write_bytes(content)
     assert "is truncated, damaged or not an .npz file" in train(f"--config.pretrained={npz}", code=1)
 
 
-def test_train_reports_an_html_page_saved_as_npz(train, npz):
+def test_train_rejects_html_page_saved_as_npz(train, npz):
     npz.write_text("<!DOCTYPE html><html><body>404</body></html>")
     assert "not an .npz file: File is not a zip file" in train(f"--config.pretrained={npz}", code=1)
 
 
-def test_train_never_unpickles_objects(train, npz, tmp_path):
+def test_train_does_not_unpickle_objects(train, npz, tmp_path):
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / "executed"), "w"))
@@ -170,13 +170,13 @@ def test_train_never_unpickles_objects(train, npz, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_train_reports_an_npz_of_another_model(train, npz):
+def test_train_rejects_npz_of_unknown_model(train, npz):
     np.savez(npz, weights=np.ones(3))
     line = train(f"--config.pretrained={npz}", code=1)
     assert str(npz) in line and "these are not the parameters of a known model: found weights" in line
 
 
-def test_train_reports_a_failed_download(train, tmp_path, monkeypatch):
+def test_train_reports_failed_download(train, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts
     env = {"VIT_JAX_CACHE": str(tmp_path / "cache"), "https_proxy": "http://127.0.0.1:9"}
     line = train("--config.pretrained=imagenet21k/ViT-B_16", code=1, env=env)
@@ -184,32 +184,32 @@ def test_train_reports_a_failed_download(train, tmp_path, monkeypatch):
     assert f"download it by hand and put it at {tmp_path}/cache/imagenet21k/ViT-B_16.npz" in line
 
 
-def test_train_reports_a_missing_dataset_directory(train, tmp_path):
+def test_train_rejects_missing_dataset_directory(train, tmp_path):
     assert "no such directory" in train(f"--config.dataset.name=folder:{tmp_path}/nothing", code=1)
     line = train("--config.dataset.name=cifar10", f"--config.dataset.data_dir={tmp_path}/nothing", code=1)
     assert "nothing is missing; set data_dir to cifar-10-binary.tar.gz" in line
 
 
-def test_train_reports_an_empty_class_folder(train, folder):
-    (folder / "train" / "fox").mkdir()
-    assert f"{folder}/train/fox: no such directory, or no images" in train(
-        f"--config.dataset.name=folder:{folder}", code=1
+def test_train_rejects_empty_class_directory(train, image_dir):
+    (image_dir / "train" / "fox").mkdir()
+    assert f"{image_dir}/train/fox: no such directory, or no images" in train(
+        f"--config.dataset.name=folder:{image_dir}", code=1
     )
 
 
-def test_train_names_a_corrupt_image_before_training(train, folder):
-    image = folder / "test" / "dog" / "2.png"
+def test_train_rejects_corrupt_image_before_training(train, image_dir):
+    image = image_dir / "test" / "dog" / "2.png"
     image.write_bytes(image.read_bytes()[:60])
-    assert f"image {image} cannot be decoded" in train(f"--config.dataset.name=folder:{folder}", code=1)
+    assert f"image {image} cannot be decoded" in train(f"--config.dataset.name=folder:{image_dir}", code=1)
 
 
-def test_train_reports_test_classes_unlike_train_classes(train, folder):
-    (folder / "test" / "dog").rename(folder / "test" / "dogs")
-    line = train(f"--config.dataset.name=folder:{folder}", code=1)
+def test_train_rejects_different_train_and_test_classes(train, image_dir):
+    (image_dir / "test" / "dog").rename(image_dir / "test" / "dogs")
+    line = train(f"--config.dataset.name=folder:{image_dir}", code=1)
     assert "dog (only in train), dogs (only in test)" in line
 
 
-def test_train_reports_a_truncated_cifar_archive(train, tmp_path):
+def test_train_rejects_truncated_cifar_archive(train, tmp_path):
     archive = tmp_path / "cifar-10-binary.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         content = np.random.default_rng(0).bytes(30730)
@@ -221,7 +221,7 @@ def test_train_reports_a_truncated_cifar_archive(train, tmp_path):
     assert "is truncated or damaged" in line
 
 
-def test_train_reports_an_unwritable_workdir(run_cli, tmp_path):
+def test_train_rejects_unwritable_workdir(run_cli, tmp_path):
     (tmp_path / "file").touch()
     workdir = tmp_path / "file" / "run"
     result = run_cli("train", ["--config", "configs/digits.py:scratch", "--workdir", workdir])
@@ -238,7 +238,7 @@ def test_train_reports_an_unwritable_workdir(run_cli, tmp_path):
         (["--workdir", "{tmp}"], 1, "holds no run"),
     ],
 )
-def test_evaluate_rejects_wrong_arguments(run_cli, tmp_path, arguments, code, message):
+def test_evaluate_rejects_invalid_arguments(run_cli, tmp_path, arguments, code, message):
     result = run_cli("vit_jax.evaluate", [argument.replace("{tmp}", str(tmp_path)) for argument in arguments])
     assert result.code == code
     assert message in result.stderr and result.stderr.count("\n") == 1

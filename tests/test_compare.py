@@ -10,17 +10,17 @@ from vit_jax import compare, report, trainer
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two finished runs and one that stopped."""
-    folder = tmp_path_factory.mktemp("runs")
+    """Directory of two finished runs, `full` and `head`."""
+    directory = tmp_path_factory.mktemp("runs")
     for name, changes in {"full": {}, "head": {"trainable": "head"}}.items():
         config = digits.get_config("scratch")
         config.model = dict(patch_size=4, hidden_size=16, num_layers=1, num_heads=2, mlp_dim=16)
         config.update(num_steps=20, warmup_steps=5, eval_every_steps=20, checkpoint_every_steps=20, **changes)
-        trainer.train_and_evaluate(config, folder / name)
-    return folder
+        trainer.train_and_evaluate(config, directory / name)
+    return directory
 
 
-def test_compare_runs_reads_each_run(runs):
+def test_compare_runs_returns_results_of_each_run(runs):
     lines = (runs / "full/metrics.jsonl").read_text().splitlines()
     speeds = [json.loads(line).get("images_per_second") for line in lines]
     full, head = compare.compare_runs([runs / "full", runs / "head"])
@@ -33,7 +33,7 @@ def test_compare_runs_reads_each_run(runs):
     assert full.seconds == pytest.approx(sum(10 * 64 / speed for speed in speeds if speed))
 
 
-def test_main_prints_an_aligned_markdown_table(run_command, runs):
+def test_main_prints_aligned_markdown_table(run_command, runs):
     result = run_command("-m", "vit_jax.compare", runs / "full", runs / "head")
     assert result.returncode == 0, result.stderr
     header, rule, *rows = result.stdout.splitlines()
@@ -43,7 +43,7 @@ def test_main_prints_an_aligned_markdown_table(run_command, runs):
 
 
 def copy_run(workdir, target, changes, **options):
-    """A copy of a run with another config."""
+    """Copies a run and changes the config of the copy."""
     shutil.copytree(workdir, target)
     edit_run(target, changes, **options)
     return target
@@ -61,7 +61,7 @@ def copy_run(workdir, target, changes, **options):
         ({"learning_rate": 0.5}, None, None),
     ],
 )
-def test_format_table_shows_test_settings_that_differ(runs, tmp_path, changes, column, cells):
+def test_format_table_shows_different_test_settings(runs, tmp_path, changes, column, cells):
     other = copy_run(runs / "full", tmp_path / "other", changes)
     for join_seeds in (False, True):
         rows = compare.compare_runs([runs / "full", other], join_seeds=join_seeds)
@@ -73,7 +73,7 @@ def test_format_table_shows_test_settings_that_differ(runs, tmp_path, changes, c
             assert [line[header.index(column)] for line in lines] == cells
 
 
-def test_compare_runs_accepts_runs_of_no_steps(tmp_path):
+def test_compare_runs_accepts_run_with_zero_steps(tmp_path):
     config = digits.get_config("scratch")
     config.model = dict(patch_size=4, hidden_size=16, num_layers=1, num_heads=2, mlp_dim=16)
     config.update(num_steps=0, warmup_steps=0)
@@ -85,28 +85,28 @@ def test_compare_runs_accepts_runs_of_no_steps(tmp_path):
     assert report.write_report(tmp_path).exists()
 
 
-def test_compare_runs_refuses_other_test_images_and_unfinished_runs(run_cli, runs, tmp_path):
-    def refused(**changes):
+def test_main_rejects_different_test_images_and_unfinished_runs(run_cli, runs, tmp_path):
+    def error_of(**changes):
         other = copy_run(runs / "full", tmp_path / f"other{len(list(tmp_path.iterdir()))}", changes)
         result = run_cli("vit_jax.compare", [runs / "full", other])
         assert result.code == 1
         (line,) = result.stderr.splitlines()
         return line
 
-    assert "were tested on different images" in refused(**{"dataset.test_split": "test[:50%]"})
-    assert "is at step 20 of 40; expected a finished run" in refused(num_steps=40)
+    assert "were tested on different images" in error_of(**{"dataset.test_split": "test[:50%]"})
+    assert "is at step 20 of 40; expected a finished run" in error_of(num_steps=40)
 
 
-@pytest.mark.parametrize(("words", "code"), [([], 2), (["/nowhere"], 1)])
-def test_main_reports_what_is_not_a_run_in_one_line(run_cli, words, code):
-    result = run_cli("vit_jax.compare", words)
+@pytest.mark.parametrize(("argv", "code"), [([], 2), (["/nowhere"], 1)])
+def test_main_rejects_missing_runs_in_one_line(run_cli, argv, code):
+    result = run_cli("vit_jax.compare", argv)
     assert result.code == code
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
 
 
 def test_compare_runs_joins_seeds(runs, run_cli, tmp_path):
-    """Accuracies of 0.5, 0.6 and 0.7: 0.6 ± 0.1, with n - 1 below the root."""
+    """Accuracies of 0.5, 0.6 and 0.7 have a mean of 0.6 and a sample std of 0.1."""
     for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
         *lines, last = (runs / "full/metrics.jsonl").read_text().splitlines()
         lines.append(json.dumps({**json.loads(last), "test/accuracy": accuracy}))

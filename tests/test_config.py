@@ -23,7 +23,7 @@ KEYS = {key.name: key for key in settings.KEYS}
 
 
 def config_with(**changes) -> ConfigDict:
-    """The digits config with keys such as `optimizer.name` set to any value at all."""
+    """Returns the digits config with keys such as `optimizer.name` set to any value, without type checks."""
     config = digits.get_config().to_dict()
     for key, value in changes.items():
         *parents, name = key.split(".")
@@ -42,29 +42,29 @@ def write_text(workdir, text: str) -> None:
     (workdir / "config.json").write_text(text)
 
 
-# The keys
+# Keys
 
 
 @pytest.mark.parametrize("key", settings.KEYS, ids=lambda key: key.name)
-def test_every_key_is_documented_in_a_few_words(key):
+def test_keys_have_short_documentation_and_valid_defaults(key):
     assert 10 <= len(key.doc) + len(key.check.expected) <= 300
     assert key.check.accepts(key.default)
 
 
-def test_get_config_has_every_key_at_its_default():
+def test_get_config_returns_default_of_every_key():
     config = settings.get_config()
     assert set(settings._flatten(config.to_dict(), leaf="model")) == set(KEYS)
     assert (config.seed, config.optimizer.momentum, config.trainable, config.model.to_dict()) == (0, 0.9, "full", {})
 
 
-def test_get_config_is_locked_except_for_the_arguments_of_the_model():
+def test_get_config_locks_all_but_model_arguments():
     config = settings.get_config()
     with pytest.raises(AttributeError, match="learning_rate"):
         config.learning_rat = 0.1
     config.model.patch_size = 16
 
 
-def test_get_config_takes_a_name_or_patterns_as_trainable():
+def test_get_config_accepts_name_or_patterns_as_trainable():
     config = settings.get_config()
     config.trainable = ("head/.*",)
     config.trainable = "head"
@@ -91,15 +91,15 @@ def test_main_prints_every_key(capsys):
         ("remat", ["none", *models.REMAT_POLICIES]),
     ],
 )
-def test_choices_are_those_that_the_modules_dispatch_on(key, choices):
+def test_keys_accept_implemented_choices(key, choices):
     assert KEYS[key].check.expected == f"one of {', '.join(choices)}"
 
 
-def test_modes_are_those_of_optim():
+def test_modes_equal_modes_of_optim():
     assert settings.MODES == tuple(optim.MODES)
 
 
-def test_config_needs_neither_jax_nor_the_configs_directory():
+def test_check_config_requires_neither_jax_nor_configs_directory():
     code = """
 import sys
 sys.modules["configs"] = None
@@ -116,8 +116,8 @@ assert not {"jax", "numpy"} & set(sys.modules)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_check_config_accepts_every_config_with_every_argument(name):
-    """The arguments of a config are those that it names when it refuses another."""
+def test_check_config_accepts_every_config_and_argument(name):
+    """Reads the accepted arguments from the error message for an unknown argument."""
     module = importlib.import_module(f"configs.{name}")
     with pytest.raises(ValueError, match=rf"configs/{name}.py takes .*, got 'tail'") as error:
         module.get_config("tail")
@@ -126,7 +126,7 @@ def test_check_config_accepts_every_config_with_every_argument(name):
     settings.check_config(module.get_config())
 
 
-def test_base_is_a_view_of_the_keys():
+def test_base_config_equals_get_config():
     assert base.get_config().to_dict() == settings.get_config().to_dict()
     with pytest.raises(ValueError, match="configs/base.py takes no argument, got 'tail'"):
         base.get_config("tail")
@@ -136,11 +136,11 @@ def test_base_is_a_view_of_the_keys():
     ("num_images", "batch_size", "steps"),
     [(50_000, 256, 195), (50_000, 128, 390), (40_000, 128, 312), (50_000, 64, 781), (1437, 64, 22)],
 )
-def test_steps_per_epoch_counts_whole_batches(num_images, batch_size, steps):
+def test_steps_per_epoch_counts_full_batches(num_images, batch_size, steps):
     assert base.steps_per_epoch(num_images, batch_size) == steps
 
 
-def test_reference_results_are_of_the_dataset_of_their_config():
+def test_reference_results_match_dataset_of_config():
     for name in NAMES:
         config = importlib.import_module(f"configs.{name}").get_config()
         assert {dataset for dataset, _, _ in config.reference_results} <= {config.dataset.name}, name
@@ -186,19 +186,19 @@ def test_reference_results_are_of_the_dataset_of_their_config():
         ("dataset", 3, "config.dataset.name is missing; start from vit_jax.config.get_config()"),
     ],
 )
-def test_check_config_refuses(key, value, message):
+def test_check_config_rejects_invalid_values(key, value, message):
     with pytest.raises(UsageError) as error:
         settings.check_config(config_with(**{key: value}))
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("steps", [49, 50])
-def test_check_config_refuses_a_schedule_that_ends_with_the_warmup(steps):
+def test_check_config_rejects_schedule_not_longer_than_warmup(steps):
     with pytest.raises(UsageError, match=f"schedule_steps {steps} is not above warmup_steps 50"):
         settings.check_config(config_with(**{"warmup_steps": 50, "ablation.schedule_steps": steps}))
 
 
-def test_check_config_names_a_missing_key():
+def test_check_config_reports_missing_key():
     config = config_with()
     with config.unlocked():
         del config["schedule"]
@@ -206,13 +206,13 @@ def test_check_config_names_a_missing_key():
         settings.check_config(config)
 
 
-def test_check_config_refuses_a_dict():
+def test_check_config_rejects_dict():
     with pytest.raises(UsageError, match="config is a dict; expected a ConfigDict"):
         settings.check_config(config_with().to_dict())
 
 
 @pytest.mark.parametrize("name", ["seed", "optimizer", "optimizer.name", "model", "model.patch_size"])
-def test_check_key_accepts_keys_groups_and_arguments_of_the_model(name):
+def test_check_key_accepts_keys_groups_and_model_arguments(name):
     settings.check_key(name)
 
 
@@ -229,7 +229,7 @@ def test_check_key_accepts_keys_groups_and_arguments_of_the_model(name):
         ("xyz", "`python -m vit_jax.config` prints all"),
     ],
 )
-def test_check_key_suggests_a_key(name, advice):
+def test_check_key_suggests_similar_key(name, advice):
     with pytest.raises(UsageError) as error:
         settings.check_key(name)
     assert str(error.value) == f"config.{name}: no such key; {advice}"
@@ -238,7 +238,7 @@ def test_check_key_suggests_a_key(name, advice):
 # Saved configs
 
 
-def test_load_config_reads_what_save_config_wrote(tmp_path):
+def test_load_config_restores_saved_config(tmp_path):
     config = set_keys(digits.get_config(), {"trainable": ("head/.*", "cls"), "model.pool": "token"})
     settings.save_config(config, tmp_path)
     settings.check_same(config, tmp_path)
@@ -246,26 +246,26 @@ def test_load_config_reads_what_save_config_wrote(tmp_path):
     assert json.loads(json.dumps(loaded.to_dict())) == json.loads(json.dumps(config.to_dict()))
 
 
-def test_check_same_shows_what_differs(tmp_path):
+def test_check_same_reports_differences(tmp_path):
     write_config(tmp_path)
     with pytest.raises(UsageError, match=r"learning_rate: 0.001 → 0.5; model.num_heads: 4 → 2; seed: 0 → 7\)"):
         settings.check_same(config_with(**{"learning_rate": 0.5, "seed": 7, "model.num_heads": 2}), tmp_path)
 
 
-def test_check_same_lets_resumable_keys_differ(tmp_path):
+def test_check_same_ignores_resumable_keys(tmp_path):
     write_config(tmp_path)
     results = (("digits", "other work", 0.9),)
     settings.check_same(config_with(log_every_steps=1, eval_batch_size=7, reference_results=results), tmp_path)
 
 
-def test_resumable_keys_are_those_that_no_result_depends_on():
+def test_keys_are_resumable_unless_results_depend_on_them():
     assert [key.name for key in settings.KEYS if key.resumable] == [
         "dataset.data_dir", "dataset.num_workers", "eval_batch_size", "remat", "mesh.fsdp", "mesh.data",
         "log_every_steps", "eval_every_steps", "checkpoint_every_steps", "reference_results",
     ]  # fmt: skip
 
 
-def test_check_same_compares_with_the_checkpoint_rather_than_config_json(tmp_path):
+def test_check_same_prefers_config_of_checkpoint(tmp_path):
     write_config(tmp_path, seed=7)
     saved = json.loads(config_with().to_json())
     settings.check_same(config_with(log_every_steps=1), tmp_path, saved=saved)
@@ -274,13 +274,13 @@ def test_check_same_compares_with_the_checkpoint_rather_than_config_json(tmp_pat
 
 
 @pytest.mark.parametrize("text", [None, "{", '{"seed": 3}'])
-def test_load_config_takes_the_config_of_the_checkpoint_whatever_config_json_is(tmp_path, text):
+def test_load_config_prefers_config_of_checkpoint(tmp_path, text):
     if text is not None:
         write_text(tmp_path, text)
     assert settings.load_config(tmp_path, saved=json.loads(config_with(seed=7).to_json())).seed == 7
 
 
-def test_load_config_gives_a_run_older_than_a_key_its_default(tmp_path):
+def test_load_config_fills_missing_keys_with_defaults(tmp_path):
     tree = json.loads(json.dumps(digits.get_config().to_dict()))
     del tree["dataset"]["storage"], tree["ablation"]
     write_text(tmp_path, json.dumps(tree))
@@ -304,7 +304,7 @@ def test_load_config_gives_a_run_older_than_a_key_its_default(tmp_path):
         '{"a.b": 3}',
     ],
 )
-def test_load_config_refuses_what_is_not_a_config(tmp_path, text):
+def test_load_config_rejects_damaged_json(tmp_path, text):
     write_text(tmp_path, text)
     with pytest.raises(UserError, match="config.json is damaged, or of another version of vit_jax: ") as error:
         settings.load_config(tmp_path)
@@ -313,12 +313,12 @@ def test_load_config_refuses_what_is_not_a_config(tmp_path, text):
 
 # Flags of train.py
 
-old_import = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+old_import = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # raised by ml_collections
 
 
 @pytest.fixture
 def config_file(tmp_path):
-    """A config file whose get_config has this body."""
+    """Returns a function that writes a config file with the given statements in get_config."""
 
     def write(body: str) -> str:
         path = tmp_path / "mine.py"
@@ -331,7 +331,7 @@ def config_file(tmp_path):
 
 
 @old_import
-def test_parse_flags_sets_keys_and_new_arguments_of_the_model():
+def test_parse_flags_sets_keys_and_new_model_arguments():
     argv = ["--config=configs/digits.py:scratch", "--config.trainable=('head/.*',)", "--config.model.pool=token"]
     config = train.parse_flags([*argv, "--config.ablation.test_augment=flip"]).config
     assert (config.trainable, config.model.pool, config.ablation.test_augment) == (("head/.*",), "token", "flip")
@@ -339,7 +339,7 @@ def test_parse_flags_sets_keys_and_new_arguments_of_the_model():
 
 @old_import
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--config.learning_rat=0.1"], "config.learning_rat: no such key; did you mean learning_rate?"),
         (["--config.epochs=20"], "config.epochs: no such key; did you mean num_steps?"),
@@ -352,14 +352,14 @@ def test_parse_flags_sets_keys_and_new_arguments_of_the_model():
         (["again"], "unexpected again; keys are set as --config.key=value"),
     ],
 )
-def test_parse_flags_refuses(words, message):
+def test_parse_flags_rejects_invalid_flags(argv, message):
     with pytest.raises(UsageError) as error:
-        train.parse_flags(["--config=configs/digits.py", *words])
+        train.parse_flags(["--config=configs/digits.py", *argv])
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @old_import
-def test_parse_flags_needs_a_config():
+def test_parse_flags_requires_config():
     with pytest.raises(UsageError, match="--config is missing; give a config file, such as --config configs/digits.py"):
         train.parse_flags([])
 
@@ -379,7 +379,7 @@ def test_parse_flags_needs_a_config():
         ("return None", "--config is missing"),
     ],
 )
-def test_parse_flags_gives_the_error_of_a_config_file_in_one_line(config_file, body, message):
+def test_parse_flags_reports_error_in_config_file_in_one_line(config_file, body, message):
     with pytest.raises(UsageError) as error:
         train.parse_flags([f"--config={config_file(body)}"])
     assert str(error.value).startswith(message) and "\n" not in str(error.value)

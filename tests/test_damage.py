@@ -1,4 +1,4 @@
-"""Every file of a run flipped, truncated, removed or swapped: the same run is read, or one line names the damage."""
+"""Damaged run directories: each file is flipped, truncated, removed or swapped; loading is exact or raises an error."""
 
 import dataclasses
 import os
@@ -21,7 +21,7 @@ BEST, LATEST = 2, 4
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run directory, and what is read from it while it is intact."""
+    """A run directory and its contents before any damage."""
 
     workdir: Path
     abstract_state: object
@@ -39,7 +39,7 @@ def bits(tree) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
-    """Few and small arrays of every kind: parameters, EMA, momentum, scalars; the best checkpoint is not the latest."""
+    """A run with parameters, EMA parameters, momentum and scalars, whose best checkpoint is not the latest."""
     workdir = tmp_path_factory.mktemp("damage") / "run"
     config = digits.get_config("scratch")
     config.model = dict(patch_size=8, hidden_size=8, num_layers=1, num_heads=2, mlp_dim=8)
@@ -48,12 +48,12 @@ def run(tmp_path_factory) -> Run:
     config.optimizer.name, config.mesh.data = "sgd", 1
     saved, save = {}, Checkpoints.save
 
-    def note_and_save(checkpoints, step, state, metadata, *, accuracy):
+    def record_and_save(checkpoints, step, state, metadata, *, accuracy):
         saved[step] = jax.device_get(state)
         save(checkpoints, step, state, metadata, accuracy=2.0 if step == BEST else accuracy)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoints, "save", note_and_save)
+        patch.setattr(Checkpoints, "save", record_and_save)
         trainer.train_and_evaluate(config, workdir)
     (workdir / "report.html").write_text("<html></html>")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -72,7 +72,7 @@ def run(tmp_path_factory) -> Run:
     )
 
 
-# Damages: (random numbers, file, run) -> the new content of files, None for one that is removed.
+# Damages: (rng, path, run) -> new content of each changed file, None for a removed file.
 
 
 def flip(rng: np.random.Generator, path: Path, run: Run) -> dict[Path, bytes | None]:
@@ -90,7 +90,7 @@ def remove(rng: np.random.Generator, path: Path, run: Run) -> dict[Path, bytes |
 
 
 def swap(rng: np.random.Generator, path: Path, run: Run) -> dict[Path, bytes | None]:
-    """Exchanges a file for one of its kind: of another checkpoint or item, or with another hash for its name."""
+    """Swaps a file with one of the same kind: of another checkpoint or item, or with another hash as its name."""
 
     def kind(path: Path) -> list[str]:
         varying = (str(BEST), str(LATEST), "params", "ema", "training")
@@ -104,7 +104,7 @@ def swap(rng: np.random.Generator, path: Path, run: Run) -> dict[Path, bytes | N
 DAMAGES = (flip, truncate, remove, swap)
 
 
-# Readers: each raises AssertionError for a silent change.
+# Readers: each raises AssertionError for undetected damage.
 
 
 def resume(run: Run) -> None:
@@ -134,15 +134,15 @@ def read_metrics(run: Run) -> None:
 
 
 def readers_of(path: Path, run: Run) -> list[Callable[[Run], None]]:
-    """Returns the readers that a damaged file could mislead."""
-    place = path.relative_to(run.workdir).parts[:2]
-    if place == ("checkpoints", str(LATEST)):
+    """Returns the readers to test with a damaged file."""
+    location = path.relative_to(run.workdir).parts[:2]
+    if location == ("checkpoints", str(LATEST)):
         return [resume, load]
-    return [restore_best] if place == ("checkpoints", str(BEST)) else [load, read_metrics]
+    return [restore_best] if location == ("checkpoints", str(BEST)) else [load, read_metrics]
 
 
 def problem(reader: Callable[[Run], None], changed: dict[Path, bytes | None], run: Run) -> str:
-    """Returns what is wrong with the outcome of a reader; "" where it is right."""
+    """Returns a description of the failure of a reader, or "" if it passes."""
     checkpoints = run.workdir / "checkpoints"
     try:
         reader(run)
@@ -152,7 +152,7 @@ def problem(reader: Callable[[Run], None], changed: dict[Path, bytes | None], ru
             return message
         damaged = {path.parts[len(checkpoints.parts)] for path in changed if checkpoints in path.parents}
         if reader is load and str(LATEST) not in damaged:
-            return f"refused for another file: {message}"
+            return f"rejected because of an unrelated file: {message}"
         advice = f"delete {checkpoints / str(LATEST)} and rerun to resume from step {BEST}"
         return "" if reader is read_metrics or damaged != {str(LATEST)} or advice in message else message
     except Exception as error:
@@ -161,7 +161,7 @@ def problem(reader: Callable[[Run], None], changed: dict[Path, bytes | None], ru
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 11))])
-def test_a_damaged_file_is_named_or_changes_nothing(run, seed):
+def test_load_and_resume_detect_damaged_files(run, seed):
     problems, num_cases = [], 0
     for damage in DAMAGES:
         for number, path in enumerate(run.files):
@@ -185,7 +185,7 @@ def test_a_damaged_file_is_named_or_changes_nothing(run, seed):
 @pytest.mark.parametrize(
     ("first", "second"), [("2", "4"), ("2/params", "4/params"), ("4/params", "4/ema"), ("2/metadata", "4/metadata")]
 )
-def test_directories_that_are_swapped_are_named(run, first, second):
+def test_load_and_resume_detect_swapped_directories(run, first, second):
     checkpoints = run.workdir / "checkpoints"
 
     def exchange() -> None:
@@ -202,7 +202,7 @@ def test_directories_that_are_swapped_are_named(run, first, second):
         exchange()
 
 
-def test_a_renamed_checkpoint_is_not_taken_for_another_step(run):
+def test_load_rejects_renamed_checkpoint(run):
     checkpoints = run.workdir / "checkpoints"
     os.rename(checkpoints / str(LATEST), checkpoints / "6")
     try:

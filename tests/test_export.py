@@ -23,16 +23,16 @@ FORMATS = ("npz", "orbax", "safetensors", "stablehlo")
 
 @pytest.fixture(scope="module")
 def workdir(lora_run):
-    """A run whose EMA differs from its parameters and whose backbone has LoRA weights."""
+    """A run with LoRA weights, whose EMA parameters differ from its parameters."""
     return lora_run
 
 
 @pytest.fixture(scope="module")
 def exported(workdir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported")
+    directory = tmp_path_factory.mktemp("exported")
     for name in FORMATS:
-        assert export.main(["--workdir", str(workdir), "--format", name, "--out", str(folder / name)]) == 0
-    return folder
+        assert export.main(["--workdir", str(workdir), "--format", name, "--out", str(directory / name)]) == 0
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def logits_of(source, images):
         ("num_heads", 3, r"num_heads 3 instead of 4"),
     ],
 )
-def test_metadata_of_another_model_is_refused(exported, tmp_path, key, value, message):
+def test_load_rejects_inconsistent_metadata(exported, tmp_path, key, value, message):
     metadata = pretrained.read_metadata(exported / "npz").to_json()
     (metadata["model"] if key in metadata["model"] else metadata)[key] = value
     path = tmp_path / "x.npz"
@@ -70,19 +70,19 @@ def test_metadata_of_another_model_is_refused(exported, tmp_path, key, value, me
 
 
 def write_with_comment(path, exported, metadata):
-    """Writes metadata of any content, as version 0.1 did."""
+    """Saves parameters with any metadata in the ZIP comment, as version 0.1 did."""
     pretrained.save_npz(path, pretrained.load_npz(exported))
     with zipfile.ZipFile(path, "a") as archive:
         archive.comment = json.dumps(metadata).encode()
 
 
 @pytest.mark.parametrize("name", ["npz", "orbax", "safetensors"])
-def test_load_gives_the_exported_run_to_the_bit(workdir, exported, images, name):
+def test_load_restores_exported_run_bit_exactly(workdir, exported, images, name):
     run, loaded = vit_jax.load(workdir), vit_jax.load(exported / name)
-    ours, theirs = flatten_dict(run.params), flatten_dict(loaded.params)
-    assert ours.keys() == theirs.keys()
-    for key, leaf in ours.items():
-        np.testing.assert_array_equal(leaf, theirs[key])
+    expected, actual = flatten_dict(run.params), flatten_dict(loaded.params)
+    assert expected.keys() == actual.keys()
+    for key, leaf in expected.items():
+        np.testing.assert_array_equal(leaf, actual[key])
     np.testing.assert_array_equal(run.logits(images), loaded.logits(images))
     assert loaded.class_names == run.class_names and loaded.image_size == 16
     assert (loaded.metadata.image_mean, loaded.metadata.image_std) == (run.metadata.image_mean, run.metadata.image_std)
@@ -90,21 +90,21 @@ def test_load_gives_the_exported_run_to_the_bit(workdir, exported, images, name)
 
 @pytest.fixture(scope="module")
 def bfloat16_workdir(tmp_path_factory):
-    """A run that computes in bfloat16, with a head that is not zero."""
+    """A run that computes in bfloat16, with a nonzero head."""
     config = digits.get_config()
     config.ablation.head_init = "xavier"
     config.update(dtype="bfloat16", num_steps=0, warmup_steps=0)
-    folder = tmp_path_factory.mktemp("bfloat16") / "digits"
-    trainer.train_and_evaluate(config, folder)
-    return folder
+    directory = tmp_path_factory.mktemp("bfloat16") / "digits"
+    trainer.train_and_evaluate(config, directory)
+    return directory
 
 
 @pytest.mark.parametrize("name", ["npz", "orbax", "safetensors", "stablehlo"])
-def test_export_keeps_the_dtype_of_the_computation(bfloat16_workdir, images, tmp_path, name):
+def test_main_keeps_compute_dtype(bfloat16_workdir, images, tmp_path, name):
     run, images = vit_jax.load(bfloat16_workdir), images[:8].repeat(2, axis=1).repeat(2, axis=2)
     params = jax.device_get(run.params)
 
-    def forward(classifier):  # on one device: how bfloat16 is rounded depends on the compiled batch
+    def forward(classifier):  # on one device: bfloat16 rounding depends on the compiled batch size
         return np.asarray(jax.jit(classifier.forward)(params, images))
 
     assert export.main(["--workdir", str(bfloat16_workdir), "--format", name, "--out", str(tmp_path / "out")]) == 0
@@ -119,14 +119,14 @@ def test_export_keeps_the_dtype_of_the_computation(bfloat16_workdir, images, tmp
     assert np.abs(logits - forward(float32)).max() > 1e-3
 
 
-def test_load_takes_exports_without_a_dtype_for_float32(exported, tmp_path):
+def test_load_defaults_to_float32_for_exports_without_dtype(exported, tmp_path):
     metadata = pretrained.read_metadata(exported / "npz").to_json()
     assert metadata.pop("dtype") == "float32"
     write_with_comment(tmp_path / "old.npz", exported / "npz", metadata)
     assert vit_jax.load(tmp_path / "old.npz").model.dtype == "float32"
 
 
-def test_create_model_takes_its_dtype_from_the_config(bfloat16_workdir, tmp_path):
+def test_create_model_uses_dtype_of_config(bfloat16_workdir, tmp_path):
     export.export_npz(load_run(bfloat16_workdir), tmp_path / "bfloat16.npz")
     config = digits.get_config()
     config.pretrained = str(tmp_path / "bfloat16.npz")
@@ -135,7 +135,7 @@ def test_create_model_takes_its_dtype_from_the_config(bfloat16_workdir, tmp_path
     assert create_model(config, source, num_classes=10).dtype == "float32"
 
 
-def test_export_npz_has_the_original_keys_and_starts_another_run(workdir, exported, tmp_path):
+def test_export_npz_keeps_original_keys_and_initializes_another_run(workdir, exported, tmp_path):
     flat = dict(np.load(exported / "npz"))
     assert flat.keys() == flatten_dict(pretrained.load_npz(pretrained.resolve("micro")), sep="/").keys()
     config = digits.get_config()
@@ -147,15 +147,15 @@ def test_export_npz_has_the_original_keys_and_starts_another_run(workdir, export
 
 
 def test_main_exports_ema_parameters_unless_no_ema(workdir, exported, images, tmp_path):
-    words = ["--workdir", str(workdir), "--format", "npz", "--no_ema", "--out", str(tmp_path / "raw.npz")]
-    assert export.main(words) == 0
+    argv = ["--workdir", str(workdir), "--format", "npz", "--no_ema", "--out", str(tmp_path / "raw.npz")]
+    assert export.main(argv) == 0
     raw = load_run(workdir, use_ema=False)
     np.testing.assert_array_equal(logits_of(tmp_path / "raw.npz", images), raw.logits(images))
     assert np.abs(raw.logits(images) - logits_of(exported / "npz", images)).max() > 1e-3
 
 
-def test_export_stablehlo_needs_only_jax_and_takes_any_batch(workdir, exported, images, tmp_path):
-    """The lines of the README, in a process that cannot import this package or flax."""
+def test_export_stablehlo_requires_only_jax_and_accepts_any_batch_size(workdir, exported, images, tmp_path):
+    """Runs the documented lines in a process that cannot import this package, flax, optax or orbax."""
     np.save(tmp_path / "images.npy", np.asarray(jax.image.resize(images[:7], (7, 16, 16, 3), "nearest")))
     script = f"""
 import sys
@@ -171,17 +171,17 @@ np.save({str(tmp_path / "logits.npy")!r}, logits[1])
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    wanted = vit_jax.load(workdir).logits(np.load(tmp_path / "images.npy"))
-    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), wanted, atol=1e-5)
+    expected = vit_jax.load(workdir).logits(np.load(tmp_path / "images.npy"))
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-5)
 
 
-def test_exports_hold_the_metadata_of_the_model_alone(workdir, exported):
-    about = load_run(workdir).metadata.to_json()
-    assert about["vit_jax"] == vit_jax.__version__ and about["class_names"] == [str(i) for i in range(10)]
-    assert pretrained.read_metadata(exported / "npz").to_json() == about
+def test_main_exports_only_metadata_of_model(workdir, exported):
+    metadata = load_run(workdir).metadata.to_json()
+    assert metadata["vit_jax"] == vit_jax.__version__ and metadata["class_names"] == [str(i) for i in range(10)]
+    assert pretrained.read_metadata(exported / "npz").to_json() == metadata
     for name in ("orbax", "stablehlo", "safetensors"):
-        assert json.loads((exported / name / "metadata.json").read_text())["metadata"] == about
-    assert not about.keys() & {"command", "config", "dataset"}
+        assert json.loads((exported / name / "metadata.json").read_text())["metadata"] == metadata
+    assert not metadata.keys() & {"command", "config", "dataset"}
     modes = {path.name: path.stat().st_mode & stat.S_IROTH for path in (exported / "safetensors").iterdir()}
     assert all(modes.values()), modes
     config = json.loads((exported / "safetensors/config.json").read_text())
@@ -190,32 +190,32 @@ def test_exports_hold_the_metadata_of_the_model_alone(workdir, exported):
     assert preprocessor["image_mean"] == preprocessor["image_std"] == [0.5, 0.5, 0.5]
 
 
-def test_load_names_the_classes_of_a_pretrained_checkpoint_by_numbers(images):
+def test_load_numbers_classes_without_names(images):
     micro = vit_jax.load("micro")
     assert micro.image_size == 32 and micro.class_names == tuple(str(i) for i in range(10))
     assert micro.predict(images[:2]).shape == (2, 10)
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("argv", "code", "message"),
     [
         (["--format", "onnx"], 2, "invalid choice: 'onnx'"),
         (["--format", "npz", "--step", "7"], 1, "has no checkpoint of step 7; it has 20"),
         (["--format", "npz", "--out", "setup.cfg"], 1, "--out setup.cfg already exists"),
-        (["--format", "orbax", "--out", "nowhere/there"], 1, "cannot write nowhere/there: No such file or directory"),
+        (["--format", "orbax", "--out", "nowhere/out"], 1, "cannot write nowhere/out: No such file or directory"),
         (["--format", "npz", "--workdir", "configs"], 1, "configs holds no run"),
     ],
 )
-def test_main_reports_what_it_cannot_export_in_one_line(workdir, run_cli, tmp_path, words, code, message):
-    words = ["--workdir", workdir, "--out", tmp_path / "out", *words]
-    result = run_cli("vit_jax.export", words)
+def test_main_reports_errors_in_one_line(workdir, run_cli, tmp_path, argv, code, message):
+    argv = ["--workdir", workdir, "--out", tmp_path / "out", *argv]
+    result = run_cli("vit_jax.export", argv)
     assert result.code == code
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and message in line
     assert list(tmp_path.iterdir()) == []
 
 
-def test_main_leaves_nothing_when_it_fails(workdir, tmp_path, monkeypatch):
+def test_main_leaves_no_files_on_failure(workdir, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 

@@ -1,6 +1,6 @@
-"""Five hundred damaged files and mistyped overrides: an exit code, at most one line of error each, no leftover files.
+"""Fuzz tests: 500 damaged files and invalid overrides; at most one line of error each, and no leftover files.
 
-A case is made from its kind and number alone, so that a failure can be looked at again: `make_case("npz", 17, folder)`.
+A case depends only on its kind and number, so that a failure can be reproduced: `make_case("npz", 17, directory)`.
 """
 
 import contextlib
@@ -40,16 +40,16 @@ def get_config(arg=""):
 
 
 class Case(NamedTuple):
-    """A command line; `leaves` may be there afterwards, where the command succeeds."""
+    """A command line; `output` may exist afterwards if the command succeeds."""
 
     name: str
     command: str
     arguments: list[str]
-    leaves: Path | None = None
+    output: Path | None = None
 
 
 class Evil:
-    """Whoever unpickles this makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = str(path)
@@ -58,14 +58,14 @@ class Evil:
         return open, (self.path, "w")
 
 
-def make_case(kind: str, number: int, folder: Path) -> Case:
-    """Writes what the case needs into `folder`."""
+def make_case(kind: str, number: int, directory: Path) -> Case:
+    """Returns a case, after writing its files to `directory`."""
     rng = np.random.default_rng([2021, list(NUM_CASES).index(kind), number])
     makers = {"npz": npz_case, "image": image_case, "config": config_case}
-    return makers[kind](rng, number, folder)
+    return makers[kind](rng, number, directory)
 
 
-# Parameter files
+# Checkpoints
 
 
 def released_arrays() -> dict[str, np.ndarray]:
@@ -74,7 +74,7 @@ def released_arrays() -> dict[str, np.ndarray]:
     return {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
 
 
-def about() -> dict:
+def good_metadata() -> dict:
     return {
         "architecture": "vit",
         "model": {**TINY, "num_classes": 3},
@@ -85,17 +85,17 @@ def about() -> dict:
     }
 
 
-def good_npz(folder: Path) -> bytes:
-    path = folder / "good.npz"
+def good_npz(directory: Path) -> bytes:
+    path = directory / "good.npz"
     if not path.exists():
         pretrained.save_npz(
-            path, unflatten_dict(released_arrays(), sep="/"), pretrained.ModelMetadata.from_json(about())
+            path, unflatten_dict(released_arrays(), sep="/"), pretrained.ModelMetadata.from_json(good_metadata())
         )
     return path.read_bytes()
 
 
 def zip_of(members: list[tuple[str, bytes]], *, comment: bytes = b"", compression: int = zipfile.ZIP_STORED) -> bytes:
-    """An archive of members as they are given; names may repeat and hold anything."""
+    """Returns an archive of the given members; names may repeat and contain any characters."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         archive.comment = comment
@@ -106,19 +106,19 @@ def zip_of(members: list[tuple[str, bytes]], *, comment: bytes = b"", compressio
 
 
 def rename_members(content: bytes, names: list[bytes]) -> bytes:
-    """Puts names into the headers of an archive, where numbers of six digits hold their places."""
+    """Replaces the names of an archive's members, numbers of six digits, in its headers."""
     end = content.rindex(b"PK\x05\x06")
     local, central = bytearray(), bytearray()
-    place = struct.unpack_from("<I", content, end + 16)[0]
+    offset = struct.unpack_from("<I", content, end + 16)[0]
     for name in names:
-        header = content[place : place + 46]
+        header = content[offset : offset + 46]
         size, start = struct.unpack_from("<I", header, 20)[0], struct.unpack_from("<I", header, 42)[0]
         flags = struct.pack("<H", 0x800 if not name.isascii() else 0)
         length, at = struct.pack("<H", len(name)), struct.pack("<I", len(local))
         old = content[start : start + 30]
         local += old[:6] + flags + old[8:26] + length + old[28:] + name + content[start + 36 :][:size]
         central += header[:8] + flags + header[10:28] + length + header[30:42] + at + name
-        place += 46 + 6
+        offset += 46 + 6
     counts = struct.pack("<HHII", len(names), len(names), len(central), len(local))
     return bytes(local + central + content[end : end + 8] + counts + content[end + 20 :])
 
@@ -172,7 +172,7 @@ HEADERS = [
 ]
 
 
-def changed_header(rng: np.random.Generator, arrays: dict, folder: Path) -> bytes:
+def wrong_header(rng: np.random.Generator, arrays: dict, directory: Path) -> bytes:
     header = HEADERS[rng.integers(len(HEADERS))]
     version = [b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x09\x09"][rng.choice(4, p=[0.7, 0.1, 0.1, 0.1])]
     data = arrays["Transformer/encoder_norm/bias"].tobytes()
@@ -180,19 +180,19 @@ def changed_header(rng: np.random.Generator, arrays: dict, folder: Path) -> byte
 
 
 def npz_with(arrays: dict, key: str, content: bytes) -> bytes:
-    """The good file with one member's bytes replaced."""
+    """Returns the valid checkpoint with the bytes of a single array replaced."""
     return zip_of([(f"{name}.npy", content if name == key else npy_bytes(a)) for name, a in arrays.items()])
 
 
-def other_array(rng: np.random.Generator, arrays: dict, folder: Path) -> bytes:
-    """An array of another type, shape or content, well written."""
+def wrong_array(rng: np.random.Generator, arrays: dict, directory: Path) -> bytes:
+    """Returns a checkpoint with an array of another dtype, shape or content."""
     key = list(arrays)[rng.integers(len(arrays))]
     shape = arrays[key].shape
     evil = np.empty(shape, object)
-    evil.fill(Evil(folder / "executed"))
+    evil.fill(Evil(directory / "executed"))
     others = [
         evil,
-        np.array(Evil(folder / "executed"), object),
+        np.array(Evil(directory / "executed"), object),
         np.full(shape, "1.0"),
         np.full(shape, b"1.0"),
         np.zeros(shape, "datetime64[s]"),
@@ -215,8 +215,8 @@ def other_array(rng: np.random.Generator, arrays: dict, folder: Path) -> bytes:
     return npz_with(arrays, key, npy_bytes(array))
 
 
-def other_names(rng: np.random.Generator, arrays: dict, folder: Path) -> bytes:
-    """Members that are missing, there twice, more than there should be, or of another name."""
+def wrong_names(rng: np.random.Generator, arrays: dict, directory: Path) -> bytes:
+    """Returns a checkpoint with missing, duplicated, additional or renamed arrays."""
     members = [(f"{name}.npy", npy_bytes(array)) for name, array in arrays.items()]
     i = int(rng.integers(len(members)))
     name, content = members[i]
@@ -238,77 +238,77 @@ def other_names(rng: np.random.Generator, arrays: dict, folder: Path) -> bytes:
     return zip_of(members)
 
 
-def other_description(rng: np.random.Generator, arrays: dict, folder: Path) -> bytes:
-    """A comment that says other things of the model, or none."""
-    said = about()
+def wrong_metadata(rng: np.random.Generator, arrays: dict, directory: Path) -> bytes:
+    """Returns a checkpoint with invalid metadata."""
+    metadata = good_metadata()
     texts = [b"{", b"[]", b"null", b"{}", b"\xff\xfe", b"[" * 60000, b'{"model": ' * 5000, b'"model"', b"1e999"]
     values = [None, 7, -1, "vit", [], {}, True, 1.5, [0.5] * 2, ["a"] * 4, [None] * 3, float("nan"), 10**30, ["a"] * 3]
     if rng.random() < 0.3:
         comment = texts[rng.integers(len(texts))]
     else:
-        place = said if rng.random() < 0.6 else said["model"]
-        key = list(place)[rng.integers(len(place))]
+        group = metadata if rng.random() < 0.6 else metadata["model"]
+        key = list(group)[rng.integers(len(group))]
         if rng.random() < 0.2:
-            del place[key]
+            del group[key]
         else:
-            place[key] = values[rng.integers(len(values))]
-        comment = json.dumps(said).encode()
+            group[key] = values[rng.integers(len(values))]
+        comment = json.dumps(metadata).encode()
     return zip_of([(f"{name}.npy", npy_bytes(array)) for name, array in arrays.items()], comment=comment)
 
 
-def bomb(rng: np.random.Generator, arrays: dict, folder: Path) -> bytes:
-    """A quarter of a megabyte that unpacks to 255, or says so."""
+def zip_bomb(rng: np.random.Generator, arrays: dict, directory: Path) -> bytes:
+    """Returns a checkpoint of 0.25 MiB that unpacks to 255 MiB, or declares that size."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
-    million = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    mebibyte = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
     count = 255 if rng.random() < 0.5 else 3
     numbers = (255 << 20) // 4
     header = with_header(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({numbers},), }}\n", b"")
     first = packer.compress(header) + packer.flush(zlib.Z_FULL_FLUSH)
-    packed = first + million * count + packer.flush()
+    packed = first + mebibyte * count + packer.flush()
     content = bytearray(zip_of([("cls.npy", packed)]))
     for signature, method, size in ((b"PK\x03\x04", 8, 22), (b"PK\x01\x02", 10, 24)):
-        place = content.index(signature)
-        struct.pack_into("<H", content, place + method, zipfile.ZIP_DEFLATED)
-        struct.pack_into("<I", content, place + size, len(header) + (255 << 20))
+        offset = content.index(signature)
+        struct.pack_into("<H", content, offset + method, zipfile.ZIP_DEFLATED)
+        struct.pack_into("<I", content, offset + size, len(header) + (255 << 20))
     return bytes(content)
 
 
-def compressed(rng: np.random.Generator, arrays: dict, folder: Path) -> bytes:
-    """A compressed archive with some damaged bytes, or one that claims another compression."""
-    method = [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA][rng.integers(3)]
+def compressed(rng: np.random.Generator, arrays: dict, directory: Path) -> bytes:
+    """Returns a compressed checkpoint with damaged bytes or a wrong compression method."""
+    compression = [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA][rng.integers(3)]
     members = [(f"{name}.npy", npy_bytes(array)) for name, array in arrays.items()]
-    content = bytearray(zip_of(members, compression=method))
+    content = bytearray(zip_of(members, compression=compression))
     if rng.random() < 0.5:
         return damage(rng, bytes(content))
-    for signature, place in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
-        at = content.index(signature)
-        struct.pack_into("<H", content, at + place, int(rng.choice([0, 1, 8, 12, 14, 93, 99])))
-        struct.pack_into("<H", content, at + place - 2, int(rng.choice([0, 1, 0x20, 0x40, 0x800])))
+    for signature, method in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        offset = content.index(signature)
+        struct.pack_into("<H", content, offset + method, int(rng.choice([0, 1, 8, 12, 14, 93, 99])))
+        struct.pack_into("<H", content, offset + method - 2, int(rng.choice([0, 1, 0x20, 0x40, 0x800])))
     return bytes(content)
 
 
 def damage(rng: np.random.Generator, content: bytes) -> bytes:
-    """Flipped, lost, strange or repeated bytes, wherever they fall."""
+    """Flips, deletes, inserts or repeats bytes at random positions."""
     out = bytearray(content)
-    how, place = rng.integers(9), int(rng.integers(len(out)))
+    how, start = rng.integers(9), int(rng.integers(len(out)))
     length = int(rng.integers(1, 1 + len(out) // 4))
     if how == 0:
-        out[place] ^= 1 << rng.integers(8)
-    elif how == 1:  # in what comes last: a ZIP's directory is there
+        out[start] ^= 1 << rng.integers(8)
+    elif how == 1:  # in the last bytes, which contain the directory of a ZIP
         for _ in range(4):
             out[-1 - rng.integers(min(600, len(out)))] = rng.integers(256)
-    elif how == 2:  # in what comes first
+    elif how == 2:  # in the first bytes
         for _ in range(3):
             out[rng.integers(min(100, len(out)))] = rng.integers(256)
     elif how == 3:
-        del out[place:]
+        del out[start:]
     elif how == 4:
-        del out[place : place + length]
+        del out[start : start + length]
     elif how == 5:
-        out[place:place] = rng.bytes(length)
+        out[start:start] = rng.bytes(length)
     elif how == 6:
         other = int(rng.integers(len(out)))
-        out[place : place + length] = out[other : other + length]
+        out[start : start + length] = out[other : other + length]
     elif how == 7:
         out[:0] = rng.bytes(length)
     else:
@@ -317,8 +317,8 @@ def damage(rng: np.random.Generator, content: bytes) -> bytes:
     return bytes(out)
 
 
-def no_file(rng: np.random.Generator, path: Path) -> None:
-    """Puts something at a path that is no such file, or nothing."""
+def special_file(rng: np.random.Generator, path: Path) -> None:
+    """Creates a directory, FIFO, link or invalid file, or nothing."""
     how = rng.integers(9)
     if how == 0:
         path.mkdir()
@@ -338,37 +338,37 @@ def no_file(rng: np.random.Generator, path: Path) -> None:
         path.write_bytes(rng.bytes(300))
 
 
-def npz_case(rng: np.random.Generator, number: int, folder: Path) -> Case:
-    makers: list[Callable[..., bytes]] = [changed_header, other_array, other_names, other_description, compressed]
-    good, arrays = good_npz(folder), released_arrays()
-    path = folder / f"{number}.npz"
+def npz_case(rng: np.random.Generator, number: int, directory: Path) -> Case:
+    makers: list[Callable[..., bytes]] = [wrong_header, wrong_array, wrong_names, wrong_metadata, compressed]
+    valid, arrays = good_npz(directory), released_arrays()
+    path = directory / f"{number}.npz"
     which = number % 10
     if which < 5:
-        path.write_bytes(makers[which](rng, arrays, folder))
+        path.write_bytes(makers[which](rng, arrays, directory))
     elif number % 50 == 5:
-        path.write_bytes(bomb(rng, arrays, folder))
+        path.write_bytes(zip_bomb(rng, arrays, directory))
     elif which == 6:
-        no_file(rng, path)
+        special_file(rng, path)
     else:
-        path.write_bytes(damage(rng, good))
-    write_image(folder / "good.png")
-    workdir = folder / f"run{number}"
+        path.write_bytes(damage(rng, valid))
+    write_image(directory / "good.png")
+    workdir = directory / f"run{number}"
     where = number // 10 % 10
     if where in (2, 5, 8):
-        config = folder / "config.py"
+        config = directory / "config.py"
         config.write_text(CONFIG.format(model={}))
         arguments = ["--config", config, "--workdir", workdir, "--noreport", f"--config.pretrained={path}"]
-        return case(f"train {path.name}", "train", arguments, workdir)
+        return create_case(f"train {path.name}", "train", arguments, workdir)
     if where == 9:
         command = ["vit_jax.export", "vit_jax.evaluate"][number % 2]
         more = ["--format", "npz", "--out", workdir] if command == "vit_jax.export" else []
-        return case(f"{command} {path.name}", command, ["--workdir", path, *more], workdir)
-    json_too = ["--json"] if number % 2 else []
-    return case(f"predict {path.name}", "vit_jax.predict", ["--workdir", path, folder / "good.png", *json_too])
+        return create_case(f"{command} {path.name}", command, ["--workdir", path, *more], workdir)
+    flags = ["--json"] if number % 2 else []
+    return create_case(f"predict {path.name}", "vit_jax.predict", ["--workdir", path, directory / "good.png", *flags])
 
 
-def case(name: str, command: str, arguments: list, leaves: Path | None = None) -> Case:
-    return Case(name, command, list(map(str, arguments)), leaves)
+def create_case(name: str, command: str, arguments: list, output: Path | None = None) -> Case:
+    return Case(name, command, list(map(str, arguments)), output)
 
 
 # Images
@@ -387,7 +387,7 @@ def image_bytes(kind: str, mode: str = "RGB", **options: object) -> bytes:
 
 
 def png_of(width: int, height: int, depth: int = 8, colour: int = 2) -> bytes:
-    """A PNG that promises a size and holds a few bytes."""
+    """Returns a PNG that declares a size but contains few bytes."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -398,7 +398,7 @@ def png_of(width: int, height: int, depth: int = 8, colour: int = 2) -> bytes:
 
 
 def huge_image(rng: np.random.Generator) -> bytes:
-    """A header that promises more than there is."""
+    """Returns an image whose header declares more pixels than it contains."""
     how = rng.integers(6)
     if how == 0:
         return png_of(60_000, 60_000)
@@ -421,11 +421,11 @@ def huge_image(rng: np.random.Generator) -> bytes:
 
 
 def exif_image(rng: np.random.Generator) -> bytes:
-    """EXIF that cannot be read, or says strange things."""
+    """Returns an image with damaged EXIF data."""
     tags = Image.Exif()
     tags[0x0112] = [0, 9, 65535, 3][rng.integers(4)]
-    whole = tags.tobytes()
-    damaged = [rng.bytes(50), whole[:10], b"Exif\x00\x00II*\x00\xff\xff\xff\xff", damage(rng, whole)][rng.integers(4)]
+    exif = tags.tobytes()
+    damaged = [rng.bytes(50), exif[:10], b"Exif\x00\x00II*\x00\xff\xff\xff\xff", damage(rng, exif)][rng.integers(4)]
     kind = ["JPEG", "PNG", "WEBP"][rng.integers(3)]
     content = image_bytes(kind, exif=damaged)
     return content[: len(content) * 2 // 3] if rng.random() < 0.5 else content
@@ -445,9 +445,9 @@ NAMES = [
 ]
 
 
-def image_case(rng: np.random.Generator, number: int, folder: Path) -> Case:
-    good_npz(folder)
-    path = folder / f"{number}.png"
+def image_case(rng: np.random.Generator, number: int, directory: Path) -> Case:
+    good_npz(directory)
+    path = directory / f"{number}.png"
     kinds = [
         ("PNG", "RGB"),
         ("JPEG", "RGB"),
@@ -464,71 +464,71 @@ def image_case(rng: np.random.Generator, number: int, folder: Path) -> Case:
     elif which == 1:
         path.write_bytes(exif_image(rng))
     elif which == 2:
-        no_file(rng, path)
+        special_file(rng, path)
     elif which == 3:
         content = image_bytes(kind, mode)
         path.write_bytes(content[: rng.integers(len(content))])
     elif number % 28 == 4:
-        path = folder / f"{number}{NAMES[rng.integers(len(NAMES))]}"
+        path = directory / f"{number}{NAMES[rng.integers(len(NAMES))]}"
         path.write_bytes(image_bytes(kind, mode)[: rng.integers(20, 400)])
     else:
         path.write_bytes(damage(rng, image_bytes(kind, mode)))
     if number % 5 == 1:
-        root = folder / f"images{number}"
+        root = directory / f"images{number}"
         for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
             (root / name).mkdir(parents=True)
             write_image(root / name / "good.png")
         if os.path.lexists(path):
             path.rename(root / "train" / "dog" / "other.png")
-        config = folder / "sized.py"
+        config = directory / "sized.py"
         config.write_text(CONFIG.format(model={**TINY}))
         arguments = ["--config", config, "--dry_run", f"--config.dataset.name=folder:{root}", "--config.batch_size=2"]
-        return case(f"train {number}", "train", arguments)
-    json_too = ["--json"] if number % 2 else []
-    return case(f"predict {path.name}", "vit_jax.predict", ["--workdir", folder / "good.npz", path, *json_too])
+        return create_case(f"train {number}", "train", arguments)
+    flags = ["--json"] if number % 2 else []
+    return create_case(f"predict {path.name}", "vit_jax.predict", ["--workdir", directory / "good.npz", path, *flags])
 
 
 # Overrides
 
-WHOLE = """
+INTS = """
 seed image_size feature_views lora.rank batch_size eval_batch_size accumulation_steps mesh.fsdp mesh.data num_steps
 ablation.schedule_steps ablation.schedule_every_steps warmup_steps log_every_steps eval_every_steps
 checkpoint_every_steps
 model.num_layers model.hidden_size model.num_heads model.mlp_dim model.patch_size
 """
-NUMBER = """
+FLOATS = """
 lora.alpha optimizer.momentum optimizer.weight_decay optimizer.layer_decay optimizer.clip_norm learning_rate
 label_smoothing mixup_alpha cutmix_alpha ema_decay model.dropout_rate
 """
-NAME = """
+CHOICES = """
 architecture dtype augment ablation.test_augment ablation.head_init features optimizer.name
 optimizer.momentum_dtype optimizer.decayed schedule remat
 """
-TEXT = "pretrained dataset.name dataset.data_dir dataset.train_split dataset.test_split"
-TUPLE = "image_mean image_std trainable lora.targets dataset.classes"
-FLAG = "ablation.frozen_dropout"
+STRINGS = "pretrained dataset.name dataset.data_dir dataset.train_split dataset.test_split"
+TUPLES = "image_mean image_std trainable lora.targets dataset.classes"
+BOOLEANS = "ablation.frozen_dropout"
 NINES = "9" * 30
-# Words apart by blanks; what holds blanks or is made stands behind.
+# Values separated by whitespace, then values that contain whitespace or are computed.
 VALUES = {
-    WHOLE: "many 1.5 -1 1e3 nan inf True None [] {} '1' 4294967296 2147483648 -- 1,000 \u0663\u0663\u0663\u0663".split()
+    INTS: "many 1.5 -1 1e3 nan inf True None [] {} '1' 4294967296 2147483648 -- 1,000 \u0663\u0663\u0663\u0663".split()
     + ["", "(1, 2)", "1 2", "\n", NINES, f"-{NINES}", "9" * 5000],
-    NUMBER: "quick nan -inf inf -0.5 1e400 True (0.1,) 0,1 None 1e39 -1e-300 0x1p3 ½ -- [0.1]".split()
+    FLOATS: "quick nan -inf inf -0.5 1e400 True (0.1,) 0,1 None 1e39 -1e-300 0x1p3 ½ -- [0.1]".split()
     + ["", "\t", "9" * 400],
-    NAME: "None SGD ｓｇｄ 🙂 ../sgd 0 () \udcff %s".split() + ["", " sgd", "adam\n", "x" * 100_000],
-    TEXT: """
+    CHOICES: "None SGD ｓｇｄ 🙂 ../sgd 0 () \udcff %s".split() + ["", " sgd", "adam\n", "x" * 100_000],
+    STRINGS: """
         / . ~ ~nobody/x nowhere.npz /dev/null 🙂 micro/ ../micro \udcff folder: folder:/dev/null folder:nowhere train[
         train[:x] train[5:1] train[:101%] * %s{} train[:-0] test[0:0] valid https://nowhere/x.npz imagenet21k/ViT-B_17
         """.split()
     + ["", "x" * 5000, "\n", f"train[:{NINES}]"],
-    TUPLE: """
+    TUPLES: """
         ( () ('(',) ('[[a]',) ('a{99999999999999999999}',) None {'a':1} b'full' 7 ('*',) ('nothing/.*',) (None,1,2)
         ({},) (nan,1,2) ('a','b','c') (0.5,0.5,-0.5) ((1,2),3,4) ('head/.*',5) (1e999,1,1)
         (127.5,127.5,127.5) ('\\x00',) (b'head/.*',) 🙂 ('',)
         """.split()
     + ["", f"('{'(' * 3000}',)", f"('{'(' * 3000}{')' * 3000}',)", "(" * 150, f"({'9' * 400}, 0, 0)"],
-    FLAG: ["", "maybe", "2", "None", "()", "Truee", "-1"],
+    BOOLEANS: ["", "maybe", "2", "None", "()", "Truee", "-1"],
 }
-ODD_WORDS = (
+ODD_FLAGS = (
     """
 --config.=1 --config..x=1 --config.optimizer=5 --config.optimizer={} --config.optimizer.name.x=1 --config.__class__=1
 --config.lock=1 --config.to_dict=1 --config.items=1 --config.model= --config.x --config.batch_size
@@ -543,40 +543,40 @@ ODD_WORDS = (
 )
 
 
-def config_case(rng: np.random.Generator, number: int, folder: Path) -> Case:
+def config_case(rng: np.random.Generator, number: int, directory: Path) -> Case:
     which = number % 8
-    groups = [WHOLE, NUMBER, NAME, TEXT, TUPLE, TUPLE]
+    groups = [INTS, FLOATS, CHOICES, STRINGS, TUPLES, TUPLES]
     if which < 6:
-        keys = groups[which] if number % 40 else FLAG
+        keys = groups[which] if number % 40 else BOOLEANS
         key = (keys.split())[rng.integers(len(keys.split()))]
         values = VALUES[keys]
-        words = [f"--config.{key}={values[rng.integers(len(values))]}"]
+        flags = [f"--config.{key}={values[rng.integers(len(values))]}"]
     elif which == 6:
         key = " ".join(VALUES).split()[rng.integers(len(" ".join(VALUES).split()))]
-        words = [f"--config.{mistype(rng, key)}=1"]
+        flags = [f"--config.{mistype(rng, key)}=1"]
     else:
-        words = [ODD_WORDS[number // 8 % len(ODD_WORDS)]]
+        flags = [ODD_FLAGS[number // 8 % len(ODD_FLAGS)]]
         if number % 3 == 0:
-            words += [ODD_WORDS[rng.integers(len(ODD_WORDS))]]
-    config = folder / "sized.py"
+            flags += [ODD_FLAGS[rng.integers(len(ODD_FLAGS))]]
+    config = directory / "sized.py"
     config.write_text(CONFIG.format(model={**TINY, "dropout_rate": 0.0}))
-    workdir = folder / f"run{number}"
-    arguments = ["--config", config, "--workdir", workdir, "--noreport", *words]
-    return case(f"train {' '.join(words)[:200]!a}", "train", arguments, workdir)
+    workdir = directory / f"run{number}"
+    arguments = ["--config", config, "--workdir", workdir, "--noreport", *flags]
+    return create_case(f"train {' '.join(flags)[:200]!a}", "train", arguments, workdir)
 
 
 def mistype(rng: np.random.Generator, key: str) -> str:
-    """A letter lost, doubled, exchanged or strange."""
-    place, how = int(rng.integers(len(key) - 1)), rng.integers(4)
-    letters = ["", key[place] * 2, key[place + 1] + key[place], "ö"][how]
-    return key[:place] + letters + key[place + (2 if how == 2 else 1) :]
+    """Deletes, doubles, swaps or replaces a letter."""
+    start, how = int(rng.integers(len(key) - 1)), rng.integers(4)
+    letters = ["", key[start] * 2, key[start + 1] + key[start], "ö"][how]
+    return key[:start] + letters + key[start + (2 if how == 2 else 1) :]
 
 
-# Driving
+# Running a case
 
 
 class TooLongError(BaseException):
-    """No `except` of ours may take this for a mistake in the input."""
+    """A BaseException, so that no `except Exception` treats a timeout as an input error."""
 
 
 @contextlib.contextmanager
@@ -584,21 +584,21 @@ def time_limit(seconds: float) -> Iterator[None]:
     def give_up(*_: object) -> None:
         raise TooLongError
 
-    usual = signal.signal(signal.SIGALRM, give_up)
+    previous = signal.signal(signal.SIGALRM, give_up)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, usual)
+        signal.signal(signal.SIGALRM, previous)
 
 
-def listing(folder: Path) -> set[Path]:
-    return set(folder.rglob("*"))
+def listing(directory: Path) -> set[Path]:
+    return set(directory.rglob("*"))
 
 
-def complaints(one: Case, code: object, stderr: str, remains: set[Path]) -> list[str]:
-    """What is wrong with an outcome, whichever the case."""
+def problems_of(case: Case, code: object, stderr: str, leftovers: set[Path]) -> list[str]:
+    """Returns the problems with the outcome of a case."""
     lines = [line for line in stderr.splitlines() if line.startswith("error:")]
     found = []
     if code not in (0, 1, 2):
@@ -611,22 +611,22 @@ def complaints(one: Case, code: object, stderr: str, remains: set[Path]) -> list
         found.append(f"{len(lines)} lines of error")
     if code == 0 and lines:
         found.append("an error with exit code 0")
-    if code == 0 and one.leaves:
-        whole = {path for path in remains if one.leaves in (path, *path.parents) and path.suffix != ".part"}
-        remains = remains - whole
-    if remains:
-        found.append(f"remains {sorted(map(str, remains))[:5]}")
-    return [f"{one.name}: {what}" for what in found]
+    if code == 0 and case.output:
+        expected = {path for path in leftovers if case.output in (path, *path.parents) and path.suffix != ".part"}
+        leftovers = leftovers - expected
+    if leftovers:
+        found.append(f"leftover files {sorted(map(str, leftovers))[:5]}")
+    return [f"{case.name}: {problem}" for problem in found]
 
 
 @pytest.fixture
-def run_case(run_cli, folder):
+def run_case(run_cli, directory):
     """Returns a function that runs a case in this process and returns its exit code and stderr."""
 
-    def run(one: Case) -> tuple[object, str]:
+    def run(case: Case) -> tuple[object, str]:
         try:
             with time_limit(SECONDS_PER_CASE):
-                code, _, stderr = run_cli(one.command, one.arguments, cwd=folder)
+                code, _, stderr = run_cli(case.command, case.arguments, cwd=directory)
                 return code, stderr
         except TooLongError:
             return f"none after {SECONDS_PER_CASE} s", ""
@@ -637,8 +637,8 @@ def run_case(run_cli, folder):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Where everything happens, temporary files included; no network."""
+def directory(tmp_path, monkeypatch):
+    """Working directory of the commands, also for temporary files; without network access."""
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("VIT_JAX_MIRROR", "http://127.0.0.1:9")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -646,34 +646,34 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.timeout(0)  # it would take the alarm clock that each case has
+@pytest.mark.timeout(0)  # pytest-timeout uses the same timer as `time_limit`
 @pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", NUM_CASES)
-def test_commands_reject_damaged_input_in_one_line(kind, every, folder, run_case):
-    found, num_refused = [], 0
+def test_commands_reject_damaged_input_in_one_line(kind, every, directory, run_case):
+    found, num_rejected = [], 0
     numbers = range(0, NUM_CASES[kind], every)
     for number in numbers:
-        one = make_case(kind, number, folder)
-        before = listing(folder)
-        code, stderr = run_case(one)
-        found += [f"{number}: {what}" for what in complaints(one, code, stderr, listing(folder) - before)]
-        num_refused += code in (1, 2)
+        case = make_case(kind, number, directory)
+        before = listing(directory)
+        code, stderr = run_case(case)
+        found += [f"{number}: {problem}" for problem in problems_of(case, code, stderr, listing(directory) - before)]
+        num_rejected += code in (1, 2)
     assert not found, "\n".join(found)
-    assert not (folder / "executed").exists()
-    assert num_refused >= 0.6 * len(numbers)
+    assert not (directory / "executed").exists()
+    assert num_rejected >= 0.6 * len(numbers)
 
 
 @pytest.mark.slow
-def test_processes_reject_damaged_input_in_one_line(folder, run_command):
+def test_subprocesses_reject_damaged_input_in_one_line(directory, run_command):
     every = [(kind, number) for kind, count in NUM_CASES.items() for number in range(count)]
-    found, num_refused = [], 0
+    found, num_rejected = [], 0
     for i in np.random.default_rng(7).permutation(len(every))[:20]:
-        one = make_case(*every[i], folder)
-        before = listing(folder)
-        command = ["train.py"] if one.command == "train" else ["-m", one.command]
-        result = run_command(*command, *one.arguments, timeout=60)
-        found += complaints(one, result.returncode, result.stderr, listing(folder) - before)
-        num_refused += result.returncode in (1, 2)
+        case = make_case(*every[i], directory)
+        before = listing(directory)
+        command = ["train.py"] if case.command == "train" else ["-m", case.command]
+        result = run_command(*command, *case.arguments, timeout=60)
+        found += problems_of(case, result.returncode, result.stderr, listing(directory) - before)
+        num_rejected += result.returncode in (1, 2)
     assert not found, "\n".join(found)
-    assert not (folder / "executed").exists()
-    assert num_refused >= 12
+    assert not (directory / "executed").exists()
+    assert num_rejected >= 12

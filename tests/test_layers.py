@@ -1,4 +1,4 @@
-"""The architecture of the file list: imports point downwards only."""
+"""Package layout: imports point downwards, and every module has tests."""
 
 import ast
 import sys
@@ -21,7 +21,7 @@ ROWS = [  # a module or package imports from itself and from the rows above it
 
 
 def imported_units(path: Path) -> set[str]:
-    """The modules and packages at the top of vit_jax that a file imports, anywhere in it."""
+    """Returns the top-level modules and packages of vit_jax that a file imports, at any level of nesting."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -38,7 +38,7 @@ def units() -> dict[str, list[Path]]:
     return modules | packages
 
 
-def test_every_unit_is_in_a_row():
+def test_rows_contain_every_unit():
     assert set(units()) == {unit for row in ROWS for unit in row}
 
 
@@ -46,8 +46,8 @@ def has_functions(path: Path) -> bool:
     return any(isinstance(node, ast.FunctionDef) for node in ast.parse(path.read_text()).body)
 
 
-def test_every_module_has_its_test():
-    """`vit_jax/a/b.py` has `tests/a/test_b.py`; functions of the package `a` itself are in `tests/a/test_a.py`."""
+def test_modules_have_tests():
+    """`vit_jax/a/b.py` is tested in `tests/a/test_b.py`, `vit_jax/a/__init__.py` in `tests/a/test_a.py`."""
     missing = []
     for path in sorted((ROOT / "vit_jax").rglob("*.py")):
         if path.stem != "__init__" or has_functions(path):
@@ -57,7 +57,7 @@ def test_every_module_has_its_test():
     assert missing == []
 
 
-def test_the_top_of_the_package_is_small():
+def test_package_has_few_top_level_modules():
     package = ROOT / "vit_jax"
     assert len(list(package.glob("[!_]*.py"))) <= 12 and len(list(package.glob("*/__init__.py"))) <= 7
 
@@ -70,12 +70,12 @@ def test_imports_point_downwards(unit):
         assert imported_units(path) <= allowed, path
 
 
-def test_config_imports_runtime_only():
+def test_config_imports_only_runtime():
     assert imported_units(ROOT / "vit_jax" / "config.py") == {"runtime"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
-def test_configs_import_each_other_and_the_keys_only(path):
+def test_configs_import_only_configs_and_keys(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name

@@ -1,4 +1,4 @@
-"""The library without datasets on disk: `train_and_evaluate` with images, augmentation and optimizer of one's own."""
+"""Training and commands with a dataset, augmentation and optimizer given from Python."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ CLASSES = ("red", "green", "blue")
 
 
 def create_split(num_images, *, seed):
-    """Noise of 8 × 8 pixels in which one channel, the label's, is brighter by 150."""
+    """Returns noise images of 8 × 8 pixels; the label is the channel that is brighter by 150."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 3, num_images)
     images = rng.integers(0, 60, (num_images, 8, 8, 3)).astype(np.uint8)
@@ -59,14 +59,14 @@ def small_config(**changes):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Directory and results of a run with everything of one's own."""
+    """Directory and results of a run with the arguments `OWN`."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     return workdir, trainer.train_and_evaluate(small_config(), workdir, **OWN)
 
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
-    """Directory of the same run, which stopped after the checkpoint of step 4."""
+    """Directory of the same run, interrupted after the checkpoint of step 4."""
     workdir, save = tmp_path_factory.mktemp("interrupted") / "run", Checkpoints.save
 
     def save_and_stop(manager, step, *args, **kwargs):
@@ -81,12 +81,12 @@ def interrupted(tmp_path_factory):
 
 @pytest.fixture
 def copy_of(tmp_path):
-    """Returns a function: a run directory -> a copy that a test may change."""
+    """Returns a function that copies a run directory, so that a test may modify it."""
     return lambda workdir: shutil.copytree(workdir, tmp_path / "copy")
 
 
-def refusal(error, workdir, **changes):
-    """The message of the error: one line. Nothing is left of the run."""
+def error_of(error, workdir, **changes):
+    """Returns the error message, which is one line; the run must not have saved a checkpoint."""
     with pytest.raises(error) as caught:
         trainer.train_and_evaluate(small_config(), workdir / "run", **OWN | changes)
     assert "\n" not in str(caught.value)
@@ -99,15 +99,15 @@ def test_train_and_evaluate_learns_from_arrays(finished):
     assert vit_jax.load(finished[0]).class_names == CLASSES
 
 
-def test_train_and_evaluate_without_a_dataset_needs_its_name(tmp_path):
+def test_train_and_evaluate_requires_dataset_or_its_name(tmp_path):
     with pytest.raises(UsageError, match="unknown dataset ''; known are .*folder:DIR"):
         trainer.train_and_evaluate(small_config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_train_and_evaluate_takes_an_image_source(finished, tmp_path):
+def test_train_and_evaluate_accepts_image_source(finished, tmp_path):
     class Inverted:
-        """Images that are computed when they are indexed."""
+        """Computes images when they are indexed."""
 
         def __init__(self, images):
             self.images, self.shape = 255 - images, images.shape
@@ -128,7 +128,7 @@ def test_train_and_evaluate_takes_an_image_source(finished, tmp_path):
     assert load_run(tmp_path).evaluate(test) == load_run(tmp_path).evaluate(DATASET.test)
 
 
-def test_evaluate_gives_the_logged_results(finished):
+def test_evaluate_matches_logged_results(finished):
     workdir, results = finished
     assert vit_jax.load(workdir).evaluate(DATASET.test) == pytest.approx(results, rel=1e-6)
 
@@ -151,21 +151,21 @@ def test_evaluate_gives_the_logged_results(finished):
         ({"images": DATASET.test.images[..., 0]}, "images are uint8 [24, 8, 8]; expected uint8 [n h w 3]"),
     ],
 )
-def test_images_and_labels_that_do_not_fit_are_refused_in_training_and_evaluation(finished, tmp_path, changes, message):
+def test_train_and_evaluate_rejects_invalid_images_and_labels(finished, tmp_path, changes, message):
     split = dataclasses.replace(DATASET.test, **changes)
     for name in ("train", "test"):
-        line = refusal(UsageError, tmp_path, dataset=dataclasses.replace(DATASET, **{name: split}))
+        line = error_of(UsageError, tmp_path, dataset=dataclasses.replace(DATASET, **{name: split}))
         assert line.startswith(f"dataset.{name}: {message}")
     with pytest.raises(UserError) as caught:
         vit_jax.load(finished[0]).evaluate(split)
     assert str(caught.value).startswith(f"split: {message}")
 
 
-def test_train_and_evaluate_refuses_splits_of_two_sizes(tmp_path):
+def test_train_and_evaluate_rejects_splits_of_different_image_sizes(tmp_path):
     test = Split(np.zeros((24, 9, 10, 3), np.uint8), DATASET.test.labels)
-    line = refusal(UsageError, tmp_path, dataset=dataclasses.replace(DATASET, test=test))
+    line = error_of(UsageError, tmp_path, dataset=dataclasses.replace(DATASET, test=test))
     assert line == "dataset: training and test images are 8 × 8 and 9 × 10 pixels; expected one size"
-    assert "dataset is a tuple; expected a vit_jax.types.Dataset" in refusal(
+    assert "dataset is a tuple; expected a vit_jax.types.Dataset" in error_of(
         UsageError, tmp_path, dataset=(DATASET.train, test)
     )
 
@@ -180,8 +180,8 @@ def test_train_and_evaluate_refuses_splits_of_two_sizes(tmp_path):
         ("flip", "augment is 'flip'; expected a function (key, image) -> image; config.augment has names"),
     ],
 )
-def test_train_and_evaluate_refuses_an_augmentation_that_does_not_return_an_image(tmp_path, augment, message):
-    assert refusal(UsageError, tmp_path, augment=augment) == message
+def test_train_and_evaluate_rejects_invalid_augmentation(tmp_path, augment, message):
+    assert error_of(UsageError, tmp_path, augment=augment) == message
 
 
 @pytest.mark.parametrize(
@@ -193,35 +193,36 @@ def test_train_and_evaluate_refuses_an_augmentation_that_does_not_return_an_imag
         (lambda schedule: schedule(0), "a function that returns Array(0.01"),
     ],
 )
-def test_train_and_evaluate_refuses_other_optimizers_than_those_of_optax(tmp_path, optimizer, found):
-    line = refusal(UsageError, tmp_path, optimizer=optimizer)
+def test_train_and_evaluate_rejects_invalid_optimizer(tmp_path, optimizer, found):
+    line = error_of(UsageError, tmp_path, optimizer=optimizer)
     assert line.startswith(f"optimizer is {found}")
     assert line.endswith("expected an optax.GradientTransformation, or a function from a schedule to one")
 
 
-def test_train_and_evaluate_takes_a_transformation_with_a_learning_rate_of_its_own(tmp_path):
-    """Sign descent by 1/64, which float32 holds exactly, moves every parameter by at most 2/64 in two steps."""
+def test_train_and_evaluate_accepts_optimizer_with_own_learning_rate(tmp_path):
+    """Sign descent with a step of 1/64, exact in float32, changes a parameter by at most 2/64 in two steps."""
     before = trainer.train_and_evaluate(small_config(num_steps=0), tmp_path / "zero", dataset=DATASET)
     tx = optax.inject_hyperparams(optax.sign_sgd)(learning_rate=1 / 64)
     after = trainer.train_and_evaluate(small_config(num_steps=2), tmp_path / "two", dataset=DATASET, optimizer=tx)
     assert before != after
     start, end = (flatten_dict(load_run(tmp_path / name).params) for name in ("zero", "two"))
-    moves = {key: np.abs(end[key] - start[key]).max() for key in start}
-    assert max(moves.values()) == pytest.approx(2 / 64, abs=1e-6)
+    updates = {key: np.abs(end[key] - start[key]).max() for key in start}
+    assert max(updates.values()) == pytest.approx(2 / 64, abs=1e-6)
     lines = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
     assert "train/loss" in lines[0] and "learning_rate" not in lines[0]
 
 
-def test_train_and_evaluate_resumes_bit_exactly_with_the_same_arguments(finished, interrupted, copy_of):
+def test_train_and_evaluate_resumes_bit_exactly_with_same_arguments(finished, interrupted, copy_of):
     workdir = copy_of(interrupted)
     assert load_run(workdir).step == 4
     assert trainer.train_and_evaluate(small_config(), workdir, **OWN) == finished[1]
-    for ours, theirs in zip(*(jax.tree.leaves(load_run(run).params) for run in (workdir, finished[0])), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    actual, expected = (jax.tree.leaves(load_run(run).params) for run in (workdir, finished[0]))
+    for actual_leaf, expected_leaf in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(actual_leaf, expected_leaf)
 
 
 @pytest.mark.parametrize("missing", [("dataset",), ("augment",), ("optimizer",), tuple(OWN)])
-def test_train_and_evaluate_names_arguments_that_are_missing_when_it_resumes(interrupted, copy_of, missing):
+def test_train_and_evaluate_rejects_missing_arguments_on_resume(interrupted, copy_of, missing):
     workdir, given = copy_of(interrupted), [name for name in OWN if name not in missing]
     with pytest.raises(UserError) as caught:
         trainer.train_and_evaluate(small_config(), workdir, **{name: OWN[name] for name in given})
@@ -232,7 +233,7 @@ def test_train_and_evaluate_names_arguments_that_are_missing_when_it_resumes(int
     assert load_run(workdir).step == 4
 
 
-def test_train_and_evaluate_notices_other_labels_when_it_resumes(interrupted, copy_of):
+def test_train_and_evaluate_rejects_changed_labels_on_resume(interrupted, copy_of):
     other = dataclasses.replace(DATASET, train=Split(DATASET.train.images, DATASET.train.labels[::-1]))
     with pytest.raises(UserError, match="^the dataset has changed since the run was started: it has as many images"):
         trainer.train_and_evaluate(small_config(), copy_of(interrupted), **OWN | {"dataset": other})
@@ -242,7 +243,7 @@ def test_train_and_evaluate_notices_other_labels_when_it_resumes(interrupted, co
 
 
 @pytest.mark.parametrize("module", ["vit_jax.evaluate", "vit_jax.report"])
-def test_commands_that_need_the_test_images_say_how_to_give_them(finished, run_cli, module):
+def test_evaluate_and_report_require_split_for_own_dataset(finished, run_cli, module):
     result = run_cli(module, ["--workdir", finished[0]])
     assert (result.code, result.stdout) == (1, "")
     (line,) = result.stderr.splitlines()
@@ -252,7 +253,7 @@ def test_commands_that_need_the_test_images_say_how_to_give_them(finished, run_c
     )
 
 
-def test_write_report_takes_the_test_split(finished, copy_of):
+def test_write_report_accepts_test_split(finished, copy_of):
     workdir = copy_of(finished[0])
     page = report.write_report(str(workdir), split=DATASET.test).read_text()
     counts = np.bincount(DATASET.test.labels)
@@ -263,19 +264,19 @@ def test_write_report_takes_the_test_split(finished, copy_of):
         report.write_report(workdir, split=DATASET.train)
 
 
-def test_visualize_plots_what_needs_no_test_images(finished, run_cli, tmp_path):
+def test_visualize_omits_predictions_for_own_dataset(finished, run_cli, tmp_path):
     Image.fromarray(DATASET.test.images[0]).save(tmp_path / "image.png")
     argv = ["--workdir", finished[0], "--out", tmp_path / "out"]
-    known = {"curves", "position_similarity", "position_matrix", "patch_filters"}
+    figures = {"curves", "position_similarity", "position_matrix", "patch_filters"}
     for images, more in ([], set()), (["--images", tmp_path / "image.png"], {"attention_rollout", "attention_heads"}):
         result = run_cli("vit_jax.visualize", [*argv, *images])
         assert result.code == 0
         (line,) = result.stderr.splitlines()
         assert "given from Python: no predictions are plotted; for all figures, call vit_jax.report" in line
-        assert {path.stem for path in (tmp_path / "out").iterdir()} == known | more
+        assert {path.stem for path in (tmp_path / "out").iterdir()} == figures | more
 
 
-def test_predict_and_export_need_no_test_images(finished, run_cli, tmp_path):
+def test_predict_and_export_accept_run_on_own_dataset(finished, run_cli, tmp_path):
     image, row = DATASET.test.images[0], load_run(finished[0]).predict(DATASET.test.images[:1])[0]
     Image.fromarray(image).save(tmp_path / "image.png")
     result = run_cli("vit_jax.predict", ["--workdir", finished[0], tmp_path / "image.png", "--top", 1])
@@ -285,7 +286,7 @@ def test_predict_and_export_need_no_test_images(finished, run_cli, tmp_path):
     assert vit_jax.load(tmp_path / "out.npz").evaluate(DATASET.test) == pytest.approx(finished[1], rel=1e-6)
 
 
-def test_compare_runs_tells_own_datasets_from_named_ones(finished, finished_run, copy_of):
+def test_compare_runs_rejects_own_and_named_dataset(finished, finished_run, copy_of):
     rows = compare.compare_runs([finished[0], copy_of(finished[0])])
     assert [row.results["test/accuracy"] for row in rows] == [finished[1]["test/accuracy"]] * 2
     with pytest.raises(UserError, match="on different images .*given from Python, 24 images, .*'red'.*: digits, test"):

@@ -1,5 +1,3 @@
-"""The list of commands."""
-
 import importlib
 
 from vit_jax import __main__

@@ -1,4 +1,4 @@
-"""Contracts of whole runs, for every set of trainable parameters and every way of training."""
+"""Contract tests of training runs, for every set of trainable parameters and every training option."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ DEEP = {**MODEL, "num_layers": 2, "dropout_rate": 0.1, "stochastic_depth_rate": 
 VIEWS = {"features": "cached", "feature_views": 2, "augment": "flip"}
 ATTENTION_AND_CLS = (r".*/encoderblock_0/MultiHeadDotProductAttention_1/.*", r"cls", r"head/.*")
 
-# Every mode once, and every way of training with one of them; keys as `set_keys` takes them.
+# Every value of `trainable`, and every training option with one of them; keys as in `set_keys`.
 RUNS = {
     "full": {
         "optimizer.name": "sgd",
@@ -39,7 +39,7 @@ RUNS = {
     },
     "full_accumulated": {"accumulation_steps": 2, "augment": "flip", "model": DEEP},
     "head": {"trainable": "head", "ema_decay": 0.9},
-    "head_fresh": {"trainable": "head", "features": "fresh", "optimizer.name": "adam", "augment": "pad_crop"},
+    "head_uncached": {"trainable": "head", "features": "fresh", "optimizer.name": "adam", "augment": "pad_crop"},
     "head_views": {"trainable": "head", "optimizer.name": "sgd", "optimizer.momentum_dtype": "bfloat16", **VIEWS},
     "mlp": {
         "trainable": "mlp",
@@ -54,12 +54,12 @@ RUNS = {
     "patterns": {"trainable": ATTENTION_AND_CLS, "label_smoothing": 0.1, "remat": "full"},
 }
 every_run = pytest.mark.parametrize("name", RUNS)
-# Amid an epoch and between two log steps; for some also at the end of an epoch, and after an evaluation.
+# In the middle of an epoch, between log steps; for some runs also at the end of an epoch and after an evaluation.
 STOPS = {name: (7, 10, 12) if name in ("full", "head_views", "lora") else (7,) for name in RUNS}
 
 
 def config_of(name, **changes):
-    """13 steps of 32 images, five an epoch, on two devices; the last step is not a log step."""
+    """Returns a config: 13 steps of 32 images, five steps per epoch, two devices; the last step is not a log step."""
     config = digits.get_config("scratch")
     config.model = MODEL
     config.image_size = 8
@@ -72,7 +72,7 @@ def config_of(name, **changes):
 
 @pytest.fixture(scope="module", autouse=True)
 def patches():
-    """No curves are plotted, and runs that differ in their directory alone share what is traced and compiled."""
+    """Disables plotting, and shares compiled train steps between runs with the same config."""
     steps, compile_train_step = {}, Experiment.compile_train_step
 
     def compile_once(experiment):
@@ -89,10 +89,10 @@ def patches():
 
 
 def train(config, workdir, *, stop_at=None):
-    """Trains; an interrupted run saves at its last step and leaves that checkpoint behind.
+    """Trains; with `stop_at`, the run is interrupted after saving the checkpoint of that step.
 
     Returns:
-        Host copies of the states that were saved, by step.
+        Host copies of the saved states, by step.
     """
     saved, save = {}, Checkpoints.save
 
@@ -114,18 +114,18 @@ def train(config, workdir, *, stop_at=None):
 
 
 def records(workdir):
-    """The lines of metrics.jsonl without what depends on the clock."""
+    """Returns the records of metrics.jsonl without the throughput."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
 
 
 @pytest.fixture(scope="module")
-def whole(patches, tmp_path_factory):
+def uninterrupted(patches, tmp_path_factory):
     """Returns `name -> (workdir, first state, last state)` of an uninterrupted run."""
 
     @functools.cache
     def run(name):
-        workdir = tmp_path_factory.mktemp("whole") / name
+        workdir = tmp_path_factory.mktemp("uninterrupted") / name
         last = train(config_of(name), workdir)[13]
         first = jax.device_get(create_experiment(config_of(name))[1])
         return workdir, first, last
@@ -133,20 +133,20 @@ def whole(patches, tmp_path_factory):
     return run
 
 
-def assert_same_bits(ours, theirs):
-    ours, theirs = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (ours, theirs))
-    assert ours.keys() == theirs.keys()
-    for path, leaf in ours.items():
-        assert leaf.dtype == theirs[path].dtype
-        assert leaf.tobytes() == theirs[path].tobytes(), jax.tree_util.keystr(path)
+def assert_same_bits(actual, expected):
+    actual, expected = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (actual, expected))
+    assert actual.keys() == expected.keys()
+    for path, leaf in actual.items():
+        assert leaf.dtype == expected[path].dtype
+        assert leaf.tobytes() == expected[path].tobytes(), jax.tree_util.keystr(path)
 
 
 # ---- interrupted, repeated, on other devices
 
 
 @every_run
-def test_train_and_evaluate_resumed_gives_the_bits_of_an_uninterrupted_run(whole, tmp_path, name):
-    workdir, _, last = whole(name)
+def test_train_and_evaluate_resumes_bit_exactly(uninterrupted, tmp_path, name):
+    workdir, _, last = uninterrupted(name)
     for stop_at in STOPS[name]:
         saved = train(config_of(name), tmp_path, stop_at=stop_at)
         assert list(saved)[-1] == stop_at
@@ -159,29 +159,29 @@ def test_train_and_evaluate_resumed_gives_the_bits_of_an_uninterrupted_run(whole
 
 
 @pytest.mark.parametrize("name", ["bias", "head_views"])
-def test_train_and_evaluate_depends_on_the_seed_alone(whole, patches, tmp_path, name):
+def test_train_and_evaluate_is_deterministic_for_each_seed(uninterrupted, patches, tmp_path, name):
     patches.clear()  # traced and compiled again
     again = train(config_of(name), tmp_path / "again")
-    assert_same_bits(again[13], whole(name)[2])
-    assert records(tmp_path / "again") == records(whole(name)[0])
+    assert_same_bits(again[13], uninterrupted(name)[2])
+    assert records(tmp_path / "again") == records(uninterrupted(name)[0])
     train(config_of(name, seed=1), tmp_path / "other")
-    for ours, theirs in zip(records(tmp_path / "other"), records(whole(name)[0]), strict=True):
-        assert ours.get("train/loss", ours.get("test/loss")) != theirs.get("train/loss", theirs.get("test/loss"))
+    for other, record in zip(records(tmp_path / "other"), records(uninterrupted(name)[0]), strict=True):
+        assert other.get("train/loss", other.get("test/loss")) != record.get("train/loss", record.get("test/loss"))
 
 
 @pytest.fixture(scope="module")
 def interrupted(patches, tmp_path_factory):
-    """Directory of a run that stopped at step 7, its state sharded over 4 of 8 devices."""
+    """Directory of a run that stopped at step 7, with its state sharded over four devices."""
     workdir = tmp_path_factory.mktemp("interrupted") / "run"
     train(config_of("mlp"), workdir, stop_at=7)
     return workdir
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(2, 4), (1, 1), (4, 2), (8, 1)])
-def test_train_and_evaluate_resumes_on_another_mesh(whole, interrupted, tmp_path, monkeypatch, data, fsdp):
+def test_train_and_evaluate_resumes_on_different_mesh(uninterrupted, interrupted, tmp_path, monkeypatch, data, fsdp):
     workdir, restored, restore = tmp_path / "run", [], Checkpoints.restore
 
-    def restore_and_look(*args):
+    def restore_and_record(*args):
         state = restore(*args)
         restored.append(shard_shapes(state))
         return state
@@ -191,26 +191,26 @@ def test_train_and_evaluate_resumes_on_another_mesh(whole, interrupted, tmp_path
         kernels = [tree["Transformer"]["encoderblock_0"]["MlpBlock_3"]["Dense_0"]["kernel"] for tree in kernels]
         return [[shard.data.shape for shard in kernel.addressable_shards] for kernel in kernels]
 
-    monkeypatch.setattr(Checkpoints, "restore", restore_and_look)
+    monkeypatch.setattr(Checkpoints, "restore", restore_and_record)
     shutil.copytree(interrupted, workdir)
     train(config_of("mlp", **{"mesh.data": data, "mesh.fsdp": fsdp}), workdir)
     assert restored == [[[(16, 256 // fsdp)] * (data * fsdp)] * 3]  # kernel, moment and EMA on every device
-    ours, theirs = records(workdir), records(whole("mlp")[0])
-    assert ours[-1]["test/loss"] == pytest.approx(theirs[-1]["test/loss"], abs=1e-5)
-    assert ours[-1]["test/loss"] != pytest.approx(theirs[2]["test/loss"], abs=1e-3)  # that of step 6
+    actual, expected = records(workdir), records(uninterrupted("mlp")[0])
+    assert actual[-1]["test/loss"] == pytest.approx(expected[-1]["test/loss"], abs=1e-5)
+    assert actual[-1]["test/loss"] != pytest.approx(expected[2]["test/loss"], abs=1e-3)  # the loss at step 6
 
 
 # ---- trainable and frozen parameters
 
 
 @every_run
-def test_train_and_evaluate_moves_trainable_parameters_and_no_bit_of_frozen_ones(whole, name):
-    _, first, last = whole(name)
+def test_train_and_evaluate_updates_only_trainable_parameters(uninterrupted, name):
+    _, first, last = uninterrupted(name)
     assert_same_bits(last.frozen, first.frozen)
     before, after = (flatten_dict(state.trainable, sep="/") for state in (first, last))
-    stayed = {path for path in before if np.array_equal(before[path], after[path])}
-    # A key's bias shifts all scores of a query alike, which the softmax does not see: its gradient is rounding alone.
-    assert {path for path in stayed if not path.endswith("key/bias")} == set()
+    unchanged = {path for path in before if np.array_equal(before[path], after[path])}
+    # The bias of the keys shifts all scores of a query equally; softmax ignores it, and its gradient is rounding error.
+    assert {path for path in unchanged if not path.endswith("key/bias")} == set()
     assert bool(flatten_dict(first.frozen)) == (not name.startswith("full"))
 
 
@@ -226,8 +226,8 @@ def flat_run(workdir):
     return {path: np.asarray(leaf) for path, leaf in flatten_dict(load_run(workdir).params, sep="/").items()}
 
 
-def test_load_run_gives_the_ema_of_all_states(whole, tmp_path):
-    _, first, last = whole("head")
+def test_load_run_returns_ema_of_all_steps(uninterrupted, tmp_path):
+    _, first, last = uninterrupted("head")
     states = train(config_of("head", checkpoint_every_steps=1), tmp_path)
     assert sorted(states) == list(range(1, 14))
     ema = flatten_dict(first.trainable, sep="/")
@@ -235,33 +235,33 @@ def test_load_run_gives_the_ema_of_all_states(whole, tmp_path):
         values = flatten_dict(states[step].trainable, sep="/")
         decay = min(0.9, step / (9 + step))  # (1 + t) / (10 + t) after t = step - 1 earlier updates
         ema = {path: decay * leaf + (1 - decay) * values[path] for path, leaf in ema.items()}
-    ours = flat_run(tmp_path)
-    assert set(ours) == checkpoint_keys()
+    actual = flat_run(tmp_path)
+    assert set(actual) == checkpoint_keys()
     for path, leaf in ema.items():
-        np.testing.assert_allclose(ours[path], leaf, atol=1e-6, rtol=0, err_msg=path)
+        np.testing.assert_allclose(actual[path], leaf, atol=1e-6, rtol=0, err_msg=path)
     for path, leaf in flatten_dict(first.frozen, sep="/").items():
-        np.testing.assert_array_equal(ours[path], leaf, err_msg=path)
-    assert np.abs(ours["head/kernel"] - last.trainable["head"]["kernel"]).max() > 1e-3  # the EMA lags behind
+        np.testing.assert_array_equal(actual[path], leaf, err_msg=path)
+    assert np.abs(actual["head/kernel"] - last.trainable["head"]["kernel"]).max() > 1e-3  # the EMA lags behind
 
 
-def test_load_run_merges_lora_weights_and_gives_the_keys_of_the_checkpoint(whole):
-    workdir, first, last = whole("lora")
-    ours, frozen = flat_run(workdir), flatten_dict(first.frozen, sep="/")
-    assert set(ours) == {path for path in frozen if not path.startswith("lora/")} | {"head/kernel", "head/bias"}
-    np.testing.assert_array_equal(ours["head/kernel"], last.ema["head"]["kernel"])
+def test_load_run_merges_lora_weights_and_keeps_checkpoint_keys(uninterrupted):
+    workdir, first, last = uninterrupted("lora")
+    actual, frozen = flat_run(workdir), flatten_dict(first.frozen, sep="/")
+    assert set(actual) == {path for path in frozen if not path.startswith("lora/")} | {"head/kernel", "head/bias"}
+    np.testing.assert_array_equal(actual["head/kernel"], last.ema["head"]["kernel"])
     lora = flatten_dict(last.ema["lora"], sep="/")
     adapted = {path.removesuffix("/a") for path in lora if path.endswith("/a")}
     assert adapted == {path for path in frozen if path.endswith(("query/kernel", "value/kernel"))} and len(adapted) == 2
     for path, leaf in frozen.items():
         # [d r] · [r k h], scaled by alpha / rank = 16 / 2
         product = 8 * np.einsum("dr,rkh->dkh", lora[f"{path}/a"], lora[f"{path}/b"]) if path in adapted else 0.0
-        np.testing.assert_allclose(ours[path], leaf + product, atol=1e-6, rtol=0, err_msg=path)
-        assert np.array_equal(ours[path], leaf) == (path not in adapted), path
+        np.testing.assert_allclose(actual[path], leaf + product, atol=1e-6, rtol=0, err_msg=path)
+        assert np.array_equal(actual[path], leaf) == (path not in adapted), path
 
 
 @pytest.mark.parametrize("name", ["mlp", "head_views", "lora"])
-def test_evaluate_run_gives_the_logged_results(whole, name):
-    workdir = whole(name)[0]
+def test_evaluate_matches_logged_results(uninterrupted, name):
+    workdir = uninterrupted(name)[0]
     expected = {"step": 13, **load_run(workdir).evaluate()}
     if "ema_decay" in RUNS[name]:
         expected |= load_run(workdir, use_ema=False).evaluate(prefix="test_raw")

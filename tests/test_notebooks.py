@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom on a CPU, and what they keep is what they make."""
+"""The notebooks run from top to bottom on a CPU, and their stored outputs are up to date."""
 
 import json
 
@@ -9,7 +9,7 @@ NAMES = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
 def outputs(notebook: dict) -> list[list[str]]:
-    """What each cell of code left: kinds of data; what went to stderr, where bars live, depends on the clock."""
+    """Returns the output types of each code cell, without stderr, which has progress bars."""
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     return [
         sorted(
@@ -21,19 +21,19 @@ def outputs(notebook: dict) -> list[list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_runs_and_keeps_what_it_makes(name, run_command, tmp_path):
+def test_notebooks_run_and_match_stored_outputs(name, run_command, tmp_path):
     result = run_command(
         "-m", "nbconvert", "--to", "notebook", "--execute", "--output-dir", tmp_path, ROOT / "notebooks" / name
     )
     assert result.returncode == 0, result.stderr
-    made = json.loads((tmp_path / name).read_text())
-    kept = json.loads((ROOT / "notebooks" / name).read_text())
-    assert outputs(kept) == outputs(made)
-    assert sum("image/png" in kinds for kinds in outputs(made)) >= 2
+    executed = json.loads((tmp_path / name).read_text())
+    stored = json.loads((ROOT / "notebooks" / name).read_text())
+    assert outputs(stored) == outputs(executed)
+    assert sum("image/png" in kinds for kinds in outputs(executed)) >= 2
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_kept_is_small_and_whole(name):
+def test_notebooks_are_small_and_fully_executed(name):
     path = ROOT / "notebooks" / name
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))

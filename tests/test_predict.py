@@ -19,55 +19,55 @@ def workdir(finished_run):
 
 @pytest.fixture(scope="module")
 def image_files(workdir, tmp_path_factory):
-    """Real digits as image files of every kind; one file is not an image."""
-    folder = tmp_path_factory.mktemp("images")
+    """Directory of real digits in all image formats and one text file, and the expected probabilities."""
+    directory = tmp_path_factory.mktemp("images")
     images = load_run(workdir).load_test_split().images
-    (folder / "more").mkdir()
+    (directory / "more").mkdir()
     rgb = [Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR) for image in images[:6]]
-    rgb[0].save(folder / "a_rgb.png")
-    rgb[1].convert("L").save(folder / "b_grey.png")
-    rgb[2].convert("RGBA").save(folder / "c_alpha.png")
-    rgb[3].quantize(256).save(folder / "d_palette.png")
+    rgb[0].save(directory / "a_rgb.png")
+    rgb[1].convert("L").save(directory / "b_grey.png")
+    rgb[2].convert("RGBA").save(directory / "c_alpha.png")
+    rgb[3].quantize(256).save(directory / "d_palette.png")
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    rgb[4].rotate(90, expand=True).save(folder / "e_turned.png", exif=exif)
-    rgb[5].resize((160, 160), Image.Resampling.NEAREST).save(folder / "more" / "f_large.webp", lossless=True)
-    (folder / "more" / "notes.txt").write_text("not an image")
-    wanted = vit_jax.load(workdir).predict(np.stack([np.asarray(image) for image in rgb]))
-    return folder, wanted
+    exif[0x0112] = 6  # rotated by 90 degrees
+    rgb[4].rotate(90, expand=True).save(directory / "e_rotated.png", exif=exif)
+    rgb[5].resize((160, 160), Image.Resampling.NEAREST).save(directory / "more" / "f_large.webp", lossless=True)
+    (directory / "more" / "notes.txt").write_text("not an image")
+    expected = vit_jax.load(workdir).predict(np.stack([np.asarray(image) for image in rgb]))
+    return directory, expected
 
 
 def predictions(result):
-    """path -> {class: probability} of the JSON lines."""
+    """Returns path -> {class: probability} from the JSON output."""
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     return {line["image"]: {entry["name"]: entry["probability"] for entry in line["classes"]} for line in lines}
 
 
-def test_main_classifies_a_directory_of_images_of_every_kind(workdir, image_files, run_command):
-    folder, wanted = image_files
-    result = run_command("-m", "vit_jax.predict", "--workdir", workdir, folder, "--json", "--top", 10)
+def test_main_classifies_directory_of_all_image_formats(workdir, image_files, run_command):
+    directory, expected = image_files
+    result = run_command("-m", "vit_jax.predict", "--workdir", workdir, directory, "--json", "--top", 10)
     assert result.returncode == 0, result.stderr
-    found = predictions(result)
-    assert [path.rpartition("/")[2][0] for path in found] == list("abcdef")
-    for (path, probabilities), row in zip(found.items(), wanted, strict=True):
+    predicted = predictions(result)
+    assert [path.rpartition("/")[2][0] for path in predicted] == list("abcdef")
+    for (path, probabilities), row in zip(predicted.items(), expected, strict=True):
         assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)
         close = 0.02 if "large" in path else 1e-5
         assert [probabilities[str(i)] for i in range(10)] == pytest.approx(list(row), abs=close), path
 
 
-def test_main_prints_the_top_classes(workdir, image_files, run_command):
-    folder, wanted = image_files
-    result = run_command("-m", "vit_jax.predict", "--workdir", workdir, folder / "a_rgb.png", "--top", 2)
+def test_main_prints_top_classes(workdir, image_files, run_command):
+    directory, expected = image_files
+    result = run_command("-m", "vit_jax.predict", "--workdir", workdir, directory / "a_rgb.png", "--top", 2)
     assert result.returncode == 0, result.stderr
-    first, second = np.argsort(-wanted[0])[:2]
-    said = f"{folder / 'a_rgb.png'}  {first} {wanted[0][first]:.1%}  {second} {wanted[0][second]:.1%}"
-    assert result.stdout.splitlines() == [said]
+    first, second = np.argsort(-expected[0])[:2]
+    line = f"{directory / 'a_rgb.png'}  {first} {expected[0][first]:.1%}  {second} {expected[0][second]:.1%}"
+    assert result.stdout.splitlines() == [line]
 
 
-def test_main_takes_patterns_and_paths_on_stdin(workdir, image_files):
-    folder, _ = image_files
-    command = command_line("-m", "vit_jax.predict", "--workdir", workdir, f"{folder}/**/*.png", "-", "--json")
-    given = f"{folder / 'more/f_large.webp'}\n\n"
+def test_main_accepts_patterns_and_paths_on_stdin(workdir, image_files):
+    directory, _ = image_files
+    command = command_line("-m", "vit_jax.predict", "--workdir", workdir, f"{directory}/**/*.png", "-", "--json")
+    given = f"{directory / 'more/f_large.webp'}\n\n"
     result = subprocess.run(
         command, input=given, cwd=ROOT, env=command_env(), capture_output=True, text=True, timeout=300
     )
@@ -75,12 +75,13 @@ def test_main_takes_patterns_and_paths_on_stdin(workdir, image_files):
     assert [path.rpartition("/")[2][0] for path in predictions(result)] == list("abcdef")
 
 
-def test_main_reports_bad_files_and_classifies_the_others(workdir, image_files, run_command, tmp_path):
-    folder, _ = image_files
-    torn = tmp_path / "torn.png"
-    torn.write_bytes((folder / "a_rgb.png").read_bytes()[:60])
-    words = [folder / "a_rgb.png", folder / "more/notes.txt", torn, tmp_path / "nowhere.jpg", folder / "b_grey.png"]
-    result = run_command("-m", "vit_jax.predict", "--workdir", workdir, *words, "--json")
+def test_main_reports_unreadable_files_and_classifies_others(workdir, image_files, run_command, tmp_path):
+    directory, _ = image_files
+    truncated = tmp_path / "truncated.png"
+    truncated.write_bytes((directory / "a_rgb.png").read_bytes()[:60])
+    unreadable = [directory / "more/notes.txt", truncated, tmp_path / "nowhere.jpg"]
+    paths = [directory / "a_rgb.png", *unreadable, directory / "b_grey.png"]
+    result = run_command("-m", "vit_jax.predict", "--workdir", workdir, *paths, "--json")
     assert result.returncode == 1
     assert [path.rpartition("/")[2][0] for path in predictions(result)] == list("ab")
     *each, last = result.stderr.splitlines()
@@ -88,12 +89,12 @@ def test_main_reports_bad_files_and_classifies_the_others(workdir, image_files, 
     assert last == "error: 3 of 5 images could not be read"
 
 
-def test_predict_files_keeps_the_batch_size(image_files, monkeypatch):
-    """Seven files in batches of three: the last batch is filled up, a file that cannot be read leaves a gap."""
-    folder, _ = image_files
+def test_predict_files_keeps_batch_size(image_files, monkeypatch):
+    """Seven files, one of them unreadable, in batches of three: incomplete batches are padded."""
+    directory, _ = image_files
     classifier, sizes = vit_jax.load("micro"), []
-    paths = [*sorted(map(str, folder.glob("*.png"))), "nowhere.png", str(folder / "more/f_large.webp")]
-    whole = dict(predict.predict_files(classifier, paths))
+    paths = [*sorted(map(str, directory.glob("*.png"))), "nowhere.png", str(directory / "more/f_large.webp")]
+    expected = dict(predict.predict_files(classifier, paths))
     monkeypatch.setattr(predict, "_BATCH_SIZE", 3)
 
     def spy(self, images, *, batch_size):
@@ -106,28 +107,28 @@ def test_predict_files_keeps_the_batch_size(image_files, monkeypatch):
     assert list(batched) == paths and sizes == [(3, 3)] * 3
     assert "no such file" in str(batched.pop("nowhere.png"))
     for path, probabilities in batched.items():
-        np.testing.assert_allclose(probabilities, whole[path], atol=1e-5)
+        np.testing.assert_allclose(probabilities, expected[path], atol=1e-5)
 
 
 @pytest.mark.parametrize("exported", [True, False])
 def test_main_starts_quickly_without_large_packages(workdir, image_files, run_command, exported):
     source, large = workdir, {"matplotlib", "sklearn", "tensorflow", "tensorflow_datasets", "tensorboardX"}
-    if exported:  # only a run's folder is read by Orbax
+    if exported:  # only run directories are read with Orbax
         source, large = "micro", large | {"orbax"}
-    words = ["--workdir", str(source), str(image_files[0] / "a_rgb.png")]
+    argv = ["--workdir", str(source), str(image_files[0] / "a_rgb.png")]
     code = (
-        f"import sys, time; from vit_jax import predict; predict.main({words}); "
+        f"import sys, time; from vit_jax import predict; predict.main({argv}); "
         "print(time.process_time(), *sys.modules, sep='\\n')"
     )
     result = run_command("-c", code)
     assert result.returncode == 0, result.stderr
     _, seconds, *modules = result.stdout.splitlines()
-    assert float(seconds) < 6  # of both cores together, so that it does not matter what else runs
+    assert float(seconds) < 6  # CPU time of all threads, which does not depend on other processes
     assert "jax" in modules and not large & set(modules)
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("argv", "code", "message"),
     [
         (["a.png", "--top", "0"], 2, "--top is 0; expected at least 1"),
         ([], 2, "the following arguments are required: IMAGE"),
@@ -140,17 +141,17 @@ def test_main_starts_quickly_without_large_packages(workdir, image_files, run_co
         (["a.png", "--model", "imagenet22k"], 2, "there is no file imagenet22k"),
     ],
 )
-def test_main_reports_errors_in_one_line(workdir, run_cli, words, code, message):
-    source = [] if "--model" in words else ["--workdir", workdir]
-    result = run_cli("vit_jax.predict", [*source, *words])
+def test_main_reports_errors_in_one_line(workdir, run_cli, argv, code, message):
+    source = [] if "--model" in argv else ["--workdir", workdir]
+    result = run_cli("vit_jax.predict", [*source, *argv])
     assert result.code == code
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and message in line
 
 
 @pytest.mark.parametrize("size", [(60, 60), (180, 180), (48, 70), (24, 24)])
-def test_predict_files_sees_the_pixels_of_arrays_and_datasets(tmp_path, size):
-    """Arrays, files, datasets in memory and streamed; larger and smaller than the model's 32 pixels."""
+def test_predict_files_matches_arrays_and_datasets(tmp_path, size):
+    """Arrays, files, and datasets in memory and streamed, with images larger and smaller than 32 pixels."""
     photo = Image.fromarray(load_sample_image("china.jpg"))
     rng = np.random.default_rng(0)
     for name in vit_jax.load("micro").class_names:
@@ -174,7 +175,7 @@ def test_predict_files_sees_the_pixels_of_arrays_and_datasets(tmp_path, size):
     assert np.abs(np.stack(exported) - np.stack(decoded)).max() <= 1  # Hugging Face's preprocessor resizes in one call
 
 
-def test_main_refuses_an_untrained_head(run_cli, tmp_path):
+def test_main_rejects_untrained_head(run_cli, tmp_path):
     params = pretrained.load_npz(pretrained.resolve("micro"))
     params["head"]["kernel"] *= 0
     pretrained.save_npz(tmp_path / "zero.npz", params)

@@ -1,4 +1,4 @@
-"""The commands and examples of the README and the docs."""
+"""Commands and examples of the README and the docs."""
 
 import io
 import json
@@ -21,7 +21,7 @@ TEXT = "\n".join(PAGES.values())
 
 
 def commands(text: str = TEXT) -> list[list[str]]:
-    """The Python commands of a text, each as the words after `.venv/bin/python`."""
+    """Returns the Python commands of a text, each as the arguments after `.venv/bin/python`."""
     blocks = "\n".join(block for kind, block in re.findall(r"```(\w*)\n(.*?)```", text, re.S) if not kind)
     blocks = blocks.replace("\\\n", " ")
     prefix = ".venv/bin/python "
@@ -29,24 +29,24 @@ def commands(text: str = TEXT) -> list[list[str]]:
 
 
 def command_with(*words: str) -> list[str]:
-    """The first command in which every word occurs."""
-    return next(command for command in commands() if all(any(word in part for part in command) for word in words))
+    """Returns the first command that contains every word."""
+    return next(command for command in commands() if all(any(word in arg for arg in command) for word in words))
 
 
 def scripts(text: str = TEXT) -> list[str]:
-    """The Python examples of a text."""
+    """Returns the Python examples of a text."""
     return re.findall(r"```python\n(.*?)```", text, re.S)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_pages_link_to_files_that_exist(page):
+def test_pages_link_to_existing_files(page):
     for name in re.findall(r"(?<![\w/])(?:configs|benchmarks|notebooks|vit_jax)/[\w/]+\.\w+", PAGES[page]):
         assert (ROOT / name).exists(), name
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", PAGES[page]):
         assert (page.parent / link).exists(), link
 
 
-def test_pages_name_every_config():
+def test_configs_page_lists_every_config():
     for path in (ROOT / "configs").glob("*.py"):
         if path.stem not in ("__init__", "base", "models"):
             assert f"`configs/{path.name}" in PAGES[ROOT / "docs/configs.md"], path.name
@@ -58,21 +58,21 @@ def test_readme_links_to_every_page():
 
 
 @pytest.fixture(scope="module")
-def released_file(tmp_path_factory) -> Path:
-    """A full-size checkpoint in the original format, of random numbers: for loading, never for an accuracy."""
+def vit_b16_npz(tmp_path_factory) -> Path:
+    """Path of a ViT-B/16 checkpoint in the original format, with random values."""
     shapes = reference.released_shapes(
         **reference.B_16, representation_size=768, num_classes=21843, num_tokens=1 + 14 * 14
     )
     rng = np.random.default_rng(0)
     flat = {key: 0.02 * rng.standard_normal(shape, dtype=np.float32) for key, shape in shapes.items()}
-    path = tmp_path_factory.mktemp("released") / "ViT-B_16.npz"
+    path = tmp_path_factory.mktemp("checkpoints") / "ViT-B_16.npz"
     pretrained.save_npz(path, unflatten_dict(flat, sep="/"))
     return path
 
 
 @pytest.fixture
 def cifar100_archive(tmp_path) -> Path:
-    """An archive in the format of CIFAR-100, with noise for images."""
+    """Path of a CIFAR-100 archive whose images are noise."""
     rng = np.random.default_rng(0)
     names = "".join(f"class{i:02}\n" for i in range(100)).encode()
     files = {"fine_label_names.txt": names, "coarse_label_names.txt": names}
@@ -93,9 +93,9 @@ FEW_STEPS = ["--config.num_steps=1", "--config.batch_size=2", "--config.warmup_s
 
 
 @pytest.mark.slow
-def test_fine_tuning_vit_b16_takes_steps(run_command, released_file, cifar100_archive, tmp_path):
+def test_train_fine_tunes_vit_b16(run_command, vit_b16_npz, cifar100_archive, tmp_path):
     command = [
-        word.replace("/data/ViT-B_16.npz", str(released_file)).replace(
+        word.replace("/data/ViT-B_16.npz", str(vit_b16_npz)).replace(
             "/data/cifar-100-binary.tar.gz", str(cifar100_archive)
         )
         for word in command_with("cifar100.py", "data_dir")
@@ -115,7 +115,7 @@ def test_dry_run_downloads_nothing(run_command, tmp_path):
 
 
 @pytest.mark.slow
-def test_own_images_train(run_command, released_file, tmp_path):
+def test_train_accepts_image_directory(run_command, vit_b16_npz, tmp_path):
     rng = np.random.default_rng(0)
     for split, name, size in [("train", "cat", 40), ("train", "dog", 50), ("test", "cat", 60), ("test", "dog", 70)]:
         directory = tmp_path / "images" / split / name
@@ -126,13 +126,13 @@ def test_own_images_train(run_command, released_file, tmp_path):
         word.replace("folder:DIR", f"folder:{tmp_path}/images") for word in command_with("cifar100.py", "folder:DIR")
     ]
     command[command.index("--workdir") + 1] = str(tmp_path / "run")
-    result = run_command(*command, f"--config.pretrained={released_file}", *FEW_STEPS, timeout=600)
+    result = run_command(*command, f"--config.pretrained={vit_b16_npz}", *FEW_STEPS, timeout=600)
     assert result.returncode == 0, result.stderr
     assert "4 training and 4 test images of 224 × 224 pixels, 2 classes" in result.stdout
 
 
 @pytest.mark.slow
-def test_digits_reach_the_accuracy_in_the_readme(run_command, tmp_path):
+def test_train_reaches_documented_accuracy_on_digits(run_command, tmp_path):
     accuracies = {}
     for config in ("configs/digits.py", "configs/digits.py:scratch"):
         workdir = tmp_path / config.rpartition("/")[2]
@@ -148,14 +148,14 @@ def test_digits_reach_the_accuracy_in_the_readme(run_command, tmp_path):
     result = run_command("-c", script.replace("runs/digits", str(tmp_path / "digits.py")))
     assert result.returncode == 0, result.stderr
     assert float(result.stdout.splitlines()[-1]) >= 0.95
-    use_the_model(run_command, tmp_path / "digits.py", tmp_path)
+    run_inference_examples(run_command, tmp_path / "digits.py", tmp_path)
     assert (tmp_path / "digits.py/report.html").exists()
     assert accuracies["configs/digits.py"] >= 0.95
     assert accuracies["configs/digits.py"] >= accuracies["configs/digits.py:scratch"] + 0.02
 
 
-def use_the_model(run_command, workdir, directory):
-    """Runs every command and example of prediction and export on a run."""
+def run_inference_examples(run_command, workdir, directory):
+    """Runs every documented command and example of prediction and export on a run."""
     (directory / "DIR").mkdir()
     for name in ("IMAGE.png", "DIR/a.jpg", "b.jpg"):
         Image.fromarray(np.full((9, 7, 3), 200, np.uint8)).save(directory / name)
@@ -172,10 +172,10 @@ def use_the_model(run_command, workdir, directory):
     ]
     assert len(used) == 6
     for command in used:
-        words = [str(paths.get(word, directory / word if word.startswith("digits") else word)) for word in command]
-        result = run_command(*words)
+        argv = [str(paths.get(word, directory / word if word.startswith("digits") else word)) for word in command]
+        result = run_command(*argv)
         assert result.returncode == 0, result.stderr
-        assert len(result.stdout.splitlines()) == (3 if "--top" in words else 1)
+        assert len(result.stdout.splitlines()) == (3 if "--top" in argv else 1)
     examples = [script for script in scripts() if "probabilities" in script or "deserialize" in script]
     assert len(examples) == 2
     for script in examples:
@@ -186,15 +186,15 @@ def use_the_model(run_command, workdir, directory):
         assert result.returncode == 0, result.stderr
 
 
-def test_training_on_own_arrays_runs(run_command, tmp_path):
+def test_train_and_evaluate_accepts_arrays(run_command, tmp_path):
     (script,) = [script for script in scripts() if "Dataset(" in script]
     result = run_command("-c", script.replace("runs/arrays", str(tmp_path / "run")))
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(r"[\d.]+%", result.stdout.splitlines()[-1])
 
 
-def test_released_checkpoint_with_head_predicts_without_training(run_command, tmp_path):
-    """With a narrow checkpoint of random numbers in the cache, under the released name."""
+def test_predict_and_evaluate_accept_checkpoint_name(run_command, tmp_path):
+    """A small checkpoint with random values is in the cache, under the name of a released one."""
     shapes = reference.released_shapes(
         patch_size=8,
         hidden_size=24,
@@ -226,8 +226,7 @@ def test_released_checkpoint_with_head_predicts_without_training(run_command, tm
     assert "images                2" in outputs[1] and "test/accuracy" in outputs[1]
 
 
-def test_micro_checkpoint_has_the_sizes_of_its_config():
-    """The micro checkpoint is in the original format, and has the sizes of the config that trained it."""
+def test_micro_checkpoint_matches_its_config():
     from configs import cifar10_micro
 
     params = pretrained.load_npz(pretrained.resolve("micro"))
@@ -241,11 +240,11 @@ def test_micro_checkpoint_has_the_sizes_of_its_config():
 
 
 @pytest.mark.slow
-def test_config_of_the_micro_checkpoint_learns_on_real_images(run_command, cifar10_archive, tmp_path):
-    few = ["--config.num_steps=60", "--config.warmup_steps=10", "--config.dataset.test_split=test[:1000]"]
+def test_train_learns_on_cifar10_with_config_of_micro_checkpoint(run_command, cifar10_archive, tmp_path):
+    overrides = ["--config.num_steps=60", "--config.warmup_steps=10", "--config.dataset.test_split=test[:1000]"]
     workdir = tmp_path / "run"
     (config,) = [command for command in commands() if command[-1] == "configs/cifar10_micro.py"]
-    command = [*config, *few, f"--config.dataset.data_dir={cifar10_archive}"]
+    command = [*config, *overrides, f"--config.dataset.data_dir={cifar10_archive}"]
     result = run_command(*command, "--workdir", workdir, timeout=600)
     assert result.returncode == 0, result.stderr
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])

@@ -12,22 +12,22 @@ from vit_jax.runtime.errors import UserError
 
 @pytest.fixture(scope="module")
 def workdir(finished_run, tmp_path_factory):
-    """A run that the tests may write to."""
-    folder = tmp_path_factory.mktemp("runs") / "digits"
-    shutil.copytree(finished_run, folder)
-    return folder
+    """A run directory that the tests may write to."""
+    directory = tmp_path_factory.mktemp("runs") / "digits"
+    shutil.copytree(finished_run, directory)
+    return directory
 
 
 @pytest.fixture(scope="module")
 def page(workdir, run_command):
-    """The report as a file."""
+    """Path of the report."""
     result = run_command("-m", "vit_jax.report", "--workdir", workdir)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == str(workdir / "report.html")
     return workdir / "report.html"
 
 
-def test_write_report_is_one_page_that_loads_nothing(workdir, page):
+def test_write_report_creates_self_contained_page(workdir, page):
     page = page.read_text()
     sources = re.findall(r'src="([^"]*)"', page)
     assert len(sources) == 8 and all(source.startswith("data:image/png;base64,") for source in sources)
@@ -50,7 +50,7 @@ def test_write_report_shows_reference_results(workdir, tmp_path):
     assert "<th>&lt;published&gt;</th><td>98.76%</td>" in page and "12.34%" not in page
 
 
-def test_write_report_refuses_an_unfinished_run(workdir, run_cli, tmp_path):
+def test_main_rejects_unfinished_run(workdir, run_cli, tmp_path):
     shutil.copytree(workdir, tmp_path / "run")
     edit_run(tmp_path / "run", {"num_steps": 40})
     result = run_cli("vit_jax.report", ["--workdir", tmp_path / "run"])
@@ -58,16 +58,16 @@ def test_write_report_refuses_an_unfinished_run(workdir, run_cli, tmp_path):
     assert result.stderr.splitlines() == [f"error: {tmp_path / 'run'} is at step 20 of 40; expected a finished run"]
 
 
-def test_write_report_refuses_missing_metrics(workdir, tmp_path):
+def test_write_report_rejects_missing_metrics(workdir, tmp_path):
     for name in ("checkpoints", "config.json"):
         (tmp_path / name).symlink_to(workdir / name)
     with pytest.raises(UserError, match="is finished at step 20, but metrics.jsonl is missing; python -m"):
         report.write_report(tmp_path)
 
 
-def test_a_run_leaves_its_report_once(run_command, tmp_path):
-    few = ("--config.num_steps=4", "--config.warmup_steps=1")
-    command = ("train.py", "--config", "configs/digits.py", "--workdir", tmp_path / "run", *few)
+def test_train_writes_report_once(run_command, tmp_path):
+    overrides = ("--config.num_steps=4", "--config.warmup_steps=1")
+    command = ("train.py", "--config", "configs/digits.py", "--workdir", tmp_path / "run", *overrides)
     result = run_command(*command, "--noreport")
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "run/report.html").exists()
@@ -80,7 +80,7 @@ def test_a_run_leaves_its_report_once(run_command, tmp_path):
 
 @pytest.fixture
 def browser():
-    """Chromium without a window."""
+    """Headless Chromium."""
     programs = [shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")]
     if None in programs:
         pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
@@ -106,14 +106,16 @@ return [...document.querySelectorAll("body *")]
 
 
 @pytest.mark.parametrize("width", [400, 1400])
-def test_report_in_a_browser_fits_the_width(workdir, page, browser, width):
+def test_write_report_fits_width_of_browser(workdir, page, browser, width):
     page = page.absolute().as_uri()
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.get(page)
     assert browser.get_log("browser") == []
-    entries = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    addresses = {one["params"]["request"]["url"] for one in entries if one["method"] == "Network.requestWillBeSent"}
+    entries = [json.loads(line["message"])["message"] for line in browser.get_log("performance")]
+    addresses = {
+        entry["params"]["request"]["url"] for entry in entries if entry["method"] == "Network.requestWillBeSent"
+    }
     assert page in addresses and not {url for url in addresses - {page} if not url.startswith("data:")}
 
     assert browser.execute_script("return innerWidth") == width
@@ -121,7 +123,7 @@ def test_report_in_a_browser_fits_the_width(workdir, page, browser, width):
     assert len(images) == 8
     for image in images:
         assert image.get_property("complete") and image.get_property("naturalWidth") > 500
-        assert min(width, 600) - 50 <= image.rect["width"] <= width  # a scroll bar may take 15
+        assert min(width, 600) - 50 <= image.rect["width"] <= width  # a scroll bar may take 15 px
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.execute_script(_WIDER_THAN_THE_PAGE) == []
     sizes = "return [...document.querySelectorAll('p, td, th, pre')].map(e => parseFloat(getComputedStyle(e).fontSize))"

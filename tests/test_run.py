@@ -10,7 +10,7 @@ from vit_jax.runtime.errors import UserError
 
 
 @pytest.mark.parametrize(("optimizer", "trainable"), [("adamw", "full"), ("sgd", "head")])
-def test_load_run_gives_model_and_parameters(tmp_path, optimizer, trainable):
+def test_load_run_returns_model_and_parameters(tmp_path, optimizer, trainable):
     config = digits.get_config("scratch")
     config.model = dict(patch_size=4, hidden_size=16, num_layers=1, num_heads=2, mlp_dim=16)
     config.update(num_steps=4, warmup_steps=0, trainable=trainable, dtype="bfloat16")
@@ -24,18 +24,18 @@ def test_load_run_gives_model_and_parameters(tmp_path, optimizer, trainable):
     assert run.evaluate() == pytest.approx(results, rel=1e-5)
 
 
-def test_load_run_names_the_checkpoints_that_there_are(finished_run):
+def test_load_run_lists_existing_checkpoints(finished_run):
     with pytest.raises(UserError, match="no checkpoint of step 7; it has 20"):
         load_run(finished_run, step=7)
 
 
-def test_load_run_takes_ema_parameters_unless_told_otherwise(lora_run):
+def test_load_run_returns_ema_parameters_by_default(lora_run):
     ema, raw = (load_run(lora_run, use_ema=use_ema) for use_ema in (True, False))
     assert abs(ema.params["head"]["kernel"] - raw.params["head"]["kernel"]).max() > 0
     assert "lora" not in ema.params
 
 
-def test_evaluate_takes_a_split_and_a_prefix(finished_run):
+def test_evaluate_accepts_split_and_prefix(finished_run):
     run = load_run(finished_run)
     split = run.load_test_split()
     few = dataclasses.replace(split, images=split.images[:50], labels=split.labels[:50])
@@ -43,7 +43,7 @@ def test_evaluate_takes_a_split_and_a_prefix(finished_run):
     assert run.evaluate(few, batch_size=16, prefix="few")["few/accuracy"] == pytest.approx(accuracy)
 
 
-def test_load_test_split_rejects_a_dataset_of_other_classes(finished_run):
+def test_load_test_split_rejects_dataset_with_other_classes(finished_run):
     run = load_run(finished_run)
     other = dataclasses.replace(run, metadata=dataclasses.replace(run.metadata, class_names=("cat", "dog")))
     with pytest.raises(
@@ -52,6 +52,6 @@ def test_load_test_split_rejects_a_dataset_of_other_classes(finished_run):
         other.load_test_split()
 
 
-def test_load_test_split_reads_the_dataset_where_it_is_now(finished_run):
+def test_load_test_split_accepts_another_data_dir(finished_run):
     with pytest.raises(UserError, match="does not read data_dir, got '/elsewhere'"):
         load_run(finished_run).load_test_split("/elsewhere")

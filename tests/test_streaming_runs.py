@@ -1,4 +1,4 @@
-"""Runs on images that are decoded by worker processes while the device computes."""
+"""Training runs on images that are streamed by worker processes."""
 
 import json
 import multiprocessing
@@ -21,12 +21,12 @@ from vit_jax.runtime import resources
 from vit_jax.training import dry_run
 from vit_jax.training.checkpoint import Checkpoints
 
-COUNT = 23  # training images of each class; batches of 16 leave 14 of an epoch out
+COUNT = 23  # training images per class; 14 of 46 images do not fill a batch of 16
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Real digits, zeros and ones, as PNG files of 16 × 16 pixels, which lose nothing."""
+def image_dir(tmp_path_factory) -> Path:
+    """Directory of real digits, zeros and ones, as PNG files of 16 × 16 pixels."""
     root = tmp_path_factory.mktemp("images")
     dataset = data.load_dataset("digits", image_size=8)
     for name, split, count in (("train", dataset.train, COUNT), ("test", dataset.test, 11)):
@@ -38,30 +38,30 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def config_for(folder, **changes):
-    """A micro ViT from random parameters, three epochs of two updates."""
+def config_for(image_dir, **changes):
+    """Returns a config of a tiny ViT, trained from scratch for three epochs of two updates."""
     config = digits.get_config("scratch")
     config.model = dict(patch_size=4, hidden_size=16, num_layers=1, num_heads=2, mlp_dim=16)
     config.update(num_steps=6, warmup_steps=1, log_every_steps=1, eval_every_steps=3, checkpoint_every_steps=2)
     config.update(batch_size=16, eval_batch_size=8, augment="inception", mixup_alpha=0.2)
-    config.dataset.update(name=f"folder:{folder}", storage="stream", num_workers=1)
+    config.dataset.update(name=f"folder:{image_dir}", storage="stream", num_workers=1)
     return set_keys(config, changes)
 
 
 def records_of(workdir):
-    """The lines of a run without what depends on the clock."""
+    """Returns the records of metrics.jsonl without the throughput."""
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in record.items() if key != "images_per_second"} for record in records]
 
 
 @pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    trainer.train_and_evaluate(config_for(folder), workdir)
+def uninterrupted(image_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    trainer.train_and_evaluate(config_for(image_dir), workdir)
     return workdir
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(folder, whole, tmp_path, monkeypatch):
+def test_train_and_evaluate_resumes_streamed_run_bit_exactly(image_dir, uninterrupted, tmp_path, monkeypatch):
     save = Checkpoints.save
 
     def stop(checkpoints, step, *arguments, **options):
@@ -71,36 +71,36 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, whole, tmp_path, monkeyp
 
     auto = {"dataset.storage": "auto"}
     monkeypatch.setattr(Checkpoints, "save", stop)
-    with monkeypatch.context() as little_memory, pytest.raises(InterruptedError):
-        little_memory.setattr(resources, "available_memory", lambda: 10_000)
-        trainer.train_and_evaluate(config_for(folder, **auto), tmp_path / "run")
+    with monkeypatch.context() as context, pytest.raises(InterruptedError):
+        context.setattr(resources, "available_memory", lambda: 10_000)
+        trainer.train_and_evaluate(config_for(image_dir, **auto), tmp_path / "run")
     assert multiprocessing.active_children() == []
     monkeypatch.setattr(Checkpoints, "save", save)
-    trainer.train_and_evaluate(config_for(folder, **auto, **{"dataset.num_workers": 2}), tmp_path / "run")
-    assert records_of(tmp_path / "run") == records_of(whole)
-    ours, theirs = (flatten_dict(load_run(workdir).params) for workdir in (tmp_path / "run", whole))
-    for path, leaf in ours.items():
-        np.testing.assert_array_equal(leaf, theirs[path])
+    trainer.train_and_evaluate(config_for(image_dir, **auto, **{"dataset.num_workers": 2}), tmp_path / "run")
+    assert records_of(tmp_path / "run") == records_of(uninterrupted)
+    actual, expected = (flatten_dict(load_run(workdir).params) for workdir in (tmp_path / "run", uninterrupted))
+    for path, leaf in actual.items():
+        np.testing.assert_array_equal(leaf, expected[path])
 
 
-def test_accumulation_gives_the_update_of_the_large_batch(folder, whole, tmp_path):
-    trainer.train_and_evaluate(config_for(folder, accumulation_steps=2), tmp_path / "run")
-    for ours, theirs in zip(records_of(tmp_path / "run"), records_of(whole), strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-5)
+def test_train_and_evaluate_accumulates_gradients_of_streamed_batches(image_dir, uninterrupted, tmp_path):
+    trainer.train_and_evaluate(config_for(image_dir, accumulation_steps=2), tmp_path / "run")
+    for actual, expected in zip(records_of(tmp_path / "run"), records_of(uninterrupted), strict=True):
+        assert actual == pytest.approx(expected, abs=1e-5)
 
 
-def test_evaluation_is_that_of_images_in_memory(folder, whole, tmp_path):
-    """Every test image counts once, though 22 do not divide into batches of 8; so do features of all of them."""
-    run = load_run(whole)
+def test_evaluate_matches_in_memory_results_for_streamed_images(image_dir, uninterrupted, tmp_path):
+    """Every test image counts once, although 22 is not divisible by the batch size of 8; also with cached features."""
+    run = load_run(uninterrupted)
     run.config.dataset.storage = "auto"
     assert not run.load_test_split().in_memory  # as in training
     streamed = run.evaluate()
     run.config.dataset.storage = "memory"
     assert streamed == pytest.approx(run.evaluate(), abs=1e-6)
-    assert records_of(whole)[-1] == pytest.approx({"step": 6, **streamed}, abs=1e-6)
+    assert records_of(uninterrupted)[-1] == pytest.approx({"step": 6, **streamed}, abs=1e-6)
     results = {}
     for storage in ("memory", "stream"):
-        config = config_for(folder, trainable="head", augment="none", mixup_alpha=0.0)
+        config = config_for(image_dir, trainable="head", augment="none", mixup_alpha=0.0)
         config.dataset.storage = storage
         results[storage] = trainer.train_and_evaluate(config, tmp_path / storage)
     assert results["stream"] == pytest.approx(results["memory"], abs=1e-6)
@@ -115,44 +115,44 @@ def test_evaluation_is_that_of_images_in_memory(folder, whole, tmp_path):
     ],
     ids=["inception", "pad_crop", "cached_views"],
 )
-def test_train_and_evaluate_gives_the_same_run_streamed_and_in_memory(folder, tmp_path, changes):
-    """Order, crops and pixels do not depend on the memory that is free."""
+def test_train_and_evaluate_matches_in_memory_run_for_streamed_images(image_dir, tmp_path, changes):
+    """Order, crops and pixels do not depend on the available memory."""
     for storage in ("memory", "stream"):
-        config = config_for(folder, **{"dataset.storage": storage, **changes})
+        config = config_for(image_dir, **{"dataset.storage": storage, **changes})
         trainer.train_and_evaluate(config, tmp_path / storage)
-    for ours, theirs in zip(records_of(tmp_path / "stream"), records_of(tmp_path / "memory"), strict=True):
-        assert ours == pytest.approx(theirs, abs=2e-3)
+    for actual, expected in zip(records_of(tmp_path / "stream"), records_of(tmp_path / "memory"), strict=True):
+        assert actual == pytest.approx(expected, abs=2e-3)
     run = load_run(tmp_path / "stream")
     evaluated = {"step": 6, **run.evaluate()}
     assert records_of(tmp_path / "stream")[-1] == pytest.approx(evaluated, abs=1e-5)
 
 
-def test_images_of_a_streamed_run_are_plotted(whole):
-    figures = dict(visualize.draw_all(load_run(whole), num_images=4))
+def test_draw_all_plots_images_of_streamed_run(uninterrupted):
+    figures = dict(visualize.draw_all(load_run(uninterrupted), num_images=4))
     assert {"confusion", "errors", "attention_rollout"} <= figures.keys()
 
 
-def test_dry_run_counts_batches_instead_of_images(folder, capsys):
-    config = config_for(folder, **{"dataset.storage": "memory"})
-    texts = []
+def test_dry_run_counts_two_batches_for_streamed_images(image_dir, capsys):
+    config = config_for(image_dir, **{"dataset.storage": "memory"})
+    outputs = []
     for storage in ("memory", "stream"):
         config.dataset.storage = storage
         dry_run.dry_run(config)
-        texts.append(capsys.readouterr().out)
-    assert ", two batches" in texts[1] and "two batches" not in texts[0]
-    assert ", streamed" in texts[1] and ", streamed" not in texts[0]
+        outputs.append(capsys.readouterr().out)
+    assert ", two batches" in outputs[1] and "two batches" not in outputs[0]
+    assert ", streamed" in outputs[1] and ", streamed" not in outputs[0]
 
 
-def test_a_process_that_was_told_to_stop_saves_and_its_workers_end(folder, tmp_path):
-    """SIGTERM to all of them, as a cluster sends it; then SIGKILL to the run alone."""
-    keys = {"dataset.name": f"folder:{folder}", "dataset.storage": "stream", "num_steps": 100_000, "batch_size": 16}
+def test_train_ends_worker_processes_after_sigterm_and_sigkill(image_dir, tmp_path):
+    """Sends SIGTERM to the process group, as a cluster does, then SIGKILL to the main process alone."""
+    keys = {"dataset.name": f"folder:{image_dir}", "dataset.storage": "stream", "num_steps": 100_000, "batch_size": 16}
     keys |= {"log_every_steps": 1, "checkpoint_every_steps": 50, "eval_every_steps": 100_000}
-    words = [f"--config.{key}={value}" for key, value in keys.items()]
-    words = ["train.py", "--config", "configs/digits.py:scratch", "--workdir", tmp_path / "run", *words]
+    argv = [f"--config.{key}={value}" for key, value in keys.items()]
+    argv = ["train.py", "--config", "configs/digits.py:scratch", "--workdir", tmp_path / "run", *argv]
 
     def start():
         process = subprocess.Popen(
-            command_line(*words),
+            command_line(*argv),
             cwd=ROOT,
             env=command_env(),
             start_new_session=True,
@@ -173,7 +173,7 @@ def test_a_process_that_was_told_to_stop_saves_and_its_workers_end(folder, tmp_p
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped by SIGTERM; saved checkpoint" in out, err
     assert "Traceback" not in err
-    wait_for(lambda: group(process.pid) == [])  # multiprocessing's own helper ends a moment later
+    wait_for(lambda: group(process.pid) == [])  # multiprocessing's helper process ends later
 
     before = lines()
     process = start()
@@ -183,20 +183,20 @@ def test_a_process_that_was_told_to_stop_saves_and_its_workers_end(folder, tmp_p
 
 
 def group(pgid: int) -> list[int]:
-    """Processes of a group that have not ended."""
+    """Returns the running processes of a process group."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it ended in between
+        except OSError:  # the process has just ended
             continue
         if int(fields[2]) == pgid and fields[0] != "Z":
             found.append(int(stat.parent.name))
     return found
 
 
-def wait_for(holds) -> None:
+def wait_for(condition) -> None:
     deadline = time.monotonic() + 90
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)

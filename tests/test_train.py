@@ -1,4 +1,4 @@
-"""`train.py` as users run it: exit codes, files, signals; a process of its own where these need one."""
+"""`train.py` as users run it: exit codes, files and signals; as a subprocess where necessary."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def arguments(workdir: Path, *overrides: str) -> list[str]:
 
 
 def start(workdir: Path, *overrides: str) -> subprocess.Popen:
-    """Starts training in a process of its own."""
+    """Starts training in a subprocess."""
     command = command_line("train.py", *arguments(workdir, *overrides))
     return subprocess.Popen(
         command, cwd=ROOT, env=command_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -47,33 +47,33 @@ def start(workdir: Path, *overrides: str) -> subprocess.Popen:
 
 
 def records(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what depends on the clock."""
+    """Returns the records of metrics.jsonl without the throughput."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
 
 
-def assert_same_parameters(first: Path, second: Path) -> None:
-    one, other = load_run(first), load_run(second)
-    assert one.step == other.step
-    for ours, theirs in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+def assert_same_parameters(workdir: Path, expected_workdir: Path) -> None:
+    run, expected_run = load_run(workdir), load_run(expected_workdir)
+    assert run.step == expected_run.step
+    for actual, expected in zip(jax.tree.leaves(run.params), jax.tree.leaves(expected_run.params), strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.fixture(scope="module")
 def finished(create_once, run_command) -> tuple[Path, str, str]:
-    """Run directory, stdout and stderr of a run in a process of its own."""
+    """Run directory, stdout and stderr of a finished run in a subprocess."""
 
-    def create(folder):
-        result = run_command("train.py", *arguments(folder / "run"))
+    def create(directory):
+        result = run_command("train.py", *arguments(directory / "run"))
         assert result.returncode == 0, result.stderr
-        (folder / "stdout").write_text(result.stdout)
-        (folder / "stderr").write_text(result.stderr)
+        (directory / "stdout").write_text(result.stdout)
+        (directory / "stderr").write_text(result.stderr)
 
-    folder = create_once("finished_process", create)
-    return folder / "run", (folder / "stdout").read_text(), (folder / "stderr").read_text()
+    directory = create_once("finished_process", create)
+    return directory / "run", (directory / "stdout").read_text(), (directory / "stderr").read_text()
 
 
-def test_train_writes_the_files_of_the_contract(finished):
+def test_train_writes_documented_files(finished):
     workdir = finished[0]
     names = {path.name.split(".")[0] for path in workdir.iterdir()}
     assert names == {"config", "metrics", "events", "checkpoints", "curves"}
@@ -83,7 +83,7 @@ def test_train_writes_the_files_of_the_contract(finished):
     assert [line["step"] for line in records(workdir) if "test/loss" in line] == [30, 60]
 
 
-def test_train_writes_the_keys_of_the_contract(finished):
+def test_train_writes_documented_metrics(finished):
     lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
     training = {"step", "train/loss", "train/accuracy", "learning_rate", "images_per_second"}
     testing = {"step", "test/loss", "test/accuracy", "test/accuracy_top5"}
@@ -92,12 +92,12 @@ def test_train_writes_the_keys_of_the_contract(finished):
     assert (lines[-1]["test/accuracy"] * 360) % 1 == pytest.approx(0, abs=1e-9)
 
 
-def test_train_lowers_the_loss(finished):
+def test_train_reduces_loss(finished):
     losses = [line["train/loss"] for line in records(finished[0]) if "train/loss" in line]
     assert losses[-1] < losses[0] - 0.2
 
 
-def test_train_prints_a_table_and_the_next_command(finished):
+def test_train_prints_table_and_next_command(finished):
     workdir, stdout, stderr = finished
     last = records(workdir)[-1]
     assert f"test accuracy         {last['test/accuracy']:.2%}" in stdout
@@ -111,7 +111,7 @@ def test_train_prints_a_table_and_the_next_command(finished):
     assert results["test/loss"] == pytest.approx(last["test/loss"], rel=1e-5)
 
 
-def test_train_prints_the_table_of_a_finished_run_again(finished, run_cli):
+def test_train_prints_table_of_finished_run(finished, run_cli):
     workdir, stdout, _ = finished
     before = (workdir / "metrics.jsonl").read_bytes()
     again = run_cli("train", arguments(workdir))
@@ -122,7 +122,7 @@ def test_train_prints_the_table_of_a_finished_run_again(finished, run_cli):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
-def test_train_rejects_another_config_in_the_same_workdir(finished, run_cli):
+def test_train_rejects_different_config_in_same_workdir(finished, run_cli):
     result = run_cli("train", arguments(finished[0], "--config.learning_rate=0.5", "--config.seed=3"))
     assert result.code == 2
     assert "learning_rate: 0.001 → 0.5; seed: 0 → 3" in result.stderr
@@ -141,7 +141,7 @@ def kill(workdir: Path, moment: str) -> None:
     "moment",
     ["saving", pytest.param("compiling", marks=pytest.mark.slow), pytest.param("training", marks=pytest.mark.slow)],
 )
-def test_train_resumes_a_killed_run_bit_identically(finished, tmp_path, run_command, moment):
+def test_train_resumes_bit_exactly_after_sigkill(finished, tmp_path, run_command, moment):
     workdir = tmp_path / "run"
     kill(workdir, moment)
     result = run_command("train.py", *arguments(workdir))
@@ -151,7 +151,7 @@ def test_train_resumes_a_killed_run_bit_identically(finished, tmp_path, run_comm
 
 
 def _wait_for(moment: str, workdir: Path, process: subprocess.Popen) -> None:
-    """Returns when a run is at a moment; "saving": while a checkpoint is being written."""
+    """Waits until a run reaches a moment; "saving": while a checkpoint is being written."""
     deadline = time.monotonic() + 120
     metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
     while time.monotonic() < deadline and process.poll() is None:
@@ -162,7 +162,7 @@ def _wait_for(moment: str, workdir: Path, process: subprocess.Popen) -> None:
         if moment == "saving" and any("tmp" in path.name for path in checkpoints.glob("[23]*")):
             return
         time.sleep(0.002)
-    pytest.fail(f"the run never came to {moment}: {process.poll()}")
+    pytest.fail(f"the run did not reach {moment}: {process.poll()}")
 
 
 @pytest.mark.parametrize(
@@ -172,9 +172,9 @@ def _wait_for(moment: str, workdir: Path, process: subprocess.Popen) -> None:
         pytest.param(signal.SIGINT, 130, "", marks=pytest.mark.slow),
     ],
 )
-def test_train_saves_when_it_gets_a_signal(tmp_path, number, code, message):
+def test_train_saves_checkpoint_on_signal(tmp_path, number, code, message):
     workdir = tmp_path / "run"
-    process = start(workdir, "--config.num_steps=60000")  # so many that the signal comes in the middle
+    process = start(workdir, "--config.num_steps=60000")  # the signal arrives during training
     _wait_for("training", workdir, process)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=120)
@@ -185,16 +185,16 @@ def test_train_saves_when_it_gets_a_signal(tmp_path, number, code, message):
     assert message.format(run.step) in stdout
 
 
-def test_train_stops_at_a_loss_that_is_not_finite(tmp_path, run_cli):
+def test_train_stops_at_nonfinite_loss(tmp_path, run_cli):
     result = run_cli("train", arguments(tmp_path / "run", "--config.learning_rate=1e30"))
     assert result.code == 1
-    # The first update of a warmed-up run has rate 0, the second blows up.
+    # The first update of a warmed-up run has rate 0, the second diverges.
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "was not finite at step 2; no checkpoint had been written" in line
 
 
-def test_train_and_evaluate_keeps_the_last_checkpoint_before_a_loss_that_is_not_finite(tmp_path, monkeypatch):
-    """The learning rate of update 25, counted from 1, is not a number; checkpoints are written every 10 steps."""
+def test_train_and_evaluate_keeps_last_checkpoint_before_nonfinite_loss(tmp_path, monkeypatch):
+    """The learning rate of update 25 (from 1) is NaN, and checkpoints are saved every 10 steps."""
     config = digits.get_config("scratch")
     config.model = dict(patch_size=4, hidden_size=32, num_layers=1, num_heads=2, mlp_dim=32)
     config.update(num_steps=60, log_every_steps=5, checkpoint_every_steps=10, eval_every_steps=60)
@@ -206,7 +206,7 @@ def test_train_and_evaluate_keeps_the_last_checkpoint_before_a_loss_that_is_not_
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.params))
 
 
-def test_train_without_steps_evaluates_and_saves_the_start(tmp_path, run_cli):
+def test_train_with_zero_steps_evaluates_and_saves_checkpoint(tmp_path, run_cli):
     workdir = tmp_path / "run"
     result = run_cli("train", arguments(workdir, "--config.num_steps=0", "--config.warmup_steps=0"))
     assert result.code == 0, result.stderr
@@ -215,16 +215,16 @@ def test_train_without_steps_evaluates_and_saves_the_start(tmp_path, run_cli):
 
 
 @pytest.mark.slow
-def test_train_keeps_the_last_checkpoint_when_a_write_fails(finished, tmp_path, run_command):
+def test_train_keeps_last_checkpoint_after_failed_write(finished, tmp_path, run_command):
     workdir = tmp_path / "run"
     kill(workdir, "training")
     step = max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit())
 
-    # No file may grow beyond 20 KiB, and a checkpoint's do.
+    # The file size is limited to 20 KiB, which a checkpoint exceeds.
     limited = ["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", *command_line("train.py", *arguments(workdir))]
     result = subprocess.run(limited, cwd=ROOT, env=command_env(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
-    # Threads of TensorStore and Orbax may print tracebacks of their own beside our line.
+    # Threads of TensorStore and Orbax may print tracebacks in addition to the line of error.
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "could not be written" in line
     assert f"the last good one is step {step}" in line
@@ -234,8 +234,8 @@ def test_train_keeps_the_last_checkpoint_when_a_write_fails(finished, tmp_path, 
     assert_same_parameters(workdir, finished[0])
 
 
-def test_train_reports_a_full_disk_in_one_line(tmp_path):
-    """A real disk of 100 KiB, mounted in a name space of the process's own."""
+def test_train_reports_full_disk_in_one_line(tmp_path):
+    """The run directory is on a tmpfs of 100 KiB, mounted in a namespace of the subprocess."""
     script = 'mount -t tmpfs -o size=100k tmpfs "$0" && exec "$@"'
     inside = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", script, str(tmp_path)]
     if subprocess.run([*inside, "true"], capture_output=True).returncode:

@@ -26,7 +26,7 @@ def small_config(**changes):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Directory and results of a finished run, and how often it waited for its device."""
+    """Directory and results of a finished run, and the number of times that it blocked on the device."""
     workdir, fetches, fetch = tmp_path_factory.mktemp("finished") / "run", [], trainer.fetch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "fetch", lambda tree: fetches.append(tree) or fetch(tree))
@@ -35,17 +35,17 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def copy(finished, tmp_path):
-    """A finished run that a test may change."""
+def finished_copy(finished, tmp_path):
+    """A finished run that a test may modify."""
     return shutil.copytree(finished[0], tmp_path / "copy")
 
 
-HALF = {"log_every_steps": 10, "checkpoint_every_steps": 20}
+INTERVALS = {"log_every_steps": 10, "checkpoint_every_steps": 20}
 
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
-    """Directory of a run with `HALF` that stopped after the checkpoint of step 20."""
+    """Directory of a run with `INTERVALS`, interrupted after the checkpoint of step 20."""
     workdir, save = tmp_path_factory.mktemp("interrupted") / "run", Checkpoints.save
 
     def save_and_stop(manager, step, *args, **kwargs):
@@ -55,28 +55,28 @@ def interrupted(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(Checkpoints, "save", save_and_stop)
-        trainer.train_and_evaluate(small_config(**HALF), workdir)
+        trainer.train_and_evaluate(small_config(**INTERVALS), workdir)
     return workdir
 
 
 @pytest.fixture
-def half(interrupted, tmp_path):
-    """An interrupted run that a test may change."""
-    return shutil.copytree(interrupted, tmp_path / "half")
+def interrupted_copy(interrupted, tmp_path):
+    """An interrupted run that a test may modify."""
+    return shutil.copytree(interrupted, tmp_path / "copy")
 
 
-def test_train_and_evaluate_waits_for_its_device_at_log_and_evaluation_steps_only(finished):
-    assert finished[2] == 2  # the lines of steps 20 and 40; evaluation waits for its own results
+def test_train_and_evaluate_fetches_metrics_only_at_log_steps(finished):
+    assert finished[2] == 2  # the records of steps 20 and 40; evaluation fetches its own results
 
 
-def test_train_and_evaluate_returns_the_last_evaluation(finished):
+def test_train_and_evaluate_returns_last_evaluation(finished):
     workdir, results, _ = finished
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"step": 40, **results} == last
     assert trainer.train_and_evaluate(small_config(), workdir) == results
 
 
-def test_train_and_evaluate_prints_how_to_evaluate_a_dataset_given_from_python(tmp_path, capsys):
+def test_train_and_evaluate_prints_evaluation_call_for_own_dataset(tmp_path, capsys):
     full = data.load_dataset("digits", image_size=16)
     train, test = (Split(split.images[:64], split.labels[:64]) for split in (full.train, full.test))
     dataset = Dataset(train, test, full.class_names)
@@ -85,25 +85,25 @@ def test_train_and_evaluate_prints_how_to_evaluate_a_dataset_given_from_python(t
     assert eval(call, {"vit_jax": vit_jax, "dataset": dataset}) == pytest.approx(results)
 
 
-def test_train_and_evaluate_takes_a_missing_config_json_from_the_checkpoint(half):
-    before = (half / "config.json").read_text()
-    (half / "config.json").unlink()
+def test_train_and_evaluate_restores_missing_config_json(interrupted_copy):
+    before = (interrupted_copy / "config.json").read_text()
+    (interrupted_copy / "config.json").unlink()
     with pytest.raises(UsageError, match=r"another config \(learning_rate: 0.001 → 0.5\)"):
-        trainer.train_and_evaluate(small_config(learning_rate=0.5, **HALF), half)
-    run = load_run(half)
+        trainer.train_and_evaluate(small_config(learning_rate=0.5, **INTERVALS), interrupted_copy)
+    run = load_run(interrupted_copy)
     assert json.dumps(run.config.to_dict(), indent=2) + "\n" == before
-    trainer.train_and_evaluate(small_config(**HALF), half)
-    assert (half / "config.json").read_text() == before
+    trainer.train_and_evaluate(small_config(**INTERVALS), interrupted_copy)
+    assert (interrupted_copy / "config.json").read_text() == before
 
 
-def test_train_and_evaluate_resumes_on_another_number_of_devices(finished, half, monkeypatch):
-    everything = sharding.create_mesh
-    monkeypatch.setattr(sharding, "create_mesh", lambda **mesh: everything(jax.devices()[:1], **mesh))
-    results = trainer.train_and_evaluate(small_config(**HALF), half)
+def test_train_and_evaluate_resumes_on_different_number_of_devices(finished, interrupted_copy, monkeypatch):
+    create_mesh = sharding.create_mesh
+    monkeypatch.setattr(sharding, "create_mesh", lambda **mesh: create_mesh(jax.devices()[:1], **mesh))
+    results = trainer.train_and_evaluate(small_config(**INTERVALS), interrupted_copy)
     assert results["test/loss"] == pytest.approx(finished[1]["test/loss"], abs=1e-5)
 
 
-def test_train_and_evaluate_refuses_a_workdir_that_another_run_uses(tmp_path, monkeypatch):
+def test_train_and_evaluate_rejects_workdir_in_use(tmp_path, monkeypatch):
     save, files = Checkpoints.save, []
 
     def start_second(*args, **kwargs):
@@ -120,7 +120,7 @@ def test_train_and_evaluate_refuses_a_workdir_that_another_run_uses(tmp_path, mo
     assert not (tmp_path / "run/.lock").exists()
 
 
-def test_train_and_evaluate_leaves_no_directory_where_it_refuses(tmp_path):
+def test_train_and_evaluate_creates_no_directory_on_user_error(tmp_path):
     config = small_config()
     config.dataset.data_dir = "/nowhere"
     with pytest.raises(UserError, match="does not read data_dir"):
@@ -128,7 +128,7 @@ def test_train_and_evaluate_leaves_no_directory_where_it_refuses(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lock_workdir_reports_a_file_system_without_locks(tmp_path, monkeypatch):
+def test_lock_workdir_rejects_file_system_without_locks(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(37, "No locks available")
 
@@ -140,42 +140,42 @@ def test_lock_workdir_reports_a_file_system_without_locks(tmp_path, monkeypatch)
         pass
 
 
-def test_train_and_evaluate_refuses_damaged_metrics_and_keeps_them(half):
-    path = half / "metrics.jsonl"
+def test_train_and_evaluate_rejects_and_keeps_damaged_metrics(interrupted_copy):
+    path = interrupted_copy / "metrics.jsonl"
     first, second = path.read_text().splitlines(keepends=True)
     path.write_text(first[:20] + "\n" + second)
-    before = {path: path.stat().st_mtime_ns for path in half.rglob("*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in interrupted_copy.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="line 1 of .*metrics.jsonl is"):
-        trainer.train_and_evaluate(small_config(**HALF), half)
-    assert {path: path.stat().st_mtime_ns for path in half.rglob("*") if path.is_file()} == before
-    path.write_text(second)  # as the message says
-    trainer.train_and_evaluate(small_config(**HALF), half)
+        trainer.train_and_evaluate(small_config(**INTERVALS), interrupted_copy)
+    assert {path: path.stat().st_mtime_ns for path in interrupted_copy.rglob("*") if path.is_file()} == before
+    path.write_text(second)  # as the error advises
+    trainer.train_and_evaluate(small_config(**INTERVALS), interrupted_copy)
 
 
-def test_train_and_evaluate_reports_missing_metrics_of_a_finished_run(copy):
-    (copy / "metrics.jsonl").unlink()
+def test_train_and_evaluate_rejects_missing_metrics_of_finished_run(finished_copy):
+    (finished_copy / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="is finished at step 40, but metrics.jsonl is missing"):
-        trainer.train_and_evaluate(small_config(), copy)
-    assert load_run(copy).evaluate()["test/accuracy"] >= 0
+        trainer.train_and_evaluate(small_config(), finished_copy)
+    assert load_run(finished_copy).evaluate()["test/accuracy"] >= 0
 
 
 @pytest.mark.parametrize("num_steps", [0, 20])
-def test_train_and_evaluate_writes_metrics_to_disk_before_each_checkpoint(tmp_path, monkeypatch, num_steps):
+def test_train_and_evaluate_syncs_metrics_to_disk_before_each_checkpoint(tmp_path, monkeypatch, num_steps):
     events, fsync, save = [], os.fsync, Checkpoints.save
     metrics = tmp_path / "metrics.jsonl"
 
-    def note_fsync(descriptor):
+    def record_fsync(descriptor):
         fsync(descriptor)
         if metrics.exists() and os.path.samestat(os.fstat(descriptor), metrics.stat()):
             events.append(metrics.read_text())
 
-    def note_save(manager, step, *args, **kwargs):
+    def record_save(manager, step, *args, **kwargs):
         assert events[-1:] == [metrics.read_text()] != [""]
         events.append(step)
         save(manager, step, *args, **kwargs)
 
-    monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(Checkpoints, "save", note_save)
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Checkpoints, "save", record_save)
     config = small_config(num_steps=num_steps, warmup_steps=0, log_every_steps=5, checkpoint_every_steps=10)
     trainer.train_and_evaluate(config, tmp_path)
     assert [event for event in events if isinstance(event, int)] == ([10, 20] if num_steps else [0])

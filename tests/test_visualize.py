@@ -14,7 +14,7 @@ def count_colors(path) -> int:
     return len(np.unique(np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3), axis=0))
 
 
-def test_main_saves_and_names_every_figure(finished_run, run_command, tmp_path):
+def test_main_saves_and_lists_every_figure(finished_run, run_command, tmp_path):
     result = run_command("-m", "vit_jax.visualize", "--workdir", finished_run, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     paths = sorted((tmp_path / "out").iterdir())
@@ -37,7 +37,7 @@ def test_main_plots_one_head_on_given_images(finished_run, run_cli, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("argv", "code", "message"),
     [
         (["--layer", "4"], 2, "--layer is 4; this VisionTransformer has 4, counted from 0"),
         (["--layer", "1", "--head", "-1"], 2, "--head is -1; this VisionTransformer has 4, counted from 0"),
@@ -49,15 +49,15 @@ def test_main_plots_one_head_on_given_images(finished_run, run_cli, tmp_path):
         (["--workdir", "configs"], 1, "configs holds no run"),
     ],
 )
-def test_main_reports_what_does_not_exist_in_one_line(finished_run, run_cli, tmp_path, words, code, message):
-    result = run_cli("vit_jax.visualize", ["--workdir", finished_run, "--out", tmp_path / "out", *words])
+def test_main_reports_errors_in_one_line(finished_run, run_cli, tmp_path, argv, code, message):
+    result = run_cli("vit_jax.visualize", ["--workdir", finished_run, "--out", tmp_path / "out", *argv])
     assert result.code == code
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and message in line
     assert not (tmp_path / "out").exists()
 
 
-def test_draw_all_leaves_out_curves_where_metrics_are_missing(finished_run, tmp_path):
+def test_draw_all_omits_curves_without_metrics(finished_run, tmp_path):
     for name in ("checkpoints", "config.json"):
         (tmp_path / name).symlink_to(finished_run / name)
     assert next(visualize.draw_all(load_run(finished_run)))[0] == "curves"

@@ -7,15 +7,15 @@ from vit_jax.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("kind", [str, lambda path: path])
-def test_load_gives_a_run_of_a_run_directory(finished_run, kind):
+def test_load_returns_run_for_run_directory(finished_run, kind):
     run = vit_jax.load(kind(finished_run))
     assert type(run) is Run and run.step == 20
 
 
-def test_load_gives_a_classifier_of_a_checkpoint():
+def test_load_returns_classifier_for_checkpoint():
     assert type(vit_jax.load("micro")) is Classifier
 
 
-def test_load_names_what_is_not_a_model(tmp_path):
+def test_load_rejects_directory_without_model(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
         vit_jax.load(tmp_path)
