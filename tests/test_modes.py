@@ -53,7 +53,10 @@ RUNS = {
     "lora": {"trainable": "lora", "lora.rank": 2, "ema_decay": 0.9},
     "patterns": {"trainable": ATTENTION_AND_CLS, "label_smoothing": 0.1, "remat": "full"},
 }
-every_run = pytest.mark.parametrize("name", RUNS)
+QUICK = ("full", "mlp", "head_views", "lora")
+every_run = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RUNS]
+)
 # In the middle of an epoch, between log steps; for some runs also at the end of an epoch and after an evaluation.
 STOPS = {name: (7, 10, 12) if name in ("full", "head_views", "lora") else (7,) for name in RUNS}
 
@@ -158,7 +161,7 @@ def test_train_and_evaluate_resumes_bit_exactly(uninterrupted, tmp_path, name):
     assert [record["step"] for record in records(workdir)] == [3, 6, 6, 9, 12, 12, 13, 13]
 
 
-@pytest.mark.parametrize("name", ["bias", "head_views"])
+@pytest.mark.parametrize("name", [pytest.param("bias", marks=pytest.mark.slow), "head_views"])
 def test_train_and_evaluate_is_deterministic_for_each_seed(uninterrupted, patches, tmp_path, name):
     patches.clear()  # traced and compiled again
     again = train(config_of(name), tmp_path / "again")
@@ -177,7 +180,9 @@ def interrupted(patches, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(2, 4), (1, 1), (4, 2), (8, 1)])
+@pytest.mark.parametrize(
+    ("data", "fsdp"), [(2, 4), (1, 1), *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in [(4, 2), (8, 1)])]
+)
 def test_train_and_evaluate_resumes_on_different_mesh(uninterrupted, interrupted, tmp_path, monkeypatch, data, fsdp):
     workdir, restored, restore = tmp_path / "run", [], Checkpoints.restore
 

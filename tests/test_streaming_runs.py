@@ -109,11 +109,16 @@ def test_evaluate_matches_in_memory_results_for_streamed_images(image_dir, unint
 @pytest.mark.parametrize(
     "changes",
     [
-        {"augment": "inception", "image_size": 8},
-        {"augment": "pad_crop", "ablation.test_augment": "square_crop"},
-        {"augment": "inception", "trainable": "head", "features": "cached", "feature_views": 2, "mixup_alpha": 0.0},
+        pytest.param({"augment": "inception", "image_size": 8}, id="inception"),
+        pytest.param(
+            {"augment": "pad_crop", "ablation.test_augment": "square_crop"}, id="pad_crop", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"augment": "inception", "trainable": "head", "features": "cached", "feature_views": 2, "mixup_alpha": 0.0},
+            id="cached_views",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["inception", "pad_crop", "cached_views"],
 )
 def test_train_and_evaluate_matches_in_memory_run_for_streamed_images(image_dir, tmp_path, changes):
     """Order, crops and pixels do not depend on the available memory."""
