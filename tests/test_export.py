@@ -203,7 +203,7 @@ def test_load_names_the_classes_of_a_pretrained_checkpoint_by_numbers(images):
         (["--format", "npz", "--step", "7"], 1, "has no checkpoint of step 7; it has 20"),
         (["--format", "npz", "--out", "setup.cfg"], 1, "--out setup.cfg already exists"),
         (["--format", "orbax", "--out", "nowhere/there"], 1, "cannot write nowhere/there: No such file or directory"),
-        (["--format", "npz", "--workdir", "configs"], 1, "configs holds no run"),
+        (["--format", "npz", "--workdir", "configs"], 1, "configs has no checkpoints"),
     ],
 )
 def test_main_reports_what_it_cannot_export_in_one_line(workdir, run_cli, tmp_path, words, code, message):

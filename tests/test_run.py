@@ -53,5 +53,5 @@ def test_load_test_split_rejects_a_dataset_of_other_classes(finished_run):
 
 
 def test_load_test_split_reads_the_dataset_where_it_is_now(finished_run):
-    with pytest.raises(UserError, match="does not read data_dir, got '/elsewhere'"):
+    with pytest.raises(UserError, match="dataset.data_dir is '/elsewhere'"):
         load_run(finished_run).load_test_split("/elsewhere")

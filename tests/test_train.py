@@ -117,7 +117,7 @@ def test_train_prints_the_table_of_a_finished_run_again(finished, run_cli):
     again = run_cli("train", arguments(workdir))
     assert again.code == 0
     notice, table = again.stdout.split("\n", maxsplit=1)
-    assert notice == "already finished at step 60, nothing trained"
+    assert notice == "already finished at step 60; nothing to train"
     assert table.strip() in stdout
     assert (workdir / "metrics.jsonl").read_bytes() == before
 

@@ -123,7 +123,7 @@ def test_train_and_evaluate_refuses_a_workdir_that_another_run_uses(tmp_path, mo
 def test_train_and_evaluate_leaves_no_directory_where_it_refuses(tmp_path):
     config = small_config()
     config.dataset.data_dir = "/nowhere"
-    with pytest.raises(UserError, match="does not read data_dir"):
+    with pytest.raises(UserError, match="dataset.data_dir is .* does not use"):
         trainer.train_and_evaluate(config, tmp_path / "runs/mine")
     assert list(tmp_path.iterdir()) == []
 

@@ -15,7 +15,7 @@ def folder(tmp_path):
 
 
 def test_load_dataset_lists_the_known_names_nearest_first():
-    with pytest.raises(UsageError, match="unknown dataset 'cifar1000'; known are cifar100, cifar10, "):
+    with pytest.raises(UsageError, match="unknown dataset 'cifar1000'; expected one of cifar100, cifar10, "):
         load("cifar1000")
 
 
@@ -27,7 +27,7 @@ def test_load_dataset_refuses_an_incomplete_name(name):
 
 @pytest.mark.parametrize("name", ["digits", "folder:x"])
 def test_load_dataset_refuses_a_data_dir_that_nobody_reads(name):
-    with pytest.raises(UsageError, match="does not read data_dir, got 'here'"):
+    with pytest.raises(UsageError, match="dataset.data_dir is 'here'"):
         load(name, data_dir="here")
 
 

@@ -160,7 +160,7 @@ def test_decode_all_names_a_truncated_image_and_counts_the_others(folder):
     for name in ("cat", "dog"):
         path = write_image(folder / "train" / name / "1.png", size=(4, 4))
         path.write_bytes(path.read_bytes()[:50])  # the header is whole, the pixels are not
-    with pytest.raises(UserError, match=r"cat/1.png cannot be decoded \(.*; 1 more images fail$"):
+    with pytest.raises(UserError, match=r"cat/1.png cannot be decoded \(.*; 1 more images failed$"):
         load_folder(folder)
 
 

@@ -141,7 +141,7 @@ def test_open_tfds_gives_the_command_that_prepares(tmp_path):
 
 def test_open_tfds_names_the_nearest_dataset(tmp_path):
     message = run_python(SHOW, "tfds:mnits", tmp_path, "train")[-1]
-    assert message.startswith(f"UsageError TFDS has no dataset 'mnits', nor has {tmp_path}; nearest are mnist")
+    assert message.startswith(f"UsageError no dataset 'mnits' in TFDS or in {tmp_path}; nearest are mnist")
 
 
 def test_open_tfds_refuses_another_file_format(tfds_dir, tmp_path):

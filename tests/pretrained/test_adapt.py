@@ -107,17 +107,19 @@ def test_adapt_params_loads_position_embeddings_of_the_same_oblong_grid():
 
 
 def test_adapt_params_asks_for_the_grid_of_an_oblong_model():
-    with pytest.raises(UserError, match=r"6 patches, but they are not a square; .* takes grid=\(rows, columns\)"):
+    with pytest.raises(
+        UserError, match=r"6 patches, but they are not a square; .* give pretrained.adapt_params grid=\(rows, columns\)"
+    ):
         adapt(flat_params(), flat_params(num_tokens=1 + 6))
 
 
 def test_adapt_params_asks_for_the_grid_of_an_oblong_file():
-    with pytest.raises(UserError, match=r"6 patches, but they .* takes pretrained_grid=\(rows, columns\)"):
+    with pytest.raises(UserError, match=r"6 patches, but they .* give pretrained.adapt_params pretrained_grid=\(rows, columns\)"):
         adapt(flat_params(num_tokens=1 + 6), flat_params())
 
 
 def test_adapt_params_refuses_a_grid_that_does_not_match():
-    with pytest.raises(UserError, match="embeddings are of 4 patches, but grid is 2 × 3"):
+    with pytest.raises(UserError, match="embeddings have 4 patches, but grid is 2 × 3"):
         adapt(flat_params(), flat_params(), grid=(2, 3))
 
 
@@ -254,5 +256,5 @@ def test_resampling_gives_every_wanted_grid_exactly():
 
 
 def test_resampling_refuses_a_grid_of_another_count():
-    with pytest.raises(UserError, match="embeddings are of 6 patches, but grid is 2 × 2"):
+    with pytest.raises(UserError, match="embeddings have 6 patches, but grid is 2 × 2"):
         resample([9, 1, 2, 3, 4, 5, 6], (2, 2), (3, 3))

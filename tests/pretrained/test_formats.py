@@ -280,7 +280,7 @@ def test_a_run_starts_from_one_and_is_looked_into_and_handed_on(name, image_size
     program = jax.export.deserialize(bytearray((tmp_path / "program/model.stablehlo").read_bytes()))
     small = np.random.default_rng(1).integers(0, 256, (3, image_size, image_size, 3)).astype(np.uint8)
     np.testing.assert_allclose(program.call(small), run.logits(small), atol=1e-4)
-    with pytest.raises(UserError, match="which a ViTForImageClassification cannot have; take another --format"):
+    with pytest.raises(UserError, match="unlike any ViTForImageClassification; give another --format"):
         export.export_safetensors(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -84,7 +84,10 @@ def test_resolve_takes_the_best_augreg_file_of_a_variant(mirror, tmp_path, capsy
 
 
 def test_resolve_lists_the_variants_that_augreg_has(mirror):
-    with mirror(INDEX.encode()), pytest.raises(UsageError, match="no variant augreg/B_7; .* one of B_16, R26_S_32"):
+    with (
+        mirror(INDEX.encode()),
+        pytest.raises(UsageError, match="unknown variant augreg/B_7; .* one of B_16, R26_S_32"),
+    ):
         pretrained.resolve("augreg/B_7")
 
 

@@ -96,7 +96,7 @@ def test_a_killed_pair_goes_on_and_equals_one_process(tmp_path, run_command):
     first, second = ((tmp_path / f"pair.{i}").read_text() for i in range(2))
     assert codes == [0, 0], first + second
     assert "resuming from step" in first
-    assert "2 processes, 8 devices, 4 of them here" in first
+    assert "2 processes, 8 devices, 4 of them local" in first
     assert "test accuracy" in first
     assert "test accuracy" not in second
 
@@ -159,7 +159,7 @@ def test_a_process_that_fails_does_not_wait_for_the_other(tmp_path):
     finally:
         wait(pair[1:]), pair[0].kill(), pair[0].wait()
     last = (tmp_path / "run.1").read_text().splitlines()[-1]
-    assert last == "error: dataset 'digits' does not read data_dir, got '/nowhere'; leave it empty"
+    assert last == "error: dataset.data_dir is '/nowhere', which 'digits' does not use; leave it empty"
 
 
 def test_create_job_refuses_processes_that_read_different_datasets(tmp_path):
@@ -331,5 +331,5 @@ def test_initialize_processes_gives_advice_without_jaxs_kubernetes_extra(tmp_pat
     result = run_command(*training(tmp_path), env=pod)
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: this process could not join the others")
+    assert last.startswith("error: cannot connect to the other processes")
     assert "pip install 'jax[k8s]'" in last

@@ -147,7 +147,7 @@ def test_fetch_resumes_where_a_connection_broke_off(path, part):
 def test_fetch_keeps_the_part_when_the_connection_stays_broken(path, part):
     with (
         serve({"break_at": 300}) as server,
-        pytest.raises(UserError, match="broke off after 300 bytes .rerun to resume.; download"),
+        pytest.raises(UserError, match="dropped after 300 bytes .rerun to resume.; download"),
     ):
         fetch(server.url, path)
     assert len(server.asked_ranges) == 4
@@ -193,7 +193,7 @@ def test_fetch_refuses_what_check_refuses(path, part):
     def refuse(file):
         raise UserError("no array in it")
 
-    with serve() as server, pytest.raises(UserError, match="no array in it; download it by hand"):
+    with serve() as server, pytest.raises(UserError, match="no array in it; download it manually"):
         fetch(server.url, path, check=refuse)
     assert not part.exists() and not path.exists()
 
@@ -211,7 +211,7 @@ def test_fetch_reports_url_reason_and_advice_in_one_line(path, part):
     with serve({"status": 404}) as server, pytest.raises(UserError) as caught:
         fetch(server.url, path)
     assert str(caught.value) == (
-        f"cannot fetch {server.url}: got HTTP 404 Not Found; download it by hand and put it at {path}"
+        f"cannot download {server.url}: got HTTP 404 Not Found; download it manually to {path}"
     )
     assert len(server.asked_ranges) == 1
     assert not part.exists() and not path.exists()
@@ -228,7 +228,7 @@ def test_fetch_waits_as_long_as_a_busy_server_asks(path, part):
 @pytest.mark.parametrize("mirror", ["mirror.example", "ftp://mirror.example"])
 def test_fetch_reports_a_mirror_that_is_not_an_address(path, monkeypatch, mirror):
     monkeypatch.setenv("VIT_JAX_MIRROR", mirror)
-    with pytest.raises(UserError, match=f"^cannot fetch {mirror}/storage.googleapis.com/x.npz: "):
+    with pytest.raises(UserError, match=f"^cannot download {mirror}/storage.googleapis.com/x.npz: "):
         fetch("https://storage.googleapis.com/x.npz", path)
 
 
@@ -250,7 +250,7 @@ def test_fetch_resumes_where_a_connection_stalls(path, part, monkeypatch):
 def test_fetch_gives_up_where_the_server_sends_too_large_a_length(path, part):
     with (
         serve({"length": 5000, "ranges": False}) as server,
-        pytest.raises(UserError, match="broke off after 1,000 bytes"),
+        pytest.raises(UserError, match="dropped after 1,000 bytes"),
     ):
         fetch(server.url, path)
     assert not path.exists()
@@ -287,7 +287,7 @@ def test_fetch_gives_up_on_a_busy_server(path, part):
 def test_fetch_reports_a_refused_connection(path, part):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))  # bound, not listening: nobody else can take the port
-        with pytest.raises(UserError, match="Connection refused; download it by hand"):
+        with pytest.raises(UserError, match="Connection refused; download it manually"):
             fetch(f"http://127.0.0.1:{free.getsockname()[1]}/file.bin", path)
     assert not part.exists() and not path.exists()
 

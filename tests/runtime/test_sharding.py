@@ -75,7 +75,7 @@ def test_pad_to_devices_rounds_up_what_is_needed(batch_size, num_images, padded)
 
 @pytest.mark.parametrize(
     ("stats", "expected"),
-    [({"bytes_limit": 100}, (100, "the device's own figure")), (None, (2**30, "the machine's memory"))],
+    [({"bytes_limit": 100}, (100, "reported by the device")), (None, (2**30, "the machine's memory"))],
 )
 def test_device_memory_is_the_devices_or_a_fraction_of_the_machines(monkeypatch, stats, expected):
     monkeypatch.setattr(resources, "total_memory", lambda: 8 * 2**30)

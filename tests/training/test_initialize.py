@@ -44,13 +44,13 @@ def test_create_params_loads_all_but_the_head(file):
 
 
 def test_model_arguments_rejects_other_sizes_than_those_of_the_checkpoint(file):
-    message = r"the model does not fit .*file.npz, which is another one: hidden_size 48 \(checkpoint: 24\);"
+    message = r"config.model does not match .*file.npz: hidden_size 48 \(checkpoint: 24\);"
     with pytest.raises(UsageError, match=message):
         arguments_of(file, **{**SIZES, "hidden_size": 48})
 
 
 def test_model_arguments_rejects_another_architecture(file):
-    with pytest.raises(UsageError, match=r"which is another one: resnet50 \(checkpoint: vit\)"):
+    with pytest.raises(UsageError, match=r"does not match .*: resnet50 \(checkpoint: vit\)"):
         initialize.model_arguments({}, "resnet50", initialize.load_pretrained(str(file)))
 
 
@@ -71,5 +71,5 @@ def test_model_arguments_prefers_given_options_to_those_in_the_metadata(file, tm
 
 
 def test_model_arguments_requires_sizes_without_a_checkpoint():
-    with pytest.raises(UsageError, match="model is empty"):
+    with pytest.raises(UsageError, match="config.model is empty"):
         initialize.model_arguments({}, "vit", None)
