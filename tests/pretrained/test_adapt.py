@@ -114,7 +114,7 @@ def test_adapt_params_asks_for_the_grid_of_an_oblong_model():
 
 
 def test_adapt_params_asks_for_the_grid_of_an_oblong_file():
-    with pytest.raises(UserError, match=r"6 patches, but they .* give pretrained.adapt_params pretrained_grid=\(rows, columns\)"):
+    with pytest.raises(UserError, match=r"6 patches, but they .* pretrained_grid=\(rows, columns\)"):
         adapt(flat_params(num_tokens=1 + 6), flat_params())
 
 

@@ -76,7 +76,7 @@ def test_plan_experiment_caches_features_where_the_backbone_is_a_fixed_function(
         ({"batch_size": 2048}, "config.batch_size is 2048, of 1437 training images"),
         (
             {"optimizer.layer_decay": 0.5, "architecture": "resnet50", "model": {"units": (1,), "width": 32}},
-            "of a VisionTransformer",
+            "for a VisionTransformer",
         ),
     ],
 )
