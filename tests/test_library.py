@@ -164,7 +164,7 @@ def test_images_and_labels_that_do_not_fit_are_refused_in_training_and_evaluatio
 def test_train_and_evaluate_refuses_splits_of_two_sizes(tmp_path):
     test = Split(np.zeros((24, 9, 10, 3), np.uint8), DATASET.test.labels)
     line = refusal(UsageError, tmp_path, dataset=dataclasses.replace(DATASET, test=test))
-    assert line == "dataset: training and test images are 8 × 8 and 9 × 10 pixels; expected one size"
+    assert line == "dataset: training and test images are 8 × 8 and 9 × 10 pixels; expected the same size"
     assert "dataset is a tuple; expected a vit_jax.types.Dataset" in refusal(
         UsageError, tmp_path, dataset=(DATASET.train, test)
     )
