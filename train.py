@@ -1,4 +1,4 @@
-"""Trains as a config says: `python train.py --config configs/NAME.py[:ARG] [--config.key=value …] [--workdir DIR]`."""
+"""Trains a model: `python train.py --config configs/NAME.py[:ARG] [--config.key=value …] [--workdir DIR]`."""
 
 import re
 import sys
@@ -12,7 +12,7 @@ from vit_jax.runtime.errors import UsageError, one_line, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Flags to `train_and_evaluate`."""
+    """Parses the flags and trains; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\n{create_flags([]).main_module_help()}")
@@ -37,33 +37,33 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def create_flags(argv: list[str]) -> flags.FlagValues:
-    """Returns new definitions of the flags, so that one process can read several command lines."""
+    """Defines the flags in a new `FlagValues`, so that one process can parse several command lines."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",
         None,
         "Config file, such as configs/digits.py; python -m vit_jax.config prints every key.",
         values,
-        lock_config=False,  # arguments that config.model does not have yet may be set
+        lock_config=False,  # --config.model.NAME may set new arguments
         accept_new_attributes=True,
         sys_argv=argv,
     )
     flags.DEFINE_string("workdir", None, "Run directory; runs/NAME[-ARG] by default.", values)
     flags.DEFINE_bool("report", True, "Write report.html when the run is finished.", values)
-    flags.DEFINE_bool("dry_run", False, "Print the memory and time that the run needs, and exit.", values)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes.", values)
-    flags.DEFINE_integer("num_processes", None, "Number of processes; 1 disables their detection.", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "Print estimated FLOPs and memory of the run, and exit.", values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for several processes.", values)
+    flags.DEFINE_integer("num_processes", None, "Number of processes; 1 disables detection.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", flag_values=values)
     wait = "Seconds to wait for the other processes."
     flags.DEFINE_integer("wait_seconds", 300, wait, lower_bound=1, flag_values=values)
     return values
 
 
 def parse_flags(argv: list[str]) -> flags.FlagValues:
-    """Reads the command line.
+    """Parses the command line.
 
     Raises:
-        UsageError: a flag, a key or a value is wrong, or the config file cannot be run.
+        UsageError: a flag, key or value is invalid, or the config file fails.
     """
     for word in argv:
         if override := re.match(r"--?(?:no)?config\.([^=]*)", word):
@@ -73,7 +73,7 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
         rest = values([sys.argv[0], *argv])[1:]
         missing = not (values.config and values.config.to_dict())  # a missing file raises when it is first used
     except Exception as error:  # a config file is code: it can raise anything
-        # ml_collections puts a traceback before the error, or the names of all keys behind it.
+        # ml_collections puts a traceback before the error, or the names of all keys after it.
         reason = str(error.args[0] if error.args else "").strip()
         reason = re.sub("^'(Key .*) Other fields present.*", r"\1", reason, flags=re.DOTALL)
         reason = reason.rsplit("\n", maxsplit=1)[-1].removeprefix("ValueError: ") or type(error).__name__
@@ -86,7 +86,7 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
 
 
 def default_workdir(values: flags.FlagValues) -> Path:
-    """`runs/NAME[-ARG]` for `--config …/NAME.py[:ARG]`."""
+    """Returns `runs/NAME[-ARG]` for `--config …/NAME.py[:ARG]`."""
     path, _, arg = config_flags.get_config_filename(values["config"]).partition(":")
     return Path("runs") / "-".join(filter(None, (Path(path).stem, arg)))
 

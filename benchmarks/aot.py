@@ -1,20 +1,20 @@
-"""Compiles the training step for absent H200s, and checks memory and collectives of the compiled program.
+"""Compiles the training step for H200 GPUs, which need not exist, and checks its memory and collectives.
 
-    pip install 'jax[cuda12-local]'          (or '.[aot]': the plugin alone, without NVIDIA's libraries)
-    python benchmarks/aot.py                 (H/14 compiles for minutes; --variants B_16 --devices 1 8 is short)
+    pip install 'jax[cuda12-local]'          (or '.[aot]': only the plugin, without NVIDIA's libraries)
+    python benchmarks/aot.py                 (H/14 compiles for minutes; --variants B_16 --devices 1 8 is faster)
 
 Use a separate environment: with the plugin, JAX warns at every start on a machine without a GPU.
 
 `configs/cifar100.py`: momentum SGD, all parameters, bfloat16, 224 px. Per mesh of devices the table has
 
-    arguments, state, temporaries   GiB per device; the state is that part of the arguments that is updated in place
-    all-gather … all-to-all         instructions of the compiled program, in which XLA has joined small ones
-    per block                       gathers + reduce-scatters + all-reduces that one more block adds, none joined
+    arguments, state, temporaries   GiB per device; the state is the part of the arguments that is updated in place
+    all-gather … all-to-all         instructions of the compiled program, after XLA has combined small ones
+    per block                       gathers + reduce-scatters + all-reduces that a block adds, not combined
 
-and the program exits with 1 and names what failed unless
+and the program exits with 1 and names the failed checks unless
     there is no all-to-all: activations stay on the devices of their images;
     the state per device is the device's fraction of the large arrays plus the small arrays, within 2 %;
-    a block adds the same collectives at every depth, no more than its parameters need;
+    a block adds the same collectives at every depth, not more than its parameters need;
     ViT-B/16 with 64 images on one device takes at most 7 GiB of temporaries.
 """
 
@@ -44,9 +44,9 @@ from vit_jax.training import experiment
 GIB = 2**30
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
 DEPTHS = (1, 2, 4)
-"""Blocks of the small models that are compared."""
+"""Numbers of blocks of the small models that are compared."""
 
-# Public figures of the H200 (SXM) and of compute capability 9.0; not read off a device.
+# Public specifications of the H200 (SXM) and of compute capability 9.0; not read from a device.
 H200 = f"""
 platform_name: "CUDA"
 device_description_str: "NVIDIA H200"
@@ -73,7 +73,7 @@ gpu_device_info {{
   block_dim_limit_z: {2**16 - 1}
 }}
 """
-# Without a GPU nothing can be timed, and XLA's Triton products want to be.
+# Autotuning XLA's Triton GEMMs needs a GPU.
 UNTIMED: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 UNJOINED: dict[str, str | bool] = {
     f"xla_gpu_{kind.replace('-', '_')}_combine_threshold_bytes": "0" for kind in KINDS[:3]
@@ -90,13 +90,13 @@ class Measured:
         fsdp: devices that share a copy.
         batch: images per device.
         arguments: bytes per device, as are the next three.
-        state: of the arguments, what is updated in place.
-        expected_state: what it should be.
+        state: part of the arguments that is updated in place.
+        expected_state: expected value of `state`.
         temporaries: of the compiled program.
         counts: instructions of each kind.
         per_block: instructions of each kind that a block adds, from each depth of `DEPTHS` to the next.
-        most_per_block: what its parameters need.
-        seconds: for compiling the whole model.
+        most_per_block: maximum that its parameters need.
+        seconds: to compile the full model.
     """
 
     variant: str
@@ -114,14 +114,14 @@ class Measured:
 
 
 def meshes_of(num_devices: int) -> list[tuple[int, int]]:
-    """(data, fsdp): data-parallel, fully sharded, and both, there sharded inside hosts of eight."""
+    """Returns (data, fsdp) of three meshes: data-parallel, fully sharded, and sharded within hosts of eight."""
     inside = min(8, num_devices // 2)
     both = [(num_devices // inside, inside)] if inside and num_devices % inside == 0 else []
     return list(dict.fromkeys([(num_devices, 1), (1, num_devices), *both]))
 
 
 def create_step(variant: str, *, data: int, fsdp: int, batch: int, num_layers: int | None = None) -> experiment.Plan:
-    """The step of the variant, or of a shallower one, for a topology of one GPU to many hosts of eight."""
+    """Plans the training step of a variant, optionally with fewer layers, for one GPU to many hosts of eight."""
     num_devices = data * fsdp
     # Partitions joined by NVLink × hosts in each × GPUs in each.
     topology = f"1x1x{num_devices}" if num_devices <= 8 else f"{num_devices // 8}x1x8"
@@ -139,13 +139,13 @@ def create_step(variant: str, *, data: int, fsdp: int, batch: int, num_layers: i
 
 
 def count_collectives(text: str | None) -> dict[str, int]:
-    """Instructions of each kind in a compiled program; a start and its done are one."""
+    """Counts the instructions of each kind in a compiled program; a start and its done count as one."""
     found = collections.Counter(re.findall(rf" (?:ragged-)?({'|'.join(KINDS)})(?:-start)?\(", text or ""))
     return {kind: found[kind] for kind in KINDS}
 
 
 def count_per_block(variant: str, **sizes: int) -> list[dict[str, float]]:
-    """The instructions of each kind that a block adds, from each depth to the next, none joined."""
+    """Counts the instructions of each kind that a block adds, from each depth to the next, not combined."""
     counts = []
     for depth in DEPTHS:
         compiled = create_step(variant, num_layers=depth, **sizes).lower().compile(UNTIMED | UNJOINED)
@@ -157,7 +157,7 @@ def count_per_block(variant: str, **sizes: int) -> list[dict[str, float]]:
 
 
 def measure(variant: str, *, data: int, fsdp: int, batch: int) -> Measured:
-    """Compiles one configuration, and shallow models like it."""
+    """Compiles one configuration, and shallower versions of it."""
     step = create_step(variant, data=data, fsdp=fsdp, batch=batch)
     started = time.monotonic()
     compiled = step.lower().compile(UNTIMED)
@@ -181,7 +181,7 @@ def measure(variant: str, *, data: int, fsdp: int, batch: int) -> Measured:
         temporaries=memory.temp_size_in_bytes,
         counts=count_collectives(compiled.as_text()),
         per_block=count_per_block(variant, data=data, fsdp=fsdp, batch=batch) if data * fsdp > 1 else [],
-        # Each gradient is reduced once; each split array's part enters two norms, for clipping and to see it is finite.
+        # Each gradient is reduced once; sharded arrays also enter two norms, for clipping and for the finite check.
         most_per_block={
             "all-gather": num_split,
             "reduce-scatter": num_split,
@@ -193,7 +193,7 @@ def measure(variant: str, *, data: int, fsdp: int, batch: int) -> Measured:
 
 
 def failures_of(row: Measured) -> list[str]:
-    """What a configuration should not show, each in a few words."""
+    """Describes the failed checks of a configuration."""
     failed = []
     if row.counts["all-to-all"]:
         failed.append(f"{row.counts['all-to-all']} all-to-all, expected none")
@@ -212,7 +212,7 @@ def failures_of(row: Measured) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compiles, prints the table and checks it."""
-    parser = argparse.ArgumentParser(description="Compile the training step for H200s that are not there.")
+    parser = argparse.ArgumentParser(description="Compile the training step for H200 GPUs, which need not exist.")
     parser.add_argument("--variants", nargs="+", default=["B_16", "H_14"], choices=models.VARIANTS, metavar="NAME")
     parser.add_argument("--devices", nargs="+", type=int, default=[1, 8, 64], metavar="N", help="up to 8, or 8 × hosts")
     parser.add_argument("--batch", type=int, default=64, help="images per device")
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if plugin != jaxlib:
         raise UserError(f"jaxlib is {jaxlib}, its CUDA plugin {plugin}: pip install jax-cuda12-plugin=={jaxlib}")
 
-    jax.config.update("jax_platforms", "cpu")  # the plugin serves as a compiler alone
+    jax.config.update("jax_platforms", "cpu")  # the plugin is only used as a compiler
     jax.config.update("jax_enable_compilation_cache", False)
     print(f"jax {jax.__version__}, jax-cuda12-plugin {plugin}, {args.batch} images per device\n")
     heads = ("variant", "data × fsdp", "arguments", "state", "temporaries", *KINDS, "per block".rjust(11), "seconds")
@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed += [f"{variant}, data {data} × fsdp {fsdp}: {what}" for what in failures_of(row)]
     if failed:
         raise UserError("; ".join(failed))
-    print("\nall gates passed")
+    print("\nall checks passed")
     return 0
 
 

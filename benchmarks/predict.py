@@ -1,6 +1,6 @@
 """Measures the speed of `predict` on image files, relative to `evaluate` on the same images in memory.
 
-    python benchmarks/predict.py                                  crops of scikit-learn's two photographs
+    python benchmarks/predict.py                                  crops of scikit-learn's two sample images
     VIT_JAX_CIFAR10=ARCHIVE python benchmarks/predict.py          test images of CIFAR-10 (cifar-10-binary.tar.gz)
 
 The micro ViT at 32 px on 1,000 files of 32 × 32 pixels (`--size`), alternately PNG and JPEG, in one call. Both run once
@@ -70,7 +70,7 @@ def make_evaluate(classifier: Classifier, images: np.ndarray) -> Callable[[], ob
 
 
 def measure(run: Callable[[], object]) -> tuple[float, float]:
-    """Returns wall-clock seconds, and CPU seconds of this process, which do not include other load on the machine."""
+    """Returns wall-clock seconds, and CPU seconds of this process, which exclude other load on the machine."""
     started, started_working = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - started, time.process_time() - started_working
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints and checks."""
     parser = argparse.ArgumentParser(description="Speed of predict relative to evaluate.")
     parser.add_argument("--num_images", type=int, default=1000, metavar="N")
-    parser.add_argument("--size", type=int, default=32, metavar="PIXELS", help="of the files (32)")
+    parser.add_argument("--size", type=int, default=32, metavar="PIXELS", help="size of the files (default: 32)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N")
     arguments = parse_arguments(parser, argv)
     if min(arguments.num_images, arguments.rounds) < 1 or not 1 <= arguments.size <= 400:

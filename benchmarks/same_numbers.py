@@ -1,10 +1,10 @@
-"""Compares two checkouts of this project: do short runs write bit-equal metrics?
+"""Checks that short runs of two checkouts of this project write bit-equal metrics.
 
     python benchmarks/same_numbers.py record BEFORE.json --checkout DIR [--cifar10 ARCHIVE]
     python benchmarks/same_numbers.py record AFTER.json [--cifar10 ARCHIVE]
     python benchmarks/same_numbers.py compare BEFORE.json AFTER.json
 
-`record` trains each case of `CASES` in a process of its own, on the CPU, and stores every line of its metrics.jsonl
+`record` trains each case of `CASES` in its own process, on the CPU, and stores every line of its metrics.jsonl
 except `images_per_second`. `compare` prints the cases that differ, and exits with 1 if there are any.
 """
 
@@ -55,7 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
     "resumed": {"augment": "inception", "model.dropout_rate": 0.1, "num_steps": 60},
     "eight_devices_fsdp": {"mesh.fsdp": 4, "model.dropout_rate": 0.1},
 }
-"""Changes to configs/digits.py. "resumed" is stopped by SIGTERM on its way."""
+"""Changes to configs/digits.py. "resumed" is stopped by SIGTERM and resumed."""
 
 
 def main() -> int:
@@ -65,7 +65,7 @@ def main() -> int:
     record = commands.add_parser("record")
     record.add_argument("out", type=pathlib.Path)
     record.add_argument("--checkout", type=pathlib.Path, default=pathlib.Path(__file__).resolve().parent.parent)
-    record.add_argument("--cifar10", help="official binary archive; cases on image folders are left out without it")
+    record.add_argument("--cifar10", help="official binary archive; without it, cases on image folders are skipped")
     record.add_argument("--cases", nargs="*", default=list(CASES))
     compare = commands.add_parser("compare")
     compare.add_argument("before", type=pathlib.Path)
@@ -150,7 +150,7 @@ def make_folder(archive: str, directory: pathlib.Path) -> str:
 
 
 def compare_files(before: pathlib.Path, after: pathlib.Path) -> int:
-    """Prints which cases differ."""
+    """Prints which cases differ; returns 1 if any does."""
     old, new = json.loads(before.read_text()), json.loads(after.read_text())
     different = 0
     for case in old:

@@ -1,10 +1,10 @@
 """Measures decoding by worker processes, and streamed training relative to training from device memory.
 
     python benchmarks/streaming.py               decoding only: JPEG files of 500 × 375 pixels, cropped to 224
-    python benchmarks/streaming.py DIR           also training of the micro ViT at 32 px on `folder:DIR`, both ways
+    python benchmarks/streaming.py DIR           also training of the micro ViT at 32 px on `folder:DIR`
 
-Images are cropped by "inception". The two ways alternate in rounds; start-up and compilation are not counted. Prints
-images/s of each round, medians and their ratio.
+Images are cropped by "inception". Streamed and in-memory training alternate in rounds; start-up and compilation are not
+counted. Prints images/s of each round, medians and their ratio.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from vit_jax.runtime.errors import UsageError, parse_arguments, run_command
 from vit_jax.training.experiment import create_experiment
 from vit_jax.types import Split
 
-_READY_BATCHES = 8  # not timed: as many may be prefetched
+_READY_BATCHES = 8  # not timed, as this many may be prefetched
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Speed of streamed training.")
     parser.add_argument("directory", nargs="?", metavar="DIR")
     parser.add_argument("--batch_size", type=int, default=128, metavar="N")
-    parser.add_argument("--num_steps", type=int, default=50, metavar="N", help="of each round")
+    parser.add_argument("--num_steps", type=int, default=50, metavar="N", help="steps per round")
     parser.add_argument("--num_workers", type=int, default=1, metavar="N")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     arguments = parse_arguments(parser, argv)
@@ -84,7 +84,7 @@ def write_images(directory: Path) -> Split:
 
 
 def time_decoding(split: Split, arguments: argparse.Namespace) -> float:
-    """Returns the images/s that the worker processes decode while nothing else runs."""
+    """Returns the images/s that the worker processes decode if nothing else runs."""
     read = BatchReader(
         split, augment="inception", margin_color=(127, 127, 127), batch_size=arguments.batch_size, seed=0
     )

@@ -1,1 +1,1 @@
-"""Configs: a small file each, which overrides the defaults in `base`."""
+"""Configs; each file overrides the defaults in `base`."""

@@ -1,4 +1,4 @@
-"""Defaults of every key, which a config file overrides, and helpers of config files.
+"""Default config, which config files override, and helpers for config files.
 
 `python -m vit_jax.config` prints each key with its default, unit, type and range; `vit_jax/config.py` declares them.
 """

@@ -2,8 +2,8 @@
 
     python train.py --config configs/cifar10.py[:full|mlp|attention|lora|head]
 
-Hardware and downloads: as in `cifar100.py`. Time and test accuracy: not yet measured; `PUBLISHED` has results of other
-work.
+Hardware and downloads: as in `cifar100.py`. Time and test accuracy: not yet measured; for results of other work see
+`PUBLISHED`.
 """
 
 from ml_collections import ConfigDict

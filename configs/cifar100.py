@@ -4,7 +4,7 @@
     python train.py --config configs/cifar100.py:mlp          the MLP layers and the head
     python train.py --config configs/cifar100.py:attention    the attention layers and the head
     python train.py --config configs/cifar100.py:lora         LoRA weights of queries and values, and the head
-    python train.py --config configs/cifar100.py:head         the head alone, on cached features
+    python train.py --config configs/cifar100.py:head         only the head, on cached features
 
 Hardware: one GPU; on less than 24 GB add `--config.accumulation_steps=4`; on a CPU add `--config.dtype=float32`, and
 expect days (minutes for the head). The first run downloads 413 MB of weights and 169 MB of images.

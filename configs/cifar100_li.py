@@ -2,18 +2,18 @@
 
 Li, "Fine-tuning of ViT-B16 on CIFAR-10 and CIFAR-100", github.com/ZipperLii/ViT-B16-on-CIFAR100.
 
-    python train.py --config configs/cifar100_li.py:head           0.7726 there (0.7266 elsewhere in its text)
-    python train.py --config configs/cifar100_li.py:mlp            0.9248 there
-    python train.py --config configs/cifar100_li.py:full           0.6691 there (the default)
-    python train.py --config configs/cifar100_li.py:readme_head    the head as in its README's first configuration
-    python train.py --config configs/cifar100_li.py:readme_full    a row of its README without a result
+    python train.py --config configs/cifar100_li.py:head           published: 0.7726 (elsewhere in the text: 0.7266)
+    python train.py --config configs/cifar100_li.py:mlp            published: 0.9248
+    python train.py --config configs/cifar100_li.py:full           published: 0.6691 (the default)
+    python train.py --config configs/cifar100_li.py:readme_head    the head, first configuration of its README
+    python train.py --config configs/cifar100_li.py:readme_full    listed in its README without a result
 
-Settings that differ from `cifar100.py`, and the option that undoes each alone:
+Settings that differ from `cifar100.py`, and the option that resets each of them:
 
     test images are cropped and flipped at random            --config.ablation.test_augment=none
     images are normalized by CIFAR-100's statistics, while pre-training used [-1, 1]
                                --config.image_mean='(0.5,0.5,0.5)' --config.image_std='(0.5,0.5,0.5)'
-    the cosine lasts 100 epochs, whatever the run's length   --config.ablation.schedule_steps=0
+    the cosine schedule always lasts 100 epochs              --config.ablation.schedule_steps=0
     the learning rate changes once an epoch                  --config.ablation.schedule_every_steps=1
     no warm-up                                               --config.warmup_steps=500
     no gradient clipping                                     --config.optimizer.clip_norm=1
@@ -21,12 +21,12 @@ Settings that differ from `cifar100.py`, and the option that undoes each alone:
     crops of 64 to 100 % of the area                         --config.augment=inception
     Xavier-uniform initialization of the head                --config.ablation.head_init=zeros
     exact GELU, while pre-training used the tanh form        --config.model.gelu_approximate=True
-    dropout of 0.1, also in frozen parts                     --config.model.dropout_rate=0
+    dropout of 0.1, also in frozen layers                    --config.model.dropout_rate=0
 
-Its code and text disagree or are silent on: epochs × batch size of full fine-tuning (20 × 64, 50 × 32 or 30 × 32; here
-20 × 64); the README's learning rates (here 0.01 for SGD, 0.001 for Adam) and the optimizer of its full run (here SGD).
-Differences that remain: one resize from 32 px to the crop's 224 instead of two, an epoch's last, smaller batch is
-dropped, and each test image is cropped in the same way at every evaluation.
+Its code and text disagree on epochs × batch size of full fine-tuning (20 × 64, 50 × 32 or 30 × 32; here 20 × 64), and
+do not give the README's learning rates (here 0.01 for SGD, 0.001 for Adam) and the optimizer of its full run (here
+SGD). Remaining differences: one resize from 32 px to the crop's 224 px instead of two, the last partial batch of an
+epoch is dropped, and each test image is cropped in the same way at every evaluation.
 
 Hardware and downloads: as in `cifar100.py`. Time and test accuracy: not yet measured.
 """

@@ -2,14 +2,14 @@
 
     python train.py --config configs/cifar100_resnet50.py               from random parameters (":scratch")
     python train.py --config configs/cifar100_resnet50.py:pretrained    from BiT-M-R50x1 (ImageNet-21k)
-    python train.py --config configs/cifar100_resnet50.py:head          the same, the head alone, on cached features
+    python train.py --config configs/cifar100_resnet50.py:head          the same, only the head, on cached features
 
-Images are resized to 128 px, as in Kolesnikov et al. 2020: the root reduces them to a quarter, so that the first block
-sees the original 32 × 32 pixels.
+Images are resized to 128 px, as in Kolesnikov et al. 2020: the root downsamples them by 4, so that the first block
+has 32 × 32 positions, the original resolution.
 
 scratch: 200 epochs × 128. pretrained: 10,000 steps × 512, learning rate 0.003, warm-up 500 and mixup 0.1 as in the
-paper, but a cosine instead of three steps down, and squares of 64 to 100 % of the area instead of 64 %.
-`--config.pretrained=bit_models/BiT-S-R50x1` takes the checkpoint of ImageNet-2012 instead.
+paper, but a cosine schedule instead of step decay, and squares of 64 to 100 % of the area instead of 64 %.
+`--config.pretrained=bit_models/BiT-S-R50x1` uses the checkpoint of ImageNet-2012 instead.
 
 Hardware: one GPU. Time and test accuracy: not yet measured. Li (see `cifar100_li.py`) lists a ResNet-50 without a
 result.

@@ -1,11 +1,10 @@
-"""Trains the micro ViT from scratch on CIFAR-10 at 32 px; the checkpoint that ships with the package is such a run.
+"""Trains the micro ViT from scratch on CIFAR-10 at 32 px, as was the checkpoint that is part of the package.
 
     python train.py --config configs/cifar10_micro.py          all classes
     python train.py --config configs/cifar10_micro.py:eight    without cats and dogs, 8 epochs
 
-AdamW, pad-and-crop and flip, 16 epochs. Test accuracy on a copy of CIFAR-10 that was saved once as JPEG, one seed:
-0.667 in 73 minutes on two CPU cores; eight classes: 0.677 of their images, 15 minutes (benchmarks/RESULTS.md). On the
-original images: not yet measured.
+AdamW, pad-and-crop and flip, 16 epochs. Test accuracy on a JPEG copy of CIFAR-10, one seed: 0.667 in 73 minutes on two
+CPU cores; on the eight classes 0.677 in 15 minutes (benchmarks/RESULTS.md). On the original images: not yet measured.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
-"""Fine-tunes the micro ViT that ships with the package on scikit-learn's handwritten digits, without a download.
+"""Fine-tunes the micro ViT of the package on scikit-learn's handwritten digits, without a download.
 
     python train.py --config configs/digits.py            from the pretrained checkpoint
-    python train.py --config configs/digits.py:scratch    from random parameters, for as many steps
+    python train.py --config configs/digits.py:scratch    from random parameters, for the same number of steps
 
 1,437 training and 360 test images of 8 × 8 pixels, resized to 16 px, half the 32 px of pre-training: position
 embeddings are resampled from 8 × 8 to 4 × 4.

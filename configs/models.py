@@ -14,7 +14,7 @@ VARIANTS = {
     "L_32": (32, 1024, 24, 16, 4096),
     "H_14": (14, 1280, 32, 16, 5120),
     "micro_4": (4, 96, 4, 4, 384),
-    # Hybrids: patches of the feature map of a ResNet, see STEM_UNITS; the number in the name counts pixels.
+    # Hybrids: patches of the feature map of a ResNet, see STEM_UNITS; the number in the name is in pixels.
     "R50_B_16": (1, 768, 12, 12, 3072),
     "R50_L_32": (1, 1024, 24, 16, 4096),
     "R26_B_32": (1, 768, 12, 12, 3072),

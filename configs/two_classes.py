@@ -1,9 +1,9 @@
-"""Fine-tunes a micro ViT that was pretrained without cats and dogs to tell them apart, and measures ablations.
+"""Fine-tunes a micro ViT, pretrained without cats and dogs, on cat vs. dog; with ablations.
 
     python train.py --config configs/two_classes.py:full         all parameters (the default)
     python train.py --config configs/two_classes.py:mlp          the MLP layers and the head
-    python train.py --config configs/two_classes.py:head         the head alone, on cached features
-    python train.py --config configs/two_classes.py:scratch      all parameters, from random ones
+    python train.py --config configs/two_classes.py:head         only the head, on cached features
+    python train.py --config configs/two_classes.py:scratch      all parameters, randomly initialized
     python train.py --config configs/two_classes.py:full-NAME    with one of `ABLATIONS`, settings of cifar100_li.py
     python train.py --config configs/two_classes.py:full-all     with all of them
 
@@ -49,7 +49,7 @@ def get_config(arg: str = "full") -> ConfigDict:
     config.trainable = "full" if mode == "scratch" else mode
     config.optimizer.clip_norm = 1.0
     config.learning_rate = 0.01
-    config.warmup_steps = 47  # a tenth
+    config.warmup_steps = 47  # 10 %
     config.batch_size = 64
     config.eval_batch_size = 100
     config.num_steps = 3 * _STEPS_PER_EPOCH

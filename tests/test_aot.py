@@ -95,4 +95,4 @@ def test_main_compiles_train_step_for_absent_gpus(run_command):
     assert result.returncode == 0, result.stderr
     rows = [line.split("|")[1:3] for line in result.stdout.splitlines() if line.startswith("|") and "B_16" in line]
     assert [mesh.strip() for _, mesh in rows] == ["1 × 1", "8 × 1", "1 × 8", "2 × 4"]
-    assert "all gates passed" in result.stdout
+    assert "all checks passed" in result.stdout

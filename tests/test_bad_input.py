@@ -70,7 +70,7 @@ def test_train_exits_with_one_line_of_error(run_command, tmp_path, override, cod
         (["--config.learning_rate=quick"], "quick"),
         (["--config.batch_size=0"], "config.batch_size is 0; expected a positive integer"),
         (["--config.num_steps=-5"], "config.num_steps is -5; expected a non-negative integer"),
-        (["--config.image_size=18"], "image_size 18 is not a multiple of the patch, 4 pixels"),
+        (["--config.image_size=18"], "image_size is 18; expected a multiple of the patch, 4"),
         (["--config.trainable=everything"], "config.trainable is 'everything'; expected one of full, head"),
         (["--config.trainable=('haed/.*',)"], "'haed/.*' matches no parameter"),
         (
@@ -78,7 +78,7 @@ def test_train_exits_with_one_line_of_error(run_command, tmp_path, override, cod
             "lora.targets: '.*/querry/.*'",
         ),
         (["--config.features=cached"], "config.features is 'cached', but trainable 'full' trains more than the head"),
-        (["--config.accumulation_steps=3"], "config.accumulation_steps 3 does not divide batch_size 64"),
+        (["--config.accumulation_steps=3"], "config.accumulation_steps is 3; it must divide batch_size 64"),
         (["--config.mesh.fsdp=3"], "mesh: data 0 × fsdp 3 does not fit 8 devices"),
         (
             ["--config.model.num_layers=100000"],
@@ -87,7 +87,7 @@ def test_train_exits_with_one_line_of_error(run_command, tmp_path, override, cod
         (["--config.remat=all"], "config.remat is 'all'; expected one of none, dots, full"),
         (["--config.ema_decay=1"], "config.ema_decay is 1"),
         (["--process_id=1"], "--process_id 1; expected HOST:PORT of process 0"),
-        (["--config.dataset.name=cifar11"], "unknown dataset 'cifar11'; known are cifar10"),
+        (["--config.dataset.name=cifar11"], "unknown dataset 'cifar11'; expected one of cifar10"),
         (["--config.dataset.train_split=train[:x]"], "unknown split 'train[:x]'"),
         (["--config.architecture=vgg"], "config.architecture is 'vgg'; expected one of vit"),
         (["--config.pretrained=imagenet21k/ViT-B_17"], "imagenet21k/ViT-B_16"),
@@ -124,7 +124,7 @@ def test_train_rejects_missing_npz(train, tmp_path):
 
 def test_train_rejects_npz_of_other_size(train, npz):
     line = train(f"--config.pretrained={npz}", code=2)
-    assert f"the model does not fit {npz}" in line
+    assert f"config.model does not match {npz}" in line
     assert "hidden_size 96 (checkpoint: 24), num_layers 4 (checkpoint: 1)" in line
 
 
@@ -134,7 +134,7 @@ def test_train_rejects_npz_with_non_square_grid(train, npz):
     pretrained.save_npz(npz, params)
     sizes = [f"--config.model.{name}={value}" for name, value in TINY.items()]
     line = train(f"--config.pretrained={npz}", *sizes, code=1)
-    assert "of 18 patches, but they are not a square; commands and configs need a square" in line
+    assert "have 18 patches, but they are not a square; commands and configs need a square" in line
 
 
 def test_train_rejects_run_directory_as_pretrained(train, tmp_path):
@@ -180,8 +180,8 @@ def test_train_reports_failed_download(train, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts
     env = {"VIT_JAX_CACHE": str(tmp_path / "cache"), "https_proxy": "http://127.0.0.1:9"}
     line = train("--config.pretrained=imagenet21k/ViT-B_16", code=1, env=env)
-    assert "cannot fetch https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz" in line
-    assert f"download it by hand and put it at {tmp_path}/cache/imagenet21k/ViT-B_16.npz" in line
+    assert "cannot download https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz" in line
+    assert f"download it manually to {tmp_path}/cache/imagenet21k/ViT-B_16.npz" in line
 
 
 def test_train_rejects_missing_dataset_directory(train, tmp_path):
@@ -226,7 +226,7 @@ def test_train_rejects_unwritable_workdir(run_cli, tmp_path):
     workdir = tmp_path / "file" / "run"
     result = run_cli("train", ["--config", "configs/digits.py:scratch", "--workdir", workdir])
     assert result.code == 1
-    assert result.stderr == f"error: cannot write to --workdir {workdir}: Not a directory; give another\n"
+    assert result.stderr == f"error: cannot write to --workdir {workdir}: Not a directory; give another --workdir\n"
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_train_rejects_unwritable_workdir(run_cli, tmp_path):
         ([], 2, "the following arguments are required: --workdir"),
         (["--workdir", "x", "--stp", "3"], 2, "unrecognized arguments: --stp 3"),
         (["--workdir", "x", "--step", "last"], 2, "invalid int value: 'last'"),
-        (["--workdir", "{tmp}"], 1, "holds no run"),
+        (["--workdir", "{tmp}"], 1, "has no checkpoints"),
     ],
 )
 def test_evaluate_rejects_invalid_arguments(run_cli, tmp_path, arguments, code, message):

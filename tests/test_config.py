@@ -75,7 +75,7 @@ def test_main_prints_every_key(capsys):
     assert settings.main() == 0
     printed = capsys.readouterr().out
     assert [line.split(" = ")[0] for line in printed.splitlines() if line[0] != " "] == list(KEYS)
-    assert "optimizer.momentum = 0.9\n    of sgd (a number in [0, 1))" in printed
+    assert "optimizer.momentum = 0.9\n    momentum of sgd (a number in [0, 1))" in printed
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,8 @@ def test_reference_results_match_dataset_of_config():
         ("image_std", (0.0, 0.5, 0.5), "expected three numbers in (0, 1]"),
         ("reference_results", (("Li", 0.6),), "expected a tuple of (dataset, label, accuracy)"),
         ("ablation.frozen_dropout", 1, "config.ablation.frozen_dropout is 1; expected True or False"),
-        ("accumulation_steps", 3, "config.accumulation_steps 3 does not divide batch_size 64"),
-        ("warmup_steps", 10_000, "config.warmup_steps 10000 is above num_steps 220"),
+        ("accumulation_steps", 3, "config.accumulation_steps is 3; it must divide batch_size 64"),
+        ("warmup_steps", 10_000, "config.warmup_steps is 10000; expected at most num_steps, 220"),
         ("batch_sise", 8, "config.batch_sise: no such key; did you mean batch_size?"),
         ("model", 3, "config.model is 3; expected a ConfigDict"),
         ("model.head_init", "xavier", "config.model.head_init: set config.ablation.head_init instead"),
@@ -194,7 +194,7 @@ def test_check_config_rejects_invalid_values(key, value, message):
 
 @pytest.mark.parametrize("steps", [49, 50])
 def test_check_config_rejects_schedule_not_longer_than_warmup(steps):
-    with pytest.raises(UsageError, match=f"schedule_steps {steps} is not above warmup_steps 50"):
+    with pytest.raises(UsageError, match=f"schedule_steps is {steps}; expected more than warmup_steps, 50"):
         settings.check_config(config_with(**{"warmup_steps": 50, "ablation.schedule_steps": steps}))
 
 

@@ -115,13 +115,13 @@ def test_main_with_dataset_equals_main_without_dataset(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "error", "message"),
     [
-        (["--workdir", "micro"], UserError, "micro holds no run with a checkpoint; give the --workdir of a run"),
-        (["--workdir", "FILE"], UserError, "holds no run with a checkpoint; give the --workdir of a run"),
+        (["--workdir", "micro"], UserError, "micro has no checkpoints; give the --workdir of a run"),
+        (["--workdir", "FILE"], UserError, "has no checkpoints; give the --workdir of a run"),
         (["--workdir", "a", "--test_split", "val"], UsageError, "--test_split requires --dataset"),
-        (["--workdir", "FILE", "--dataset", "digits", "--step", "3"], UserError, "holds no run with a checkpoint"),
+        (["--workdir", "FILE", "--dataset", "digits", "--step", "3"], UserError, "has no checkpoints"),
         (["--workdir", "FILE", "--dataset", "digits", "--batch_size", "0"], UsageError, "--batch_size is 0"),
         (["--workdir", "FILE", "--dataset", "digits"], UserError, "lacks 10 of the dataset's 10 classes: 0, 1"),
-        (["--workdir", "nowhere"], UserError, "nowhere holds no run"),
+        (["--workdir", "nowhere"], UserError, "nowhere has no checkpoints"),
     ],
 )
 def test_main_rejects_invalid_arguments(checkpoint, argv, error, message):

@@ -203,7 +203,7 @@ def test_load_numbers_classes_without_names(images):
         (["--format", "npz", "--step", "7"], 1, "has no checkpoint of step 7; it has 20"),
         (["--format", "npz", "--out", "setup.cfg"], 1, "--out setup.cfg already exists"),
         (["--format", "orbax", "--out", "nowhere/out"], 1, "cannot write nowhere/out: No such file or directory"),
-        (["--format", "npz", "--workdir", "configs"], 1, "configs holds no run"),
+        (["--format", "npz", "--workdir", "configs"], 1, "configs has no checkpoints"),
     ],
 )
 def test_main_reports_errors_in_one_line(workdir, run_cli, tmp_path, argv, code, message):

@@ -100,7 +100,7 @@ def test_train_and_evaluate_learns_from_arrays(finished):
 
 
 def test_train_and_evaluate_requires_dataset_or_its_name(tmp_path):
-    with pytest.raises(UsageError, match="unknown dataset ''; known are .*folder:DIR"):
+    with pytest.raises(UsageError, match="unknown dataset ''; expected one of .*folder:DIR"):
         trainer.train_and_evaluate(small_config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -164,7 +164,7 @@ def test_train_and_evaluate_rejects_invalid_images_and_labels(finished, tmp_path
 def test_train_and_evaluate_rejects_splits_of_different_image_sizes(tmp_path):
     test = Split(np.zeros((24, 9, 10, 3), np.uint8), DATASET.test.labels)
     line = error_of(UsageError, tmp_path, dataset=dataclasses.replace(DATASET, test=test))
-    assert line == "dataset: training and test images are 8 × 8 and 9 × 10 pixels; expected one size"
+    assert line == "dataset: training and test images are 8 × 8 and 9 × 10 pixels; expected the same size"
     assert "dataset is a tuple; expected a vit_jax.types.Dataset" in error_of(
         UsageError, tmp_path, dataset=(DATASET.train, test)
     )
@@ -235,7 +235,9 @@ def test_train_and_evaluate_rejects_missing_arguments_on_resume(interrupted, cop
 
 def test_train_and_evaluate_rejects_changed_labels_on_resume(interrupted, copy_of):
     other = dataclasses.replace(DATASET, train=Split(DATASET.train.images, DATASET.train.labels[::-1]))
-    with pytest.raises(UserError, match="^the dataset has changed since the run was started: it has as many images"):
+    with pytest.raises(
+        UserError, match="^the dataset has changed since the run was started: it has the same number of images"
+    ):
         trainer.train_and_evaluate(small_config(), copy_of(interrupted), **OWN | {"dataset": other})
 
 
@@ -260,7 +262,7 @@ def test_write_report_accepts_test_split(finished, copy_of):
     assert f"<th>test images</th><td>24; {counts.min()} to {counts.max()} per class</td>" in page
     assert "<th>dataset</th><td>given from Python</td>" in page
     assert f"{finished[1]['test/accuracy']:.2%}" in page and page.count("<img") == 8
-    with pytest.raises(UsageError, match="split has 48 images; .* was tested on 24"):
+    with pytest.raises(UsageError, match="split has 48 images; expected the 24 of "):
         report.write_report(workdir, split=DATASET.train)
 
 

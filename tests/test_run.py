@@ -53,5 +53,5 @@ def test_load_test_split_rejects_dataset_with_other_classes(finished_run):
 
 
 def test_load_test_split_accepts_another_data_dir(finished_run):
-    with pytest.raises(UserError, match="does not read data_dir, got '/elsewhere'"):
+    with pytest.raises(UserError, match="dataset.data_dir is '/elsewhere'"):
         load_run(finished_run).load_test_split("/elsewhere")

@@ -123,7 +123,7 @@ def test_train_and_evaluate_rejects_workdir_in_use(tmp_path, monkeypatch):
 def test_train_and_evaluate_creates_no_directory_on_user_error(tmp_path):
     config = small_config()
     config.dataset.data_dir = "/nowhere"
-    with pytest.raises(UserError, match="does not read data_dir"):
+    with pytest.raises(UserError, match="dataset.data_dir is .* does not use"):
         trainer.train_and_evaluate(config, tmp_path / "runs/mine")
     assert list(tmp_path.iterdir()) == []
 

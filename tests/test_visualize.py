@@ -46,7 +46,7 @@ def test_main_plots_one_head_on_given_images(finished_run, run_cli, tmp_path):
         (["--images", "setup.cfg"], 1, "setup.cfg"),
         (["--images", "/nowhere.png"], 1, "/nowhere.png"),
         (["--step", "7"], 1, "has no checkpoint of step 7; it has 20"),
-        (["--workdir", "configs"], 1, "configs holds no run"),
+        (["--workdir", "configs"], 1, "configs has no checkpoints"),
     ],
 )
 def test_main_reports_errors_in_one_line(finished_run, run_cli, tmp_path, argv, code, message):

@@ -23,7 +23,7 @@ def load(source: str | os.PathLike[str]) -> "Classifier":
             `ViTForImageClassification`.
 
     Returns:
-        A `vit_jax.classifier.Classifier`; of a run directory, a `vit_jax.run.Run`.
+        A `vit_jax.classifier.Classifier`; for a run directory, a `vit_jax.run.Run`.
 
     Raises:
         UserError: there is no model, or it cannot be read.

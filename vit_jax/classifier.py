@@ -30,21 +30,21 @@ class Classifier:
     model: ImageModel
     params: Params
     metadata: ModelMetadata  # class names, image size, normalization
-    mesh: Mesh  # batches are split over its devices
-    test_augment: str = "none"  # of test images; another augmentation only in ablations
+    mesh: Mesh  # batches are sharded over its devices
+    test_augment: str = "none"  # augmentation of test images, set only in ablations
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Name of each column of the logits; "0", "1", … where a file has no names."""
+        """Class names in the order of the logits; "0", "1", … if the checkpoint has none."""
         return self.metadata.class_names
 
     @property
     def image_size(self) -> int:
-        """Pixels, square, that images are resized to."""
+        """Height and width in pixels that images are resized to."""
         return self.metadata.image_size
 
     def __repr__(self) -> str:
-        """Returns one line, without the parameters."""
+        """Returns a one-line summary without the parameters."""
         names = ", ".join(self.class_names[:3]) + (", …" if len(self.class_names) > 3 else "")
         model = f"{type(self.model).__name__}, {self.image_size} px, {len(self.class_names)} classes: {names}"
         return f"{type(self).__name__}({model})"
@@ -54,13 +54,13 @@ class Classifier:
 
         Args:
             images: uint8 [n h w 3], RGB, or one image [h w 3]; resized to `image_size`.
-            batch_size: upper bound of images at once, rounded up to a multiple of the number of devices.
+            batch_size: images per batch, rounded up to a multiple of the number of devices.
 
         Returns:
-            float32 [n classes], or [classes] of one image; rows sum to 1.
+            float32 [n classes], or [classes] for one image; rows sum to 1.
 
         Raises:
-            ValueError: the images are of another shape or dtype.
+            ValueError: the images have another shape or dtype.
         """
         return np.asarray(jax.nn.softmax(self.logits(images, batch_size=batch_size)))
 
@@ -73,18 +73,18 @@ class Classifier:
         return self._apply(self.model.clone(num_classes=None), images, batch_size=batch_size)
 
     def preprocess(self, images: UInt8[np.ndarray | Array, "n h w 3"]) -> Float32[Array, "n s s 3"]:
-        """Returns the inputs of the model, float32 [n s s 3]: uint8 images [n h w 3] resized and normalized."""
+        """Resizes and normalizes uint8 images [n h w 3]; returns the model's inputs, float32 [n s s 3]."""
         keys = jnp.zeros((images.shape[0], 2), jnp.uint32)  # nothing is sampled
         return self._forward(self.model).preprocess(keys, jnp.asarray(images))
 
     def forward(self, params: Params, images: UInt8[Array, "b h w 3"]) -> Float32[Array, "b classes"]:
-        """Returns logits, float32 [b classes], of uint8 images [b h w 3]: a pure function, for export."""
+        """Returns logits, float32 [b classes], for uint8 images [b h w 3]; a pure function, for export."""
         return jnp.asarray(self.model.apply({"params": params}, self.preprocess(images)), jnp.float32)
 
     def evaluate(self, split: Split, *, batch_size: int = 256, prefix: str = "test") -> dict[str, float]:
         """Returns "test/loss", "test/accuracy" and "test/accuracy_top5" over all images, each counted exactly once.
 
-        The labels of `split` are columns of the logits; `prefix` replaces "test"; `batch_size` is that of `predict`.
+        The labels of `split` are logit indices; `batch_size` is as in `predict`; `prefix` replaces "test".
 
         Raises:
             UsageError: see `data.check_split`.
@@ -94,7 +94,7 @@ class Classifier:
         return metrics.means(jax.device_get(inference.sum_metrics(self._placed, images, split.labels)), prefix=prefix)
 
     def require_trained_head(self, name: str) -> None:
-        """Raises UserError if the head is all zeros, as in the checkpoints of ImageNet-21k; `name` is the model's."""
+        """Raises UserError if the head is all zeros, as in ImageNet-21k checkpoints; the message names `name`."""
         if not np.any(np.asarray(self.params["head"]["kernel"])):
             raise UserError(f"{name} has an untrained (all-zero) head; fine-tune it first")
 
@@ -113,7 +113,7 @@ class Classifier:
         return np.asarray(inference.outputs(self._placed, images), np.float32)
 
     def _prepare(self, model: ImageModel, images: ImageSource, *, batch_size: int) -> tuple[ImageSource, Inference]:
-        """Returns images, cropped in an ablation, and the inference for them."""
+        """Returns the images, to be cropped if `test_augment` crops, and an `Inference` for them."""
         augment = preprocess.device_augment(self.test_augment, in_memory=not isinstance(images, EncodedImages))
         inference = _create_inference(self._forward(model, augment), self.mesh, batch_size=batch_size)
         images = crop_when_decoded(images, augment=self.test_augment, image_mean=self.metadata.image_mean)
@@ -130,7 +130,7 @@ class Classifier:
 
 
 def load_classifier(name_or_path: str) -> Classifier:
-    """Loads a classifier from a checkpoint that is not a run's, see `pretrained.read_model`."""
+    """Loads a classifier from a pretrained checkpoint or an export, see `pretrained.read_model`."""
     params, metadata = pretrained.read_model(name_or_path)
     try:
         metadata = metadata or ModelMetadata.from_params(params)

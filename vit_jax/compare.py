@@ -1,4 +1,4 @@
-"""`python -m vit_jax.compare DIR DIR …`: finished runs side by side, as a Markdown table."""
+"""`python -m vit_jax.compare DIR DIR …`: prints a Markdown table of finished runs."""
 
 import argparse
 import dataclasses
@@ -31,11 +31,11 @@ class Row:
     results: dict[str, float]  # of the evaluation after the last step
     seconds: float  # of training, without evaluation, checkpoints, compilation and the caching of features
     images_per_second: float  # median
-    num_seeds: int = 0  # 0 for a run that is not averaged
-    accuracy_std: float = 0.0  # of the test accuracy over the seeds (n - 1; 0 for one)
+    num_seeds: int = 0  # 0 if not averaged
+    accuracy_std: float = 0.0  # sample std of the test accuracy over seeds; 0 for one seed
 
     def cells(self) -> dict[str, str]:
-        """Returns the text of each column, by title."""
+        """Returns {column title: text}."""
         trainable = self.config.trainable
         return {
             "run": self.run,
@@ -55,21 +55,21 @@ class Row:
 def main(argv: list[str] | None = None) -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(prog="python -m vit_jax.compare", description=__doc__)
-    parser.add_argument("workdirs", nargs="+", metavar="DIR", help="directories of finished runs on one test split")
-    parser.add_argument("--join_seeds", action="store_true", help="one line for runs that differ only in their seed")
+    parser.add_argument("workdirs", nargs="+", metavar="DIR", help="finished run directories with the same test split")
+    parser.add_argument("--join_seeds", action="store_true", help="average runs that differ only in their seed")
     arguments = parse_arguments(parser, argv)
     print(format_table(compare_runs(arguments.workdirs, join_seeds=arguments.join_seeds)))
     return 0
 
 
 def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) -> list[Row]:
-    """Reads finished runs, tested on the same images; `join_seeds` averages those that differ in their seed alone."""
+    """Reads finished runs with the same test images; `join_seeds` averages runs that differ only in their seed."""
     rows = [read_row(Path(workdir)) for workdir in workdirs]
     if any(row.test_images != rows[0].test_images for row in rows):
         tested = "; ".join(
             f"{workdir}: {', '.join(row.test_images)}" for workdir, row in zip(workdirs, rows, strict=True)
         )
-        raise UserError(f"the runs were tested on different images ({tested}); compare runs on one test split")
+        raise UserError(f"the runs were tested on different images ({tested}); compare runs with the same test split")
     if not join_seeds:
         return rows
     groups: dict[str, list[Row]] = {}
@@ -79,7 +79,7 @@ def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) ->
 
 
 def read_row(workdir: Path) -> Row:
-    """Reads a finished run, without its parameters; raises UserError if it is not finished, or damaged."""
+    """Reads a finished run without its parameters; raises UserError if it is unfinished or damaged."""
     with Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.require_step()
         info = RunInfo.from_json(checkpoints.read_metadata(step))
@@ -105,7 +105,7 @@ def read_row(workdir: Path) -> Row:
 
 
 def _mean(rows: Sequence[Row]) -> Row:
-    """Returns the mean over seeds, named by what the names of the runs begin with."""
+    """Returns the mean over seeds, named after the common prefix of the runs."""
     accuracies = [row.results["test/accuracy"] for row in rows]
     return dataclasses.replace(
         rows[0],
@@ -119,7 +119,7 @@ def _mean(rows: Sequence[Row]) -> Row:
 
 
 def _test_settings(config: ConfigDict) -> dict[str, str]:
-    """Returns how test images are read and preprocessed, by the title of the column."""
+    """Returns {column title: text} of the settings that affect test images."""
     data_dir = config.dataset.data_dir
     return {
         "image size": str(config.image_size),
@@ -131,7 +131,7 @@ def _test_settings(config: ConfigDict) -> dict[str, str]:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """Returns a Markdown table, aligned also as plain text; test settings are shown only where the rows differ."""
+    """Formats an aligned Markdown table; columns of test settings are shown only if the rows differ."""
     settings = _test_settings(rows[0].config).keys()
     cells = [row.cells() for row in rows]
     columns = []

@@ -1,4 +1,4 @@
-"""The config of a run: every key, declared once. `python -m vit_jax.config` prints them all."""
+"""Config keys: default, type, range and meaning of each. `python -m vit_jax.config` prints them."""
 
 import difflib
 import json
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, FieldReference
 from vit_jax.runtime.errors import UsageError, UserError, one_line, run_command
 from vit_jax.runtime.files import write_atomically
 
-MODES = ("full", "head", "mlp", "attention", "bias", "lora")  # of `trainable`; `training.optim` has their patterns
+MODES = ("full", "head", "mlp", "attention", "bias", "lora")  # of `trainable`; patterns are in `training.optim`
 _ABOVE_0, _BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
 _INT32_MAX, _FLOAT32_MAX = 2**31 - 1, 1e38  # steps and seeds are int32 on the device
 
@@ -59,7 +59,7 @@ _COUNT = Check("a non-negative integer below 2^31", partial(_is_integer, low=0))
 _NUMBER = Check("a non-negative number", _is_number)
 _FRACTION = Check("a number in [0, 1)", partial(_is_number, high=_BELOW_1))
 _STRING = Check("a string", lambda value: isinstance(value, str))
-_NAME = Check("a string that is not empty", lambda value: isinstance(value, str) and value != "")
+_NAME = Check("a non-empty string", lambda value: isinstance(value, str) and value != "")
 _STRINGS = Check("a tuple of strings", partial(_are, check=_STRING.accepts))
 _DTYPE = _one_of("float32", "bfloat16")
 _AUGMENT = _one_of("none", "flip", "pad_crop", "square_crop", "inception")
@@ -71,98 +71,98 @@ _TRAINABLE = Check(f"one of {', '.join(MODES)}, or {_PATTERNS.expected}", lambda
 
 
 class Key(NamedTuple):
-    """A key of a config: `--config.NAME=VALUE` on the command line."""
+    """A config key, `--config.NAME=VALUE` on the command line."""
 
     name: str
     default: Any
     check: Check
     doc: str  # meaning and unit
-    resumable: bool = False  # whether a resumed run may change it: no result depends on it
+    resumable: bool = False  # may change on resume, as results do not depend on it
 
 
 # fmt: off
 KEYS = (
-    Key("seed", 0, _COUNT, "of initialization, order of images, augmentation and dropout"),
+    Key("seed", 0, _COUNT, "seed of initialization, image order, augmentation and dropout"),
     Key("architecture", "vit", _one_of("vit", "resnet50"), "Vision Transformer, or ResNet-50 (BiT)"),
     Key("model", {}, Check("a ConfigDict", lambda value: isinstance(value, dict)),
-        "constructor arguments of the model; sizes that are left out are read from the pretrained checkpoint"),
-    Key("dtype", "float32", _DTYPE, "of activations and matrix products; parameters are always float32"),
+        "constructor arguments of the model; missing sizes are read from the pretrained checkpoint"),
+    Key("dtype", "float32", _DTYPE, "dtype of activations and matrix products; parameters are always float32"),
     Key("pretrained", "", _STRING,
-        'released name such as "imagenet21k/ViT-B_16" or "augreg/B_16", "micro", or a path; "" trains from scratch'),
+        'checkpoint such as "imagenet21k/ViT-B_16", "augreg/B_16" or "micro", or a path; "" trains from scratch'),
 
     Key("dataset.name", "", _STRING,
         'cifar10 | cifar100 | digits | folder:DIR | tfds:NAME; "" for a dataset given from Python'),
     Key("dataset.data_dir", "", _STRING, 'archive or directory on disk; "" downloads into the cache', resumable=True),
     Key("dataset.train_split", "train", _NAME, 'may be a slice, such as "train[:90%]"'),
-    Key("dataset.test_split", "test", _NAME, '"train[90%:]" tunes without looking at the test images'),
+    Key("dataset.test_split", "test", _NAME, 'for tuning, use a held-out slice such as "train[90%:]"'),
     Key("dataset.classes", (), _STRINGS, "names of the classes to keep; () keeps all"),
     Key("dataset.storage", "auto", _one_of("auto", "memory", "stream"),
-        "memory: images are decoded once and kept on the device; stream: for every step; auto: memory if half of it "
-        "is enough, unless large images, or images of different sizes, are cropped; same results"),
+        "memory: images are decoded once and kept on the device; stream: they are decoded at every step; auto: memory "
+        "if half of it is enough, but stream for crops of large or differently sized images; same results"),
     Key("dataset.num_workers", 0, Check("an integer from 0 to 1,024", partial(_is_integer, low=0, high=1024)),
-        "processes that decode streamed images; 0: one per available processor", resumable=True),
+        "processes that decode streamed images; 0: one per available CPU", resumable=True),
     Key("image_size", 224, Check("an integer from 1 to 16,384", partial(_is_integer, low=1, high=16_384)),
         "height and width of the model's input, pixels"),
     Key("image_mean", (0.5, 0.5, 0.5), Check("three numbers in [0, 1]", _are_3_numbers),
-        "of red, green and blue in [0, 1]; the model's input is (image - mean) / std: [-1, 1] by default"),
+        "mean of red, green and blue; the model's input is (image - mean) / std, in [-1, 1] by default"),
     Key("image_std", (0.5, 0.5, 0.5), Check("three numbers in (0, 1]", partial(_are_3_numbers, low=_ABOVE_0)),
-        "of red, green and blue in [0, 1]"),
-    Key("augment", "none", _AUGMENT, "of training images; pad_crop, square_crop and inception crop and flip"),
+        "std of red, green and blue"),
+    Key("augment", "none", _AUGMENT, "augmentation of training images; pad_crop, square_crop and inception also flip"),
 
     Key("trainable", "full", _TRAINABLE,
         "parameters to train: a mode, or regular expressions that match whole paths; mlp, attention, bias and lora "
         "include the head, bias also norms; a pattern that names lora, as in '(lora|head)/.*', adds LoRA weights"),
     Key("features", "auto", _one_of("auto", "cached", "fresh"),
-        "auto: features of a frozen backbone are cached unless images are augmented; cached: also if they are"),
-    Key("feature_views", 1, _POSITIVE, "augmented views of each image that are cached; an epoch trains on one"),
-    Key("lora.rank", 8, _POSITIVE, "of the products A·B"),
-    Key("lora.alpha", 16.0, Check("a positive number", partial(_is_number, low=_ABOVE_0)), "scale is alpha / rank"),
+        "auto: caches the features of a frozen backbone unless images are augmented; cached: even if they are"),
+    Key("feature_views", 1, _POSITIVE, "cached augmented views of each image; an epoch uses one of them"),
+    Key("lora.rank", 8, _POSITIVE, "rank of the LoRA weights"),
+    Key("lora.alpha", 16.0, Check("a positive number", partial(_is_number, low=_ABOVE_0)), "LoRA scale, alpha / rank"),
     Key("lora.targets", (".*/query/kernel", ".*/value/kernel"), _PATTERNS, "paths of kernels that get LoRA weights"),
 
-    Key("optimizer.name", "sgd", _one_of("sgd", "adam", "adamw"), "of the three, only sgd has momentum"),
-    Key("optimizer.momentum", 0.9, _FRACTION, "of sgd"),
-    Key("optimizer.momentum_dtype", "float32", _DTYPE, "of sgd; bfloat16 halves the optimizer's memory"),
+    Key("optimizer.name", "sgd", _one_of("sgd", "adam", "adamw"), "optimizer; only sgd has momentum"),
+    Key("optimizer.momentum", 0.9, _FRACTION, "momentum of sgd"),
+    Key("optimizer.momentum_dtype", "float32", _DTYPE, "dtype of the momentum; bfloat16 halves the optimizer's memory"),
     Key("optimizer.weight_decay", 0.0, _NUMBER, "sgd, adam: L2, added to the gradient; adamw: decoupled"),
     Key("optimizer.decayed", "all", _one_of("all", "kernels"),
-        "parameters that decay; kernels excludes norms, biases, position embeddings and cls"),
+        "parameters with weight decay; kernels excludes norms, biases, position embeddings and cls"),
     Key("optimizer.layer_decay", 1.0, Check("a number in (0, 1]", partial(_is_number, low=_ABOVE_0, high=1)),
-        "factor on the learning rate from each block to the one below"),
-    Key("optimizer.clip_norm", 0.0, _NUMBER, "global norm of the gradient, before weight decay; 0: no clipping"),
+        "layer-wise learning rate decay: factor from each block to the one below"),
+    Key("optimizer.clip_norm", 0.0, _NUMBER, "maximum global gradient norm, before weight decay; 0: no clipping"),
     Key("learning_rate", 0.01, _NUMBER, "peak of the schedule (lr)"),
     Key("schedule", "cosine", _one_of("cosine", "linear", "constant"), "cosine and linear decay to zero at num_steps"),
-    Key("warmup_steps", 0, _COUNT, "updates; linear from 0 at the first"),
-    Key("label_smoothing", 0.0, _FRACTION, "fraction of the target that is spread over all classes"),
-    Key("mixup_alpha", 0.0, _NUMBER, "fractions of blended images are sampled from Beta(alpha, alpha); 0: no mixup"),
-    Key("cutmix_alpha", 0.0, _NUMBER, "the same for pasted boxes; with both, each image is mixed in one of two ways"),
-    Key("ema_decay", 0.0, _FRACTION, "of EMA parameters; at most (1 + step) / (10 + step), step from 0; 0: no EMA"),
+    Key("warmup_steps", 0, _COUNT, "updates of linear warm-up; the first update has rate 0"),
+    Key("label_smoothing", 0.0, _FRACTION, "fraction of the target probability spread over all classes"),
+    Key("mixup_alpha", 0.0, _NUMBER, "mixing weights are sampled from Beta(alpha, alpha); 0: no mixup"),
+    Key("cutmix_alpha", 0.0, _NUMBER, "the same for CutMix; with both, each image gets one of the two at random"),
+    Key("ema_decay", 0.0, _FRACTION, "decay of the EMA parameters, at most (1 + step) / (10 + step); 0: no EMA"),
 
     Key("batch_size", 128, _POSITIVE, "images per update, over all devices and processes"),
-    Key("eval_batch_size", 256, _POSITIVE, "images; rounded up to a multiple of the devices", resumable=True),
-    Key("accumulation_steps", 1, _POSITIVE, "parts of a batch that are computed in turn, to save memory; same update"),
+    Key("eval_batch_size", 256, _POSITIVE, "images; rounded up to a multiple of the device count", resumable=True),
+    Key("accumulation_steps", 1, _POSITIVE, "microbatches per update, to save memory; same update"),
     Key("remat", "none", _one_of("none", "dots", "full"),
-        "activations that blocks recompute in the backward pass: dots all but matrix products", resumable=True),
-    Key("mesh.fsdp", 1, _POSITIVE, "devices that share a copy of parameters and optimizer state", resumable=True),
-    Key("mesh.data", 0, _COUNT, "copies of parameters and optimizer state; 0: as many as fit", resumable=True),
+        "activations recomputed in the backward pass; dots: all but matrix products; full: all", resumable=True),
+    Key("mesh.fsdp", 1, _POSITIVE, "devices that shard parameters and optimizer state", resumable=True),
+    Key("mesh.data", 0, _COUNT, "copies of parameters and optimizer state; 0: devices / fsdp", resumable=True),
 
     Key("num_steps", 1000, _COUNT, "updates; epochs × (training images // batch_size)"),
     Key("log_every_steps", 10, _POSITIVE, "updates between training lines of metrics.jsonl", resumable=True),
-    Key("eval_every_steps", 500, _POSITIVE, "updates between evaluations; always one at the end", resumable=True),
-    Key("checkpoint_every_steps", 500, _POSITIVE, "updates; also after each evaluation", resumable=True),
+    Key("eval_every_steps", 500, _POSITIVE, "updates between evaluations; one more at the end", resumable=True),
+    Key("checkpoint_every_steps", 500, _POSITIVE, "updates; one more after each evaluation", resumable=True),
     Key("reference_results", (), _RESULTS, "test accuracies of other work, for the report", resumable=True),
 
-    # No ordinary run sets these; they show what a setting is worth.
-    Key("ablation.test_augment", "none", _AUGMENT, "of test images, the same at every evaluation"),
+    # Only ablation runs set these.
+    Key("ablation.test_augment", "none", _AUGMENT, "augmentation of test images, the same at every evaluation"),
     Key("ablation.schedule_steps", 0, _COUNT, "updates until the schedule ends; 0: num_steps"),
     Key("ablation.schedule_every_steps", 1, _POSITIVE, "updates between changes of the learning rate after warm-up"),
     Key("ablation.frozen_dropout", False, Check("True or False", lambda value: isinstance(value, bool)),
-        "dropout also in a backbone that is frozen as a whole"),
-    Key("ablation.head_init", "zeros", _one_of("zeros", "xavier"), "of the new head's kernel"),
+        "dropout also in a fully frozen backbone"),
+    Key("ablation.head_init", "zeros", _one_of("zeros", "xavier"), "initializer of the new head's kernel"),
 )
 # fmt: on
 
 
 def get_config() -> ConfigDict:
-    """Returns the defaults, locked against keys that do not exist; `model` is open and empty."""
+    """Returns the default config, locked against unknown keys; `model` is empty and unlocked."""
     tree: dict[str, Any] = {}
     for key in KEYS:
         group, _, name = key.name.rpartition(".")
@@ -184,7 +184,7 @@ def check_key(name: str) -> None:
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises UsageError for the first key that is missing or wrong, as far as that needs neither data nor model."""
+    """Raises UsageError for the first missing or invalid key; checks only what needs neither data nor model."""
     for complaint in _complaints(config):
         raise UsageError(complaint)
 
@@ -203,23 +203,23 @@ def _complaints(config: ConfigDict) -> Iterator[str]:
     if "head_init" in config.model:
         yield "config.model.head_init: set config.ablation.head_init instead"
     if config.batch_size % config.accumulation_steps:
-        yield f"config.accumulation_steps {config.accumulation_steps} does not divide batch_size {config.batch_size}"
+        yield f"config.accumulation_steps is {config.accumulation_steps}; it must divide batch_size {config.batch_size}"
     if config.warmup_steps > config.num_steps:
-        yield f"config.warmup_steps {config.warmup_steps} is above num_steps {config.num_steps}"
+        yield f"config.warmup_steps is {config.warmup_steps}; expected at most num_steps, {config.num_steps}"
     if 0 < config.ablation.schedule_steps <= config.warmup_steps:
         steps = config.ablation.schedule_steps
-        yield f"config.ablation.schedule_steps {steps} is not above warmup_steps {config.warmup_steps}"
+        yield f"config.ablation.schedule_steps is {steps}; expected more than warmup_steps, {config.warmup_steps}"
 
 
 def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | None = None) -> None:
-    """Raises UsageError, which names both values, for keys that a run may not be resumed with; see `load_config`."""
+    """Raises UsageError if keys that must not change on resume differ; for `saved`, see `load_config`."""
     run_config = load_config(workdir, saved=saved)
     old, new = (_flatten(json.loads(json.dumps(each.to_dict()))) for each in (run_config, config))
     fixed = sorted((old.keys() | new.keys()) - {key.name for key in KEYS if key.resumable})
     changes = [f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in fixed if old.get(name) != new.get(name)]
     if changes:
         raise UsageError(
-            f"{workdir} is of a run with another config ({'; '.join(changes)}); delete it or give another --workdir"
+            f"{workdir} was started with another config ({'; '.join(changes)}); delete it or give another --workdir"
         )
 
 
@@ -229,9 +229,9 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
 
 
 def load_config(workdir: Path, *, saved: dict[str, Any] | None = None) -> ConfigDict:
-    """Returns the config of a run; keys that are newer than the run get their defaults.
+    """Loads the config of a run; keys that are newer than the run get their defaults.
 
-    `saved` is the config in a checkpoint, as JSON values; None reads config.json, which is not verified.
+    `saved` is the config from a checkpoint, as JSON values; None reads config.json, which has no checksum.
     """
     path, config = workdir / ("config.json" if saved is None else "checkpoints"), get_config()
     try:
@@ -244,7 +244,7 @@ def load_config(workdir: Path, *, saved: dict[str, Any] | None = None) -> Config
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "", *, leaf: str = "") -> dict[str, Any]:
-    """Returns the values of nested dictionaries, keys joined by dots; the one of key `leaf` stays a dictionary."""
+    """Flattens nested dictionaries, keys joined by dots; the dictionary of key `leaf` is kept."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         group = isinstance(value, dict) and name != leaf
@@ -253,9 +253,9 @@ def _flatten(tree: dict[str, Any], prefix: str = "", *, leaf: str = "") -> dict[
 
 
 def main() -> int:
-    """Prints every key: name, default, meaning and unit, type and range."""
+    """Prints every key with its default, meaning, unit, type and range."""
     for key in KEYS:
-        text = f"{key.doc} ({key.check.expected}{'; a resumed run may change it' if key.resumable else ''})"
+        text = f"{key.doc} ({key.check.expected}{'; may change on resume' if key.resumable else ''})"
         print(f"{key.name} = {key.default!r}\n{textwrap.indent(textwrap.fill(text, 96), '    ')}")
     return 0
 

@@ -19,12 +19,12 @@ from vit_jax.runtime.errors import UserError, parse_arguments, run_command
 def main(argv: list[str] | None = None) -> int:
     """Evaluates a model on every test image and prints the results."""
     parser = argparse.ArgumentParser(prog="python -m vit_jax.evaluate", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="run directory; with --dataset also a checkpoint or its name")
-    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
-    parser.add_argument("--dataset", help="another dataset than the run's, such as folder:DIR or tfds:NAME")
+    parser.add_argument("--workdir", required=True, help="run directory; with --dataset also a checkpoint name or path")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: latest)")
+    parser.add_argument("--dataset", help="dataset instead of the run's, such as folder:DIR or tfds:NAME")
     parser.add_argument("--test_split", help="split of --dataset (default: test)")
-    parser.add_argument("--data_dir", help="where the dataset is, if no longer where the config says")
-    parser.add_argument("--batch_size", type=int, default=256, help="images at once, with --dataset (default: 256)")
+    parser.add_argument("--data_dir", help="directory of the dataset, if it has moved since training")
+    parser.add_argument("--batch_size", type=int, default=256, help="images per batch, with --dataset (default: 256)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     arguments = parse_arguments(parser, argv)
     if arguments.batch_size < 1:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate_run(arguments: argparse.Namespace) -> tuple[dict[str, int], dict[str, float]]:
-    """Returns the step of a run and the results on its test split, without EMA as well where EMA is kept."""
+    """Evaluates a run on its test split, also without EMA if it has EMA parameters; returns step and results."""
     run = load_run(arguments.workdir, step=arguments.step)
     split = run.load_test_split(arguments.data_dir)
     results = run.evaluate(split)
@@ -51,7 +51,7 @@ def evaluate_run(arguments: argparse.Namespace) -> tuple[dict[str, int], dict[st
 
 
 def evaluate_on_dataset(arguments: argparse.Namespace) -> tuple[dict[str, int], dict[str, float]]:
-    """Returns counts and results of any model on any dataset whose classes it has."""
+    """Evaluates any model on any dataset whose classes it has; returns counts and results."""
     workdir = arguments.workdir
     model = load_run(workdir, step=arguments.step) if arguments.step is not None else vit_jax.load(workdir)
     model.require_trained_head(workdir)
@@ -69,9 +69,9 @@ def evaluate_on_dataset(arguments: argparse.Namespace) -> tuple[dict[str, int], 
 
 
 def match_classes(names: Sequence[str], known: Sequence[str]) -> np.ndarray:
-    """Returns the columns of a model's logits that belong to a dataset's classes, int32 [classes of the dataset].
+    """Returns the logit index of each of the dataset's classes, int32 [classes of the dataset].
 
-    Classes of ImageNet are found by name or by WordNet ID on either side.
+    ImageNet classes match by name or by WordNet ID.
     """
     columns = {pretrained.canonical_name(name): column for column, name in enumerate(known)}
     unknown = [name for name in names if pretrained.canonical_name(name) not in columns]
@@ -79,7 +79,7 @@ def match_classes(names: Sequence[str], known: Sequence[str]) -> np.ndarray:
         few = ", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else "")
         raise UserError(
             f"the model lacks {len(unknown)} of the dataset's {len(names)} classes: {few}; "
-            f"it has {len(known)}, such as {', '.join(known[:5])}; evaluate it on a dataset of these"
+            f"it has {len(known)}, such as {', '.join(known[:5])}; use a dataset with only these classes"
         )
     return np.array([columns[pretrained.canonical_name(name)] for name in names], np.int32)
 

@@ -1,4 +1,4 @@
-"""`python -m vit_jax.export --workdir DIR --format FORMAT --out PATH`: saves a run's model for use elsewhere."""
+"""`python -m vit_jax.export --workdir DIR --format FORMAT --out PATH`: exports the model of a run."""
 
 import argparse
 import functools
@@ -19,11 +19,11 @@ from vit_jax.runtime.files import atomic_path
 def main(argv: list[str] | None = None) -> int:
     """Saves the model and prints its path."""
     parser = argparse.ArgumentParser(prog="python -m vit_jax.export", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="directory of the run")
+    parser.add_argument("--workdir", required=True, help="run directory")
     parser.add_argument("--format", required=True, choices=sorted(FORMATS), help="format of the export")
     parser.add_argument("--out", required=True, help="a new file (npz) or a new directory (other formats)")
-    parser.add_argument("--step", type=int, help="step of the checkpoint; the latest by default")
-    parser.add_argument("--no_ema", action="store_true", help="export the parameters themselves, not their EMA")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: latest)")
+    parser.add_argument("--no_ema", action="store_true", help="export the parameters without EMA")
     arguments = parse_arguments(parser, argv)
     out = Path(arguments.out)
     if out.exists():
@@ -53,7 +53,7 @@ def export_safetensors(run: Run, out: Path) -> None:
 
 
 def export_stablehlo(run: Run, out: Path) -> None:
-    """Saves a program with its weights, uint8 [b h w 3] -> float32 logits [b classes], that needs only JAX."""
+    """Saves a program with its weights that needs only JAX, uint8 [b h w 3] -> float32 logits [b classes]."""
     images = jax.export.symbolic_args_specs(np.zeros((1, run.image_size, run.image_size, 3), np.uint8), "batch, ...")
     forward = jax.jit(functools.partial(run.forward, jax.device_get(run.params)))
     exported = jax.export.export(forward, platforms=("cpu", "cuda", "tpu"))(images)

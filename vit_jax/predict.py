@@ -22,15 +22,15 @@ _BATCH_SIZE = 128
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints a line for each image; returns 1 if some could not be read."""
+    """Prints one line per image; returns 1 if any image cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m vit_jax.predict", description=__doc__)
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--workdir", dest="model", help="directory of a run, or what --model takes")
-    model.add_argument("--model", metavar="NAME_OR_PATH", help="pretrained checkpoint or export, or its released name")
+    model.add_argument("--workdir", dest="model", help="run directory, or a value of --model")
+    model.add_argument("--model", metavar="NAME_OR_PATH", help="pretrained checkpoint, by name or path, or export")
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="file, directory, glob pattern, or - to read paths from stdin"
     )
-    parser.add_argument("--top", type=int, default=5, help="number of classes to print (5)")
+    parser.add_argument("--top", type=int, default=5, help="number of classes to print (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image")
     arguments = parse_arguments(parser, argv)
     if arguments.top < 1:
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def list_images(words: Sequence[str]) -> list[str]:
-    """Returns image files: words are files, directories (searched recursively), glob patterns, or - for stdin."""
+    """Lists image files; words are files, directories (searched recursively), glob patterns, or - for stdin."""
     paths: list[str] = []
     for word in words:
         found = [word]
@@ -77,7 +77,7 @@ def list_images(words: Sequence[str]) -> list[str]:
 def predict_files(classifier: Classifier, paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray | UserError]]:
     """Classifies image files of any size; decodes the next batch while the current one is on the device.
 
-    Yields (path, float32 probabilities [classes]), or (path, the error) of a file that cannot be read; in order.
+    Yields, in order, (path, float32 probabilities [classes]), or (path, error) if a file cannot be read.
     """
     batch_size, size = min(_BATCH_SIZE, len(paths)), classifier.image_size
     blank = np.zeros((size, size, 3), np.uint8)
@@ -94,7 +94,7 @@ def predict_files(classifier: Classifier, paths: Sequence[str]) -> Iterator[tupl
         for chunk, next_chunk in zip(chunks, [*chunks[1:], ()], strict=True):
             decoded, following = list(following), pool.map(decode, next_chunk)
             images = [blank if isinstance(image, UserError) else image for image in decoded]
-            images += [blank] * (batch_size - len(images))  # a smaller last batch would be compiled again
+            images += [blank] * (batch_size - len(images))  # a smaller last batch would be recompiled
             probabilities = classifier.predict(np.stack(images), batch_size=batch_size)
             for path, image, row in zip(chunk, decoded, probabilities, strict=False):
                 yield path, image if isinstance(image, UserError) else row

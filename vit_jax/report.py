@@ -1,4 +1,4 @@
-"""`python -m vit_jax.report --workdir DIR`: a finished run as one HTML page, DIR/report.html, with all its figures."""
+"""`python -m vit_jax.report --workdir DIR`: writes DIR/report.html, one page with results, settings and figures."""
 
 import argparse
 import datetime
@@ -24,7 +24,7 @@ _CAPTIONS = {
     "errors": "Most confident errors. Ambiguous images and wrong labels are often among them.",
     "attention_rollout": "Attention rollout. Bright patches contribute most to the prediction.",
     "attention_heads": "Attention heads. The attention of each head of each layer on one image.",
-    "position_similarity": "Position embeddings. Similar to those of nearby patches, and of the same row or column.",
+    "position_similarity": "Position embeddings. Similar for nearby patches and for patches of one row or column.",
     "position_matrix": "Position embeddings, all pairs. Each block is a row of patches.",
     "patch_filters": "Patch filters. Smooth in a well-trained model, noisy in others.",
 }
@@ -34,17 +34,17 @@ _CAPTIONS = {
 def main(argv: list[str] | None = None) -> int:
     """Writes the page and prints its path."""
     parser = argparse.ArgumentParser(prog="python -m vit_jax.report", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="directory of a finished run")
-    parser.add_argument("--data_dir", help="directory of the dataset, if it moved since the run")
+    parser.add_argument("--workdir", required=True, help="directory of the finished run")
+    parser.add_argument("--data_dir", help="directory of the dataset, if it has moved since training")
     arguments = parse_arguments(parser, argv)
     print(write_report(Path(arguments.workdir), data_dir=arguments.data_dir))
     return 0
 
 
 def write_report_of_finished_run(workdir: Path) -> None:
-    """Writes the page of a run that has just finished, unless it exists; with several processes, prints the command."""
+    """Writes the report of a finished run, unless it exists; with several processes, only prints the command."""
     if jax.process_count() > 1:
-        print(f"for a report, run in one process: python -m vit_jax.report --workdir {workdir}")
+        print(f"to write the report, run in one process: python -m vit_jax.report --workdir {workdir}")
         return
     if not (workdir / "report.html").exists():
         print("writing the report …", flush=True)
@@ -55,8 +55,7 @@ def write_report_of_finished_run(workdir: Path) -> None:
 def write_report(workdir: str | Path, *, data_dir: str | None = None, split: Split | None = None) -> Path:
     """Writes `workdir/report.html` of a finished run: results, settings, command, figures, config.
 
-    `data_dir` is the directory of the dataset, None for that of the config. `split` has the test images of a run whose
-    dataset was given from Python.
+    `data_dir` replaces the dataset directory of the config. `split` is the test split of a dataset given from Python.
     """
     from vit_jax import visualize  # matplotlib takes long to import
     from vit_jax.visualization import plotting
@@ -65,22 +64,22 @@ def write_report(workdir: str | Path, *, data_dir: str | None = None, split: Spl
     row, run = read_row(workdir), load_run(workdir)
     test = run.load_test_split(data_dir) if split is None else check_split(split, num_classes=len(run.class_names))
     if len(test) != run.info.dataset.num_test:
-        raise UsageError(f"split has {len(test):,} images; {workdir} was tested on {run.info.dataset.num_test:,}")
+        raise UsageError(f"split has {len(test):,} images; expected the {run.info.dataset.num_test:,} of {workdir}")
     figures = {name: plotting.to_png(figure, dpi=100) for name, figure in visualize.draw_all(run, test)}
     accuracy = f"{row.results['test/accuracy']:.2%}"
     texts = {
         "title": workdir.name,
         "accuracy": accuracy,
-        "summary": f"of {len(test):,} test images are classified correctly after {run.step:,} steps.",
+        "summary": f"Test accuracy on {len(test):,} images after {run.step:,} steps.",
         "command": run.info.command,
         "config": json.dumps(run.config.to_dict(), indent=2),
     }
-    results = [("this run, test accuracy", accuracy)]
+    results = [("this run: test accuracy", accuracy)]
     if len(run.class_names) > 5:
-        results.append(("top 5", f"{row.results['test/accuracy_top5']:.2%}"))
+        results.append(("top-5 accuracy", f"{row.results['test/accuracy_top5']:.2%}"))
     if "test_raw/accuracy" in row.results:
         results.append(("without EMA", f"{row.results['test_raw/accuracy']:.2%}"))
-    if not run.config.dataset.classes:  # results of other work are of all classes
+    if not run.config.dataset.classes:  # reference results are for all classes
         references = [row for row in run.config.reference_results if row[0] == run.config.dataset.name]
         results += [(label, f"{value:.2%}") for _, label, value in references]
     captioned = {caption: figures[name] for name, caption in _CAPTIONS.items() if name in figures}
@@ -90,7 +89,7 @@ def write_report(workdir: str | Path, *, data_dir: str | None = None, split: Spl
 
 
 def describe_run(run: Run, row: Row, test: Split) -> list[tuple[str, str]]:
-    """Returns the settings and circumstances of a run as names and values."""
+    """Returns (name, value) pairs of the settings, duration and versions of a run."""
     config, names = run.config, run.class_names
     dataset = f"{config.dataset.name}, {config.dataset.train_split} → {config.dataset.test_split}"
     per_class = np.bincount(test.labels, minlength=len(names))
@@ -103,7 +102,7 @@ def describe_run(run: Run, row: Row, test: Split) -> list[tuple[str, str]]:
         ("test images", f"{len(test):,}; {per_class.min():,} to {per_class.max():,} per class"),
         ("classes", f"{len(names)}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"),
         ("model", f"{config.architecture}: {model or 'sizes of the checkpoint'}"),
-        ("pretrained", config.pretrained or "no"),
+        ("pretrained", config.pretrained or "none"),
         ("trainable", f"{cells['trainable']}; {cells['parameters']} parameters"),
         ("training", f"{config.num_steps:,} steps × {config.batch_size} images of {config.image_size} px"),
         ("duration", f"{cells['time']} at {cells['images/s']} images/s, without evaluation"),

@@ -1,4 +1,4 @@
-"""Finished or interrupted runs, loaded from their directories."""
+"""Loads finished or interrupted runs from their directories."""
 
 import dataclasses
 from pathlib import Path
@@ -27,23 +27,23 @@ class Run(Classifier):
     def evaluate(
         self, split: Split | None = None, *, batch_size: int | None = None, prefix: str = "test"
     ) -> dict[str, float]:
-        """Returns the results as `Classifier.evaluate` does, by default on the run's own test split."""
+        """Evaluates as `Classifier.evaluate`, by default on the run's own test split."""
         split = self.load_test_split() if split is None else split
         return super().evaluate(split, batch_size=batch_size or self.config.eval_batch_size, prefix=prefix)
 
     @property
     def dataset_given(self) -> bool:
-        """Whether the dataset was given from Python, so that it cannot be loaded."""
+        """True if the dataset was given from Python and cannot be loaded by name."""
         return "dataset" in self.info.custom
 
     def load_test_split(self, data_dir: str | None = None) -> Split:
-        """Loads the test split in the run's config.
+        """Loads the test split of the run's config.
 
         Args:
-            data_dir: where the dataset is now; None: where the config says.
+            data_dir: directory of the dataset; None uses that of the config.
 
         Raises:
-            UserError: it cannot be read, or its classes are not those of the run.
+            UserError: the dataset cannot be read, or its classes differ from the run's.
         """
         if self.dataset_given:
             raise UserError(
@@ -53,7 +53,7 @@ class Run(Classifier):
         config = self.config.copy_and_resolve_references()
         if data_dir is not None:
             config.dataset.data_dir = data_dir
-        # A run that streamed its images is evaluated so, whatever memory is available now; the pixels are the same.
+        # A run that streamed its images is also evaluated from a stream; the pixels are the same.
         storage = "stream" if self.info.storage == "stream" else config.dataset.storage
         split, class_names = experiment.load_test_split(config, storage=storage)
         if class_names != self.class_names:
@@ -67,9 +67,9 @@ class Run(Classifier):
 
 
 def load_run(workdir: str | Path, *, step: int | None = None, use_ema: bool = True) -> Run:
-    """Loads a run from its directory alone; raises UserError if it has no such checkpoint, or a damaged one.
+    """Loads a run from its directory; raises UserError if the checkpoint is missing or damaged.
 
-    `step` is the latest by default. With `use_ema`, EMA parameters, where the run kept them, replace what they average.
+    `step` defaults to the latest. With `use_ema`, the EMA parameters are loaded if the run has them.
     """
     workdir, mesh = Path(workdir), sharding.create_mesh()
     with Checkpoints(workdir, read_only=True) as checkpoints:

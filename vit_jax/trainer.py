@@ -38,18 +38,18 @@ def train_and_evaluate(
 
     Args:
         config: see `vit_jax.config`.
-        workdir: run directory; will hold config.json, metrics.jsonl, TensorBoard events, checkpoints, curves.png.
-        dataset: your own images and labels, in place of the dataset that the config names.
-        augment: your own augmentation of training images: (key, uint8 image [h w 3]) -> uint8 image [h' w' 3].
-        optimizer: your own optax transformation, or a function from the config's learning-rate schedule to one. A
-            transformation has its own learning rate: the metrics are without "learning_rate".
+        workdir: run directory, for config.json, metrics.jsonl, TensorBoard events, checkpoints and curves.png.
+        dataset: your own images and labels, instead of the config's dataset.
+        augment: your own augmentation of training images, (key, uint8 image [h w 3]) -> uint8 image [h' w' 3].
+        optimizer: your own optax transformation, or a function from the config's learning-rate schedule to one. With
+            a transformation, "learning_rate" is not logged.
 
     Returns:
-        "test/loss", "test/accuracy", "test/accuracy_top5" after the last step, and with EMA "test_raw/…" without it;
-        empty where SIGTERM ended the run early, and in all processes but the first.
+        "test/loss", "test/accuracy", "test/accuracy_top5" after the last step; with EMA also "test_raw/…", the results
+        without EMA. Empty if SIGTERM stopped the run, and in all processes but the first.
 
     Raises:
-        UsageError: the config is wrong, or not the one that `workdir` was started with.
+        UsageError: the config is invalid, or differs from the config of the run in `workdir`.
         UserError: another run uses `workdir`; data, checkpoint or disk failed; or the loss is not finite.
         KeyboardInterrupt: Ctrl-C; the state was saved first.
     """
@@ -111,7 +111,7 @@ def train_and_evaluate(
 def save(
     step: int, state: TrainState, info: RunInfo, checkpoints: Checkpoints, writer: Writer, *, accuracy: float | None
 ) -> None:
-    """Saves a checkpoint, which must not outlive its metrics: they are written to disk before."""
+    """Saves a checkpoint after flushing its metrics to disk, so that no checkpoint lacks its metrics."""
     writer.flush()
     info = dataclasses.replace(info, metrics_checksum=writer.checksum)
     checkpoints.save(step, state, info.to_json(), accuracy=accuracy)
@@ -119,25 +119,25 @@ def save(
 
 
 def fetch(tree: Any) -> Any:
-    """Copies device scalars to the host: the one place where a run waits for its devices."""
+    """Copies device scalars to the host; the only place where training waits for the devices."""
     return jax.tree.map(lambda leaf: leaf.item(), jax.device_get(tree))
 
 
 def check_resumable(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> RunInfo | None:
-    """Returns the facts of the run that is resumed, None for a new one; UserError if its config or files do not fit."""
+    """Returns the `RunInfo` of the run to resume, None for a new run; raises UserError if config or files differ."""
     step, metrics = checkpoints.latest_step(), workdir / "metrics.jsonl"
     saved = None if step is None else RunInfo.from_json(checkpoints.read_metadata(step))
     if saved or (workdir / "config.json").exists():
         check_same(config, workdir, saved=saved.config if saved else None)
     read_records(metrics)  # raises here, before compilation, if a line is damaged
     if saved and checksum_of(read_records(metrics, last_step=step)) != saved.metrics_checksum:
-        print(f"{metrics} was changed since step {step}", file=sys.stderr)
-    distributed.sync_processes("every process has seen where the run stands")
+        print(f"warning: {metrics} was changed since step {step}", file=sys.stderr)
+    distributed.sync_processes("checked what to resume")
     return saved
 
 
 def describe_nonfinite(step: int, checkpoints: Checkpoints) -> str:
-    """Waits for the last save; returns the message of a run whose loss or update was not finite at a step."""
+    """Waits for the last save; returns the error message for a non-finite loss or update at `step`."""
     checkpoints.finish()
     saved_step = checkpoints.latest_step()
     kept = f"the last good checkpoint is step {saved_step}" if saved_step else "no checkpoint had been written"
@@ -149,10 +149,9 @@ def describe_nonfinite(step: int, checkpoints: Checkpoints) -> str:
 
 @contextlib.contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of a run directory; removes the directories that it created if nothing was written to them.
+    """Locks a run directory against other runs; on exit, removes the directories that it created if they are empty.
 
-    The lock is the operating system's, which releases it when the process ends, even by SIGKILL. Of several processes,
-    the first one holds it.
+    The operating system releases the lock when the process ends, even by SIGKILL. The main process holds it.
     """
     if not distributed.is_main_process():
         yield
@@ -165,7 +164,7 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
     except filelock.Timeout as error:
         raise UserError(f"{workdir} is in use by another run; wait for it, or give another --workdir") from error
     except OSError as error:
-        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}; give another") from error
+        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}; give another --workdir") from error
     try:
         yield
     finally:
@@ -177,7 +176,7 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
 
 
 def summarize(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> dict[str, float]:
-    """Plots the curves of a finished run, prints its results and what to type next; returns the results."""
+    """Plots the curves of a finished run, prints its results and the next command; returns the results."""
     if not distributed.is_main_process():
         return {}
     from vit_jax.visualization import plotting  # matplotlib takes long to import

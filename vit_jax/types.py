@@ -1,4 +1,4 @@
-"""Types that the packages hand to each other."""
+"""Types shared by the packages."""
 
 import dataclasses
 from collections.abc import Hashable, Mapping
@@ -10,7 +10,7 @@ Params = dict[str, Any]
 """Nested dictionary of arrays; its keys joined by "/" are the keys of a pretrained checkpoint."""
 
 FlatParams = dict[str, np.ndarray]
-"""The same parameters in host memory as one dictionary: joined key -> array."""
+"""Flattened parameters in host memory: joined key -> array."""
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
@@ -27,41 +27,41 @@ class ImageSource(Protocol):
         """The number of images."""
 
     def __getitem__(self, rows: Any, /) -> np.ndarray:
-        """An image [h w 3], or those of a slice or an array of rows [m h w 3]."""
+        """Returns an image [h w 3], or the images of a slice or an index array [m h w 3]."""
 
     def take(self, rows: np.ndarray, axis: int = 0) -> "ImageSource":
-        """Selects images, as `numpy.ndarray.take` along axis 0."""
+        """Selects images along axis 0, as `numpy.ndarray.take`."""
 
 
 @runtime_checkable
 class ImageModel(Hashable, Protocol):
     """A Linen module that maps images to class logits: `VisionTransformer`, `ResNet`."""
 
-    num_classes: int | None  # width of the head; None has no head and gives the features before it
+    num_classes: int | None  # None: no head; the outputs are features
     dtype: Any  # of the computation
     head_init: str  # a key of `models.HEAD_INITS`
 
     @property
     def pixels_per_patch(self) -> int:
-        """Side in pixels of one output position, such as a token."""
+        """Height and width in pixels of one output position, such as a token."""
 
     def init(self, rngs: Any, images: Any) -> Mapping[str, Params]:
         """Initializes {"params": …}."""
 
     def apply(self, variables: Mapping[str, Params], images: Any, **options: Any) -> Any:
-        """[b h w 3], preprocessed -> logits [b num_classes]."""
+        """Maps preprocessed images [b h w 3] to logits [b num_classes]."""
 
     def clone(self, *, num_classes: int | None) -> "ImageModel":
-        """Returns the same module with another head, or none."""
+        """Returns a copy of the module with another head, or none."""
 
     def layer_index(self, path: str) -> int:
-        """Returns the layer of a parameter, for layer-wise learning rate decay; UsageError where there is none."""
+        """Returns the layer of a parameter, for layer-wise learning rate decay; raises UsageError if undefined."""
 
     def validate(self, image_size: int | None = None) -> None:
-        """Raises UsageError where the sizes do not fit each other or the image size, in pixels."""
+        """Raises UsageError if the sizes are incompatible with each other or with the image size in pixels."""
 
     def create_head(self, num_classes: int, name: str | None = None) -> Any:
-        """Returns the layer [b d] -> [b num_classes], for use apart from the model on cached features."""
+        """Creates the head, [b d] -> [b num_classes], to apply it to cached features."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Split:
         images: uint8 [n h w 3], RGB, in host memory; or an `ImageSource` that decodes files.
         labels: int32 [n], indices into the dataset's class names.
         ids: uint64 [n], the same in memory and streamed: hashes of the file names relative to the split's directory, or
-            the record numbers of TFDS; None for a dataset that is always read whole.
+            record numbers of TFDS; None for datasets that are always in memory.
     """
 
     images: Any
@@ -85,13 +85,13 @@ class Split:
 
     @property
     def in_memory(self) -> bool:
-        """Whether every image is decoded."""
+        """True if the images are decoded, in memory."""
         return isinstance(self.images, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The splits to train and to test on; `class_names[label]` names a label."""
+    """Training split, test split, and the name of each label."""
 
     train: Split
     test: Split

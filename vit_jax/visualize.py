@@ -1,4 +1,4 @@
-"""`python -m vit_jax.visualize --workdir DIR --out DIR`: figures of what a run learned and of its errors."""
+"""`python -m vit_jax.visualize --workdir DIR --out DIR`: plots metrics, attention, parameters and errors of a run."""
 
 import argparse
 import sys
@@ -22,14 +22,14 @@ from vit_jax.visualization import analysis, plotting
 def main(argv: list[str] | None = None) -> int:
     """Saves all figures and prints their paths."""
     parser = argparse.ArgumentParser(prog="python -m vit_jax.visualize", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="directory of the run")
-    parser.add_argument("--out", required=True, help="directory of the figures; created if missing")
-    parser.add_argument("--images", nargs="+", default=[], metavar="IMAGE", help="files to plot attention on")
-    parser.add_argument("--num_images", type=int, default=8, help="number of test images to plot attention on (8)")
-    parser.add_argument("--layer", type=int, help="plot the attention of this layer, on every image")
-    parser.add_argument("--head", type=int, help="plot the attention of this head of --layer")
-    parser.add_argument("--step", type=int, help="step of the checkpoint; the latest by default")
-    parser.add_argument("--data_dir", help="directory of the dataset, if it moved since the run")
+    parser.add_argument("--workdir", required=True, help="run directory")
+    parser.add_argument("--out", required=True, help="output directory, created if missing")
+    parser.add_argument("--images", nargs="+", default=[], metavar="IMAGE", help="images to plot attention for")
+    parser.add_argument("--num_images", type=int, default=8, help="test images to plot attention for (default: 8)")
+    parser.add_argument("--layer", type=int, help="plot only the attention of this layer")
+    parser.add_argument("--head", type=int, help="plot only this head of --layer")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: latest)")
+    parser.add_argument("--data_dir", help="directory of the dataset, if it has moved since training")
     arguments = parse_arguments(parser, argv)
     if arguments.num_images < 1:
         parser.error(f"--num_images is {arguments.num_images}; expected at least 1")
@@ -61,11 +61,11 @@ def draw_all(
     layer: int | None = None,
     head: int | None = None,
 ) -> Iterator[tuple[str, Figure]]:
-    """Plots all figures of a run: curves, parameters, predictions, attention; for a ResNet the first and third alone.
+    """Yields the figures of a run: curves, parameters, predictions, attention; for a ResNet curves and predictions.
 
-    Attention is that of all layers (rollout) and heads, or of one `layer`: the mean over its heads, or one `head`. It
-    is plotted on `images`, by name, or on a random sample of `num_images` of `test`, by default the run's test split.
-    Without the test images of a dataset given from Python, predictions are not plotted, and attention only on `images`.
+    Attention is plotted for all layers (rollout) and heads, for the mean over the heads of one `layer`, or for one
+    `head`: on `images`, by name, or on `num_images` random images of `test`, by default the run's test split. A dataset
+    given from Python needs `test`: without it, predictions are not plotted, and attention only for `images`.
     """
     if records := read_records(run.workdir / "metrics.jsonl", last_step=run.step):
         yield "curves", plotting.plot_curves(records, title=run.workdir.name)
@@ -83,7 +83,7 @@ def draw_all(
         probabilities = run.predict(test.images)
         yield from draw_predictions(run, test, probabilities)
     if not is_vit:
-        print(f"a {type(run.model).__name__} has no attention, positions or patches to plot")
+        print(f"a {type(run.model).__name__} has no attention, position embeddings or patch filters to plot")
         return
     if images:
         names, shown = list(images), np.stack(list(images.values()))
@@ -100,7 +100,7 @@ def draw_all(
 
 
 def draw_parameters(run: Run) -> Iterator[tuple[str, Figure]]:
-    """Plots the position embeddings, and the filters of the patch embedding or of a hybrid's root."""
+    """Plots the position embeddings, and the filters of the patch embedding or the hybrid's root."""
     assert isinstance(run.model, VisionTransformer)
     embeddings = np.asarray(run.params["Transformer"]["posembed_input"]["pos_embedding"])
     similarity = analysis.position_similarity(embeddings, class_token=run.model.pool == "cls")

@@ -191,7 +191,7 @@ def test_open_cifar_rejects_empty_file(tmp_path):
 def test_open_cifar_rejects_labels_out_of_range(tmp_path):
     write_files(tmp_path, cifar10_files() | {"test_batch.bin": cifar_record([9]) + cifar_record([10])})
     with pytest.raises(
-        UserError, match=r"test_batch.bin has .* with labels from 0 to 9: it is damaged or of another dataset"
+        UserError, match=r"test_batch.bin has .* with labels from 0 to 9; it is damaged or of another dataset"
     ):
         load("cifar10", data_dir=str(tmp_path))
 

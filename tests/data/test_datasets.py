@@ -15,7 +15,7 @@ def image_dir(tmp_path):
 
 
 def test_load_dataset_suggests_nearest_names():
-    with pytest.raises(UsageError, match="unknown dataset 'cifar1000'; known are cifar100, cifar10, "):
+    with pytest.raises(UsageError, match="unknown dataset 'cifar1000'; expected one of cifar100, cifar10, "):
         load("cifar1000")
 
 
@@ -27,7 +27,7 @@ def test_load_dataset_rejects_incomplete_name(name):
 
 @pytest.mark.parametrize("name", ["digits", "folder:x"])
 def test_load_dataset_rejects_unused_data_dir(name):
-    with pytest.raises(UsageError, match="does not read data_dir, got 'some_dir'"):
+    with pytest.raises(UsageError, match="dataset.data_dir is 'some_dir'"):
         load(name, data_dir="some_dir")
 
 

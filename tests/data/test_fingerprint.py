@@ -42,7 +42,7 @@ def test_from_json_inverts_to_json(image_dir):
         ({"class_names": ("cat", "cow")}, "other classes (new: dog; missing: cow)"),
         ({"class_names": ("dog", "cat")}, "other classes (new: none; missing: none)"),
         ({"num_test": 3}, "1,000 training and 2 test images instead of 1,000 training and 3 test images"),
-        ({"digest": "b"}, "as many images, but other files or labels"),
+        ({"digest": "b"}, "the same number of images, but other files or labels"),
     ],
 )
 def test_difference_describes_changes(changes, expected):

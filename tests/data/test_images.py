@@ -160,7 +160,7 @@ def test_decode_all_names_first_truncated_image_and_counts_others(image_dir):
     for name in ("cat", "dog"):
         path = write_image(image_dir / "train" / name / "1.png", size=(4, 4))
         path.write_bytes(path.read_bytes()[:50])  # the header is complete, the pixel data is truncated
-    with pytest.raises(UserError, match=r"cat/1.png cannot be decoded \(.*; 1 more images fail$"):
+    with pytest.raises(UserError, match=r"cat/1.png cannot be decoded \(.*; 1 more images failed$"):
         load_folder(image_dir)
 
 

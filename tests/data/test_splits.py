@@ -10,7 +10,7 @@ def rows(*splits, num_images=1437):
 
 @pytest.mark.parametrize("text", ["", "train[", "train[3]", "train[:1.5]", "train[a:b]", "train[:90%", "train+test"])
 def test_parse_split_rejects_invalid_syntax(text):
-    with pytest.raises(UsageError, match=r"unknown split .*; expected its name, or a slice such as 'train\[:90%\]'"):
+    with pytest.raises(UsageError, match=r"unknown split .*; expected a name, or a slice such as 'train\[:90%\]'"):
         parse_split(text)
 
 
@@ -27,7 +27,7 @@ def test_select_rows_rejects_slice_past_end(split):
 
 @pytest.mark.parametrize("split", ["train[5:5]", "train[10:5]", "train[1437:]", "train[:0%]"])
 def test_select_rows_rejects_empty_slice(split):
-    with pytest.raises(UsageError, match="of 1,437 in 'train'; choose at least one of them"):
+    with pytest.raises(UsageError, match="of 1,437 in 'train'; select at least one image"):
         rows(split)
 
 

@@ -122,7 +122,7 @@ def test_training_batches_report_killed_worker(image_dir):
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     os.kill(workers[0].pid, signal.SIGKILL)
-    with pytest.raises(UserError, match="a process that decodes images was ended"):
+    with pytest.raises(UserError, match="a worker process was killed"):
         for _ in stream:
             pass
     assert multiprocessing.active_children() == []

@@ -141,7 +141,7 @@ def test_open_tfds_prints_command_to_prepare_dataset(tmp_path):
 
 def test_open_tfds_suggests_nearest_dataset(tmp_path):
     message = run_python(SHOW, "tfds:mnits", tmp_path, "train")[-1]
-    assert message.startswith(f"UsageError TFDS has no dataset 'mnits', nor has {tmp_path}; nearest are mnist")
+    assert message.startswith(f"UsageError no dataset 'mnits' in TFDS or in {tmp_path}; nearest are mnist")
 
 
 def test_open_tfds_rejects_other_file_format(tfds_dir, tmp_path):

@@ -83,7 +83,7 @@ def test_vision_transformer_computes_stem_and_pooling_in_bfloat16():
 def test_validate_rejects_indivisible_image_size_and_stem_width():
     model = models.VisionTransformer(7, **SIZES, stem_units=(1, 2))
     assert model.pixels_per_patch == 8
-    with pytest.raises(UsageError, match="image_size 36 is not a multiple of the patch, 8 pixels"):
+    with pytest.raises(UsageError, match="image_size is 36; expected a multiple of the patch, 8"):
         model.validate(36)
-    with pytest.raises(UsageError, match="stem_width 48 is not a multiple of 32"):
+    with pytest.raises(UsageError, match="stem_width is 48; expected a multiple of 32"):
         model.clone(stem_width=48).validate(32)

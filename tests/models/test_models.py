@@ -37,14 +37,14 @@ def test_model_arguments_recreate_model(architecture):
         ("vit", {"num_layers": 0}, "model.num_layers is 0; expected a positive integer up to 65,536"),
         ("vit", {"num_layers": True}, "model.num_layers is True; expected a positive integer"),
         ("vit", {"representation_size": -1}, "model.representation_size is -1; expected None, or a positive integer"),
-        ("vit", {"dropout_rate": 1.0}, "model.dropout_rate is 1.0; expected a number of at least 0 and below 1"),
+        ("vit", {"dropout_rate": 1.0}, "model.dropout_rate is 1.0; expected a number in [0, 1)"),
         ("vit", {"gelu_approximate": 1}, "model.gelu_approximate is 1; expected True or False"),
         ("vit", {"pool": "max"}, "model.pool is 'max'; expected one of cls, mean, map"),
         ("vit", {"head_init": "ones"}, "model.head_init is 'ones'; expected one of zeros, xavier"),
         ("vit", {"hidden_size": 25}, "25"),
         ("resnet50", {"units": ()}, "model.units is (); expected a tuple of positive integers up to 65,536"),
         ("resnet50", {"units": (1, 0)}, "model.units is (1, 0); expected a tuple of positive integers"),
-        ("resnet50", {"width": 48}, "model.width 48 is not a multiple of 32"),
+        ("resnet50", {"width": 48}, "model.width is 48; expected a multiple of 32"),
     ],
 )
 def test_create_model_rejects_invalid_arguments(architecture, arguments, message):

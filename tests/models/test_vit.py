@@ -246,7 +246,7 @@ def test_vision_transformer_without_dropout_needs_no_rng_in_training():
 @pytest.mark.parametrize(("height", "width"), [(18, 16), (16, 18)])
 def test_vision_transformer_rejects_image_size_indivisible_by_patch_size(height, width):
     model = VisionTransformer(5, **MICRO)
-    with pytest.raises(ValueError, match=f"{height} × {width} pixels.*patches of 4 × 4"):
+    with pytest.raises(ValueError, match=f"{height} × {width} pixels; expected multiples of the patch size, 4"):
         jax.eval_shape(model.init, jax.random.key(0), random_images(height, width))
 
 

@@ -107,17 +107,19 @@ def test_adapt_params_loads_position_embeddings_of_same_non_square_grid():
 
 
 def test_adapt_params_requires_grid_of_non_square_model():
-    with pytest.raises(UserError, match=r"6 patches, but they are not a square; .* takes grid=\(rows, columns\)"):
+    with pytest.raises(
+        UserError, match=r"6 patches, but they are not a square; .* give pretrained.adapt_params grid=\(rows, columns\)"
+    ):
         adapt(flat_params(), flat_params(num_tokens=1 + 6))
 
 
 def test_adapt_params_requires_grid_of_non_square_checkpoint():
-    with pytest.raises(UserError, match=r"6 patches, but they .* takes pretrained_grid=\(rows, columns\)"):
+    with pytest.raises(UserError, match=r"6 patches, but they .* pretrained_grid=\(rows, columns\)"):
         adapt(flat_params(num_tokens=1 + 6), flat_params())
 
 
 def test_adapt_params_rejects_grid_with_wrong_num_patches():
-    with pytest.raises(UserError, match="embeddings are of 4 patches, but grid is 2 × 3"):
+    with pytest.raises(UserError, match="embeddings have 4 patches, but grid is 2 × 3"):
         adapt(flat_params(), flat_params(), grid=(2, 3))
 
 
@@ -255,5 +257,5 @@ def test_resample_position_embeddings_keeps_ones_for_every_grid():
 
 
 def test_resample_position_embeddings_rejects_grid_with_wrong_num_patches():
-    with pytest.raises(UserError, match="embeddings are of 6 patches, but grid is 2 × 2"):
+    with pytest.raises(UserError, match="embeddings have 6 patches, but grid is 2 × 2"):
         resample([9, 1, 2, 3, 4, 5, 6], (2, 2), (3, 3))

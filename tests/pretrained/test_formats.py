@@ -281,7 +281,7 @@ def test_train_visualize_and_export_accept_other_formats(name, image_size, tmp_p
     program = jax.export.deserialize(bytearray((tmp_path / "program/model.stablehlo").read_bytes()))
     inputs = np.random.default_rng(1).integers(0, 256, (3, image_size, image_size, 3)).astype(np.uint8)
     np.testing.assert_allclose(program.call(inputs), run.logits(inputs), atol=1e-4)
-    with pytest.raises(UserError, match="which a ViTForImageClassification cannot have; take another --format"):
+    with pytest.raises(UserError, match="unlike any ViTForImageClassification; give another --format"):
         export.export_safetensors(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -68,7 +68,7 @@ def test_save_huggingface_transposes_kernels(directory):
     ],
 )
 def test_save_huggingface_rejects_unsupported_architecture(changes, part, tmp_path):
-    with pytest.raises(UserError, match=f"the model has {part}, which a ViTForImageClassification cannot have"):
+    with pytest.raises(UserError, match=f"the model has {part}, unlike any ViTForImageClassification"):
         huggingface.save_huggingface(tmp_path, nest(flat_params(**changes)), create_metadata())
     assert not list(tmp_path.iterdir())
 

@@ -64,7 +64,7 @@ def test_read_model_rejects_values_beyond_float32(tmp_path):
 @pytest.mark.parametrize("kind", ["npz", "orbax"])
 def test_read_model_rejects_metadata_of_other_params(tmp_path, kind):
     path = save(kind, tmp_path / "model", flat_params(num_classes=4))
-    with pytest.raises(UserError, match="model: its metadata is not that of its parameters: "):
+    with pytest.raises(UserError, match="model: its metadata does not match its parameters: "):
         pretrained.read_model(path)
 
 

@@ -71,11 +71,11 @@ def test_from_params_infers_image_size_and_class_names(num_classes, names):
 
 def test_validate_reports_mismatch_with_params():
     METADATA.validate(nest(flat_params()))
-    with pytest.raises(UserError, match="not that of its parameters: .*num_layers 3 instead of 2"):
+    with pytest.raises(UserError, match="does not match its parameters: .*num_layers 3 instead of 2"):
         METADATA.validate(nest(flat_params(num_layers=2)))
-    with pytest.raises(UserError, match="not that of its parameters: .*image_size 8 instead of 12"):
+    with pytest.raises(UserError, match="does not match its parameters: .*image_size 8 instead of 12"):
         METADATA.validate(nest(flat_params(num_tokens=10)))
-    with pytest.raises(UserError, match="not that of its parameters: .*number of class_names 5 instead of 7"):
+    with pytest.raises(UserError, match="does not match its parameters: .*number of class_names 5 instead of 7"):
         METADATA.validate(nest(flat_params(num_classes=7)))
 
 

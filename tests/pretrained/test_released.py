@@ -84,7 +84,10 @@ def test_resolve_selects_best_augreg_checkpoint_of_variant(mirror, tmp_path, cap
 
 
 def test_resolve_lists_augreg_variants(mirror):
-    with mirror(INDEX.encode()), pytest.raises(UsageError, match="no variant augreg/B_7; .* one of B_16, R26_S_32"):
+    with (
+        mirror(INDEX.encode()),
+        pytest.raises(UsageError, match="unknown variant augreg/B_7; .* one of B_16, R26_S_32"),
+    ):
         pretrained.resolve("augreg/B_7")
 
 

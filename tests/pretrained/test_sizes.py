@@ -57,7 +57,7 @@ def test_infer_sizes_reports_unexpected_key():
 
 def test_infer_sizes_rejects_hidden_size_not_divisible_by_num_heads():
     message = infer_error(flat_params(num_heads=4))
-    assert message.endswith("complete VisionTransformer: model.hidden_size 6 is not a multiple of num_heads 4")
+    assert message.endswith("complete VisionTransformer: model.hidden_size is 6; expected a multiple of 4 heads")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ INVALID_RESNETS = {
     "head/kernel is missing": with_shape(HEAD, (3, 3, 512, 7)) | {"head/bias": np.zeros(7)},
     f"unexpected: {HEAD}": with_shape(HEAD, (3, 3, 512, 7)),
     "root_block/standardized_conv2d/kernel is missing": without("root_block"),
-    "model.width 48 is not a multiple of 32": reference_resnet.flat_params(width=48),
+    "model.width is 48; expected a multiple of 32": reference_resnet.flat_params(width=48),
     "missing: resnet/block2/unit02/b/group_norm/": without("unit02/b/group_norm"),
     "missing: resnet/block1/unit01/a/proj/standardized_conv2d/kernel": without("block1/unit01/a/proj"),
     "missing: resnet/block2/unit02/a/group_norm/": renamed("unit02", "unit03"),

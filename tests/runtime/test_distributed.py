@@ -102,7 +102,7 @@ def test_train_and_evaluate_resumes_two_killed_processes_and_matches_one_process
     first, second = ((tmp_path / f"pair.{i}").read_text() for i in range(2))
     assert exit_codes == [0, 0], first + second
     assert "resuming from step" in first
-    assert "2 processes, 8 devices, 4 of them here" in first
+    assert "2 processes, 8 devices, 4 of them local" in first
     assert "test accuracy" in first
     assert "test accuracy" not in second
 
@@ -165,7 +165,7 @@ def test_train_and_evaluate_exits_on_error_without_waiting_for_other_process(tmp
     finally:
         wait(processes[1:]), processes[0].kill(), processes[0].wait()
     last = (tmp_path / "run.1").read_text().splitlines()[-1]
-    assert last == "error: dataset 'digits' does not read data_dir, got '/nowhere'; leave it empty"
+    assert last == "error: dataset.data_dir is '/nowhere', which 'digits' does not use; leave it empty"
 
 
 def test_create_experiment_rejects_processes_with_different_datasets(tmp_path):
@@ -337,5 +337,5 @@ def test_initialize_processes_suggests_missing_jax_k8s_extra(tmp_path, run_comma
     result = run_command(*training(tmp_path), env=pod)
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: this process could not join the others")
+    assert last.startswith("error: cannot connect to the other processes")
     assert "pip install 'jax[k8s]'" in last

@@ -149,7 +149,7 @@ def test_fetch_resumes_after_dropped_connection(path, partial_path):
 def test_fetch_keeps_partial_file_after_repeated_disconnects(path, partial_path):
     with (
         serve({"break_at": 300}) as server,
-        pytest.raises(UserError, match="broke off after 300 bytes .rerun to resume.; download"),
+        pytest.raises(UserError, match="dropped after 300 bytes .rerun to resume.; download"),
     ):
         fetch(server.url, path)
     assert len(server.requested_ranges) == 4
@@ -195,7 +195,7 @@ def test_fetch_rejects_file_that_fails_check(path, partial_path):
     def check(file):
         raise UserError("it contains no array")
 
-    with serve() as server, pytest.raises(UserError, match="it contains no array; download it by hand"):
+    with serve() as server, pytest.raises(UserError, match="it contains no array; download it manually"):
         fetch(server.url, path, check=check)
     assert not partial_path.exists() and not path.exists()
 
@@ -213,7 +213,7 @@ def test_fetch_reports_http_error_in_one_line(path, partial_path):
     with serve({"status": 404}) as server, pytest.raises(UserError) as caught:
         fetch(server.url, path)
     assert str(caught.value) == (
-        f"cannot fetch {server.url}: got HTTP 404 Not Found; download it by hand and put it at {path}"
+        f"cannot download {server.url}: got HTTP 404 Not Found; download it manually to {path}"
     )
     assert len(server.requested_ranges) == 1
     assert not partial_path.exists() and not path.exists()
@@ -230,7 +230,7 @@ def test_fetch_respects_retry_after(path, partial_path):
 @pytest.mark.parametrize("mirror", ["mirror.example", "ftp://mirror.example"])
 def test_fetch_rejects_invalid_mirror_url(path, monkeypatch, mirror):
     monkeypatch.setenv("VIT_JAX_MIRROR", mirror)
-    with pytest.raises(UserError, match=f"^cannot fetch {mirror}/storage.googleapis.com/x.npz: "):
+    with pytest.raises(UserError, match=f"^cannot download {mirror}/storage.googleapis.com/x.npz: "):
         fetch("https://storage.googleapis.com/x.npz", path)
 
 
@@ -252,7 +252,7 @@ def test_fetch_resumes_after_stalled_connection(path, partial_path, monkeypatch)
 def test_fetch_fails_if_content_length_is_too_large(path, partial_path):
     with (
         serve({"length": 5000, "ranges": False}) as server,
-        pytest.raises(UserError, match="broke off after 1,000 bytes"),
+        pytest.raises(UserError, match="dropped after 1,000 bytes"),
     ):
         fetch(server.url, path)
     assert not path.exists()
@@ -289,7 +289,7 @@ def test_fetch_fails_after_retries_on_busy_server(path, partial_path):
 def test_fetch_reports_refused_connection(path, partial_path):
     with socket.socket() as bound_socket:
         bound_socket.bind(("127.0.0.1", 0))  # bound but not listening, so that no other process can use the port
-        with pytest.raises(UserError, match="Connection refused; download it by hand"):
+        with pytest.raises(UserError, match="Connection refused; download it manually"):
             fetch(f"http://127.0.0.1:{bound_socket.getsockname()[1]}/file.bin", path)
     assert not partial_path.exists() and not path.exists()
 

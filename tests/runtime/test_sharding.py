@@ -75,7 +75,7 @@ def test_pad_to_devices_rounds_up_to_device_multiple(batch_size, num_images, pad
 
 @pytest.mark.parametrize(
     ("stats", "expected"),
-    [({"bytes_limit": 100}, (100, "the device's own figure")), (None, (2**30, "the machine's memory"))],
+    [({"bytes_limit": 100}, (100, "reported by the device")), (None, (2**30, "the machine's memory"))],
 )
 def test_device_memory_returns_device_limit_or_fraction_of_machine_memory(monkeypatch, stats, expected):
     monkeypatch.setattr(resources, "total_memory", lambda: 8 * 2**30)

@@ -118,7 +118,7 @@ def test_require_step_rejects_missing_step(tmp_path):
         assert checkpoints.steps() == []
         assert checkpoints.latest_step() is None
         for step in (None, 3):
-            with pytest.raises(UserError, match="run holds no run with a checkpoint; give the --workdir of a run"):
+            with pytest.raises(UserError, match="run has no checkpoints; give the --workdir of a run"):
                 checkpoints.require_step(step)
     assert list((tmp_path / "run").iterdir()) == []
     with Checkpoints(tmp_path / "run") as checkpoints:

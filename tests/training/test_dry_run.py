@@ -63,7 +63,7 @@ def test_dry_run_names_options_that_save_memory(monkeypatch, capsys):
     with pytest.raises(UserError) as error:
         dry_run.dry_run(config_with(remat="dots"))
     assert re.fullmatch(
-        r"the run needs 0\.\d\d GiB per device, there are 0.00 GiB: raise accumulation_steps \(now 1\), set remat to "
+        r"the run needs 0\.\d\d GiB per device, of 0.00 GiB; raise accumulation_steps \(now 1\), set remat to "
         r"'full' \(now 'dots'\), shard the parameters over devices with mesh.fsdp \(now 1\), or lower "
         r"eval_batch_size \(now 8\)",
         str(error.value),
@@ -90,5 +90,5 @@ def test_dry_run_writes_no_files(tmp_path, run_command):
 
 def test_dry_run_rejects_download(monkeypatch, tmp_path):
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))
-    with pytest.raises(UsageError, match="model has no sizes and imagenet21k/ViT-B_16 is not in the cache"):
+    with pytest.raises(UsageError, match="config.model has no sizes, imagenet21k/ViT-B_16 is not in the cache"):
         dry_run.dry_run(config_with(model={}, pretrained="imagenet21k/ViT-B_16"))

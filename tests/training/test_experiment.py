@@ -66,17 +66,17 @@ def test_plan_experiment_caches_features_of_deterministic_backbone(changes, cach
                 "ablation.frozen_dropout": True,
                 "model": {**SIZES, "dropout_rate": 0.1},
             },
-            "frozen_dropout samples them again",
+            "frozen_dropout changes them",
         ),
         ({"trainable": "head", "feature_views": 4}, "feature_views is 4, which needs features 'cached'"),
         ({"trainable": (".*/adapter/.*",)}, "'.*/adapter/.*' matches no parameter"),
         ({"trainable": "lora", "lora.targets": (".*/querry/kernel",)}, "lora.targets: '.*/querry/kernel'"),
         ({"batch_size": 60}, "60, which is not divisible by 8 devices × 1 accumulation steps; use 64"),
         ({"accumulation_steps": 16}, "64, which is not divisible by 8 devices × 16 accumulation steps; use 128"),
-        ({"batch_size": 2048}, "config.batch_size is 2048, there are 1437 training images"),
+        ({"batch_size": 2048}, "config.batch_size is 2048, of 1437 training images"),
         (
             {"optimizer.layer_decay": 0.5, "architecture": "resnet50", "model": {"units": (1,), "width": 32}},
-            "of a VisionTransformer",
+            "for a VisionTransformer",
         ),
     ],
 )
@@ -109,7 +109,7 @@ def test_plan_experiment_adds_lora_weights_if_pattern_names_them(changes, has_lo
 
 @pytest.mark.parametrize("pattern", ["lora/.*", ".*/MlpBlock_3/.*", ".*/bias"])
 def test_plan_experiment_rejects_parameters_without_gradients(pattern):
-    message = "does not match head/kernel, which starts at zero, so that no parameter below the head"
+    message = "does not match head/kernel, which is initialized to zero, so no parameter below the head"
     with pytest.raises(UsageError, match=message):
         plan(config_with(trainable=(pattern,)))
 
@@ -204,7 +204,7 @@ CHANGES = {
     ),
     "file": (
         lambda image_dir: (image_dir / "test/dog/0.png").rename(image_dir / "test/dog/9.png"),
-        "it has as many images, but other files or labels",
+        "it has the same number of images, but other files or labels",
     ),
 }
 
@@ -219,7 +219,7 @@ def test_create_experiment_rejects_dataset_changed_since_start_of_run(image_dir,
     experiment.create_experiment(config, saved=saved)  # same files, other path
     edit, message = CHANGES[change]
     edit(moved)
-    with pytest.raises(UserError, match=f"has changed since the run was started: {message}; put it back"):
+    with pytest.raises(UserError, match=f"has changed since the run was started: {message}; restore it"):
         experiment.create_experiment(config, saved=saved)
 
 

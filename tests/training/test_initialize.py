@@ -44,13 +44,13 @@ def test_create_params_loads_all_parameters_except_head(checkpoint):
 
 
 def test_model_arguments_rejects_sizes_that_differ_from_checkpoint(checkpoint):
-    message = r"the model does not fit .*file.npz, which is another one: hidden_size 48 \(checkpoint: 24\);"
+    message = r"config.model does not match .*file.npz: hidden_size 48 \(checkpoint: 24\);"
     with pytest.raises(UsageError, match=message):
         arguments_of(checkpoint, **{**SIZES, "hidden_size": 48})
 
 
 def test_model_arguments_rejects_other_architecture(checkpoint):
-    with pytest.raises(UsageError, match=r"which is another one: resnet50 \(checkpoint: vit\)"):
+    with pytest.raises(UsageError, match=r"does not match .*: resnet50 \(checkpoint: vit\)"):
         initialize.model_arguments({}, "resnet50", initialize.load_pretrained(str(checkpoint)))
 
 
@@ -71,5 +71,5 @@ def test_model_arguments_prefers_given_options_over_metadata(checkpoint, tmp_pat
 
 
 def test_model_arguments_requires_sizes_without_checkpoint():
-    with pytest.raises(UsageError, match="model is empty"):
+    with pytest.raises(UsageError, match="config.model is empty"):
         initialize.model_arguments({}, "vit", None)

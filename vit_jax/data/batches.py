@@ -1,4 +1,4 @@
-"""Batches on the devices: one type, whether the images are in memory, streamed, or cached as features."""
+"""Batches on the devices, of one type for images in memory, streamed images and cached features."""
 
 import contextlib
 import dataclasses
@@ -21,11 +21,11 @@ from vit_jax.types import ImageSource
 
 @flax.struct.dataclass
 class Batch:
-    """Examples on the devices; a batch of cached features holds those of several updates, one after the other."""
+    """Examples on the devices; a batch of cached features holds the examples of several consecutive updates."""
 
     inputs: jax.Array  # uint8 images [b h w 3], or cached features [b d]
     labels: jax.Array  # int32 [b]; -1 is padding
-    rows: jax.Array  # int32 [b], numbers of the examples in their split
+    rows: jax.Array  # int32 [b], indices into the split
 
     @classmethod
     def abstract(cls, inputs: jax.ShapeDtypeStruct) -> "Batch":
@@ -48,11 +48,11 @@ def resident_batches(
     max_updates: int = 1,
     stops: tuple[int, ...] = (),
 ) -> Generator[tuple[int, Batch], None, None]:
-    """Yields (finished updates, training batch) from examples on every device; nothing is transferred to sample them.
+    """Yields (finished updates, training batch), gathered on the devices from examples that every device holds.
 
-    The order of an epoch is a function of the seed and the epoch; the remainder of an epoch is dropped. `inputs`
-    [views · n …] are `num_views` augmented views of the split, one after the other; epochs take them in turn. A batch
-    has the examples of up to `max_updates` updates: it ends with its epoch and at multiples of `stops`.
+    The order of an epoch depends only on the seed and the epoch; the last partial batch is dropped. `inputs`
+    [views · n …] are `num_views` augmented views of the split, concatenated; epochs cycle through them. A batch holds
+    up to `max_updates` updates and ends at the end of an epoch and at multiples of `stops`.
     """
     sampler = _Sampler(mesh, seed, len(labels), num_views, batch_size, max_updates)
     to_device = functools.cache(lambda count: sharding.device_put(np.int32(count), sharding.replicated(mesh)))
@@ -93,9 +93,9 @@ class _Sampler:
     def take(
         self, inputs: jax.Array, labels: jax.Array, order: jax.Array, step: jax.Array, count: jax.Array
     ) -> tuple[Batch, jax.Array]:
-        """Gathers the examples of `count` updates after `step`; returns the step after them as well."""
+        """Gathers the examples of `count` updates after `step`; also returns the next step."""
         num_rows = self.max_updates * self.batch_size
-        padded = jnp.pad(order, (0, num_rows))  # the last batch of an epoch reaches past its end
+        padded = jnp.pad(order, (0, num_rows))  # the last slice of an epoch exceeds it
         rows = jax.lax.dynamic_slice_in_dim(padded, step % self.steps_per_epoch * self.batch_size, num_rows)
         rows = jax.lax.with_sharding_constraint(rows, train_batch_sharding(self.mesh, max_updates=self.max_updates))
         batch_labels = jnp.where(jnp.arange(num_rows) < count * self.batch_size, labels[rows % len(labels)], -1)
@@ -103,16 +103,16 @@ class _Sampler:
 
 
 def train_batch_sharding(mesh: Mesh, *, max_updates: int) -> NamedSharding:
-    """Returns the sharding of a training batch: split over all devices, or replicated if it is of several updates."""
+    """Returns the sharding of a training batch: over all devices, or replicated if it holds several updates."""
     return sharding.batch_sharding(mesh) if max_updates == 1 else sharding.replicated(mesh)
 
 
 def streamed_batches(
     read: BatchReader, mesh: Mesh, *, first_step: int, num_steps: int, num_workers: int = 0
 ) -> Generator[tuple[int, Batch], None, None]:
-    """Yields what `resident_batches` does; images are decoded and cropped by worker processes, see `training_batches`.
+    """Yields the batches of `resident_batches`, decoded and cropped by worker processes.
 
-    `read` reads this process's part of a batch.
+    `read` reads this process's part of a batch; see `training_batches`.
     """
     batches = training_batches(read, first_step=first_step, num_steps=num_steps, num_workers=num_workers)
     with contextlib.closing(batches):
@@ -124,10 +124,10 @@ def streamed_batches(
 def evaluation_batches(
     images: ImageSource | jax.Array, labels: np.ndarray | jax.Array, mesh: Mesh, *, batch_size: int, num_views: int = 1
 ) -> Iterator[Batch]:
-    """Yields every example once, or `num_views` times, in order; the last batch is padded with the label -1.
+    """Yields all examples in order, `num_views` times; the last batch is padded with the label -1.
 
-    `images` [n …] are on every device, or are read batch by batch on the host; `rows` count on from one view to the
-    next. The number of devices divides `batch_size`.
+    `images` [n …] are on every device, or are read batch by batch on the host. `rows` of the v-th view start at v · n.
+    `batch_size` is a multiple of the number of devices.
     """
     labels, num_rows = np.asarray(labels), num_views * len(labels)
     for start in range(0, num_rows, batch_size):
@@ -150,10 +150,10 @@ def _gather(images: jax.Array, rows: jax.Array) -> jax.Array:
 def crop_when_decoded(
     images: ImageSource, *, augment: str, image_mean: tuple[float, ...], num_views: int = 1, seed: int = 0
 ) -> ImageSource:
-    """Returns images whose crops are sampled, at full resolution, when they are decoded; arrays as they are.
+    """Returns encoded images that are randomly cropped at full resolution when decoded; other images are unchanged.
 
-    `num_views` crops of every image: one of each, then another of each. `preprocess.device_augment` is what is left to
-    do on the device.
+    Contains each image `num_views` times, view after view. The rest of the augmentation is applied on the device, see
+    `preprocess.device_augment`.
     """
     if not isinstance(images, EncodedImages) or augment not in CROPS:
         return images

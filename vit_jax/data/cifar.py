@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, read from their official binary archives."""
+"""Reads CIFAR-10 and CIFAR-100 from their official binary archives."""
 
 import dataclasses
 import gzip
@@ -60,7 +60,7 @@ CIFARS = {
 
 
 def open_cifar(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
-    """Reads "cifar10" or "cifar100" from the archive, which is downloaded unless there is a `data_dir`."""
+    """Reads "cifar10" or "cifar100"; downloads the archive unless `data_dir` is given."""
     cifar = CIFARS[name]
     slices = [parse_split(text, known=cifar.files) for text in splits]
     names = sorted({split.name for split in slices})
@@ -69,7 +69,7 @@ def open_cifar(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool
 
 
 def _count_images(cifar: _Cifar, split: str) -> Split:
-    """Returns the official number of images of each class, black, in no memory."""
+    """Returns the official number of images per class, all black, without allocating them."""
     number = {"train": 50_000, "test": 10_000}[split]
     labels = np.arange(number, dtype=np.int32) % len(cifar.class_names)
     return Split(np.broadcast_to(np.uint8(0), (number, 32, 32, 3)), labels)
@@ -87,13 +87,13 @@ def _read_splits(cifar: _Cifar, data_dir: str, names: Sequence[str]) -> dict[str
     if missing := [file for file in files if file not in contents]:
         found = f"has no {', '.join(missing)}" if path.exists() else "is missing"
         raise UserError(
-            f"{path} {found}; set data_dir to {cifar.archive} of {_ADDRESS}, or to a directory with it or its files"
+            f"{path} {found}; set data_dir to {cifar.archive} from {_ADDRESS}, or to a directory with it or its files"
         )
     return {split: _parse_files(cifar, {file: contents[file] for file in cifar.files[split]}) for split in names}
 
 
 def _read_files(path: Path, files: Sequence[str]) -> dict[str, bytes]:
-    """Returns the contents of those of the files that an archive or a directory has."""
+    """Returns the contents of the files that exist in an archive or a directory."""
     if not path.is_file():
         return {file: (path / file).read_bytes() for file in files if (path / file).is_file()}
     contents = {}
@@ -118,7 +118,7 @@ def _parse_files(cifar: _Cifar, contents: Mapping[str, bytes]) -> Split:
         if not content or len(content) % record_bytes or max(labels) >= num_classes:
             raise UserError(
                 f"{file} has {len(content):,} bytes; expected records of {record_bytes:,} bytes with labels from 0 to "
-                f"{num_classes - 1}: it is damaged or of another dataset, download {cifar.archive} again"
+                f"{num_classes - 1}; it is damaged or of another dataset, download {cifar.archive} again"
             )
     records = np.frombuffer(b"".join(contents.values()), np.uint8).reshape(-1, record_bytes)
     images = records[:, cifar.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # [n h w c]

@@ -1,4 +1,4 @@
-"""Augmentations, boxes of random crops and weights of a resize, on the device or in worker processes.
+"""Random crops and resize weights, computed on the device or in worker processes.
 
 `xp` is `jax.numpy` or `numpy`.
 """
@@ -8,27 +8,27 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-WEIGHT_BITS = 22  # of a resize's weights after the point
+WEIGHT_BITS = 22  # fractional bits of fixed-point resize weights
 EDGE_SLACK = 1e-3  # pixels by which rounding may move the edge of a box
 
-Number = Any  # a scalar or an array of NumPy or JAX, which share no type
-Box = tuple[Number, Number, Number, Number]  # top, left, height, width in pixels; maybe fractions, and outside an image
+Number = Any  # a scalar or an array of NumPy or JAX, which have no common type
+Box = tuple[Number, Number, Number, Number]  # top, left, height, width in pixels; may be fractional or exceed the image
 BoxSampler = Callable[..., Box]
 """(uniforms [4] in [0, 1), height, width, *, image_size, xp) -> box of an image, to be resized to `image_size`."""
 
 
 def padded_box(uniforms: Number, height: int, width: int, *, image_size: int, xp: ModuleType) -> Box:
-    """Samples a crop of the image's own size from the image padded by an eighth (He et al. 2016, section 4.2)."""
+    """Samples a crop of the image's size from the image padded by 1/8 on each side (He et al. 2016, section 4.2)."""
     margins = height // 8, width // 8
     top, left = (xp.floor(x * (2 * margin + 1)) - margin for x, margin in zip(uniforms[:2], margins, strict=True))
     return top, left, height, width
 
 
 def square_box(uniforms: Number, height: int, width: int, *, image_size: int, xp: ModuleType) -> Box:
-    """Samples a square of 64 to 100 % of the image as it is after a resize to `image_size`.
+    """Samples a square of 64 to 100 % of the area of the image resized to `image_size`.
 
-    The area is uniform, the side rounded to whole pixels, the corner uniform over the positions that fit, as by
-    torchvision's RandomResizedCrop after a resize. The box is in pixels of the image before it.
+    The area is uniform, the side is rounded to pixels, and the corner is uniform over the valid positions, as in
+    torchvision's RandomResizedCrop after a resize. The box is in pixels of the image before the resize.
     """
     side = xp.round(image_size * xp.sqrt(0.64 + 0.36 * uniforms[0]))
     top, left = xp.floor(uniforms[1:3] * (image_size - side + 1))
@@ -37,10 +37,10 @@ def square_box(uniforms: Number, height: int, width: int, *, image_size: int, xp
 
 
 def inception_box(uniforms: Number, height: int, width: int, *, image_size: int, xp: ModuleType) -> Box:
-    """Samples a crop of 5 to 100 % of the image's area, of whole pixels, as the original training did.
+    """Samples a crop of 5 to 100 % of the image's area, in whole pixels, as in the original training.
 
-    The aspect (width / height) is uniform in (0.75, 1.33); the crop's height is uniform over the integers whose area is
-    within bounds and that fit the image; the corner is uniform over the positions that fit, without the last one.
+    The aspect ratio (width / height) is uniform in (0.75, 1.33); the height is uniform over the integers for which the
+    area is in range and the crop fits; the corner is uniform over the valid positions except the last one.
 
     Source: Szegedy et al. 2015, section 6; TensorFlow's kernel of sample_distorted_bounding_box. Where rounding puts a
     crop out of bounds, it is clipped to the image instead of sampled again.
@@ -61,11 +61,11 @@ def inception_box(uniforms: Number, height: int, width: int, *, image_size: int,
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Random changes of training images."""
+    """A random crop and flip."""
 
-    sample_box: BoxSampler | None = None  # of the part that is seen; None for the whole image
-    pads: bool = False  # boxes may reach outside of the image, by an eighth of each side at most
-    flips: bool = True  # half of the images are mirrored left to right
+    sample_box: BoxSampler | None = None  # None for the whole image
+    pads: bool = False  # boxes may exceed the image by at most 1/8 of each side
+    flips: bool = True  # horizontally, with probability 1/2
 
 
 AUGMENTATIONS = {
@@ -76,18 +76,18 @@ AUGMENTATIONS = {
     "inception": Augmentation(inception_box),
 }
 
-# Augmentations that need images of their own resolution.
+# Augmentations that need images at full resolution.
 CROPS = tuple(name for name, augmentation in AUGMENTATIONS.items() if augmentation.sample_box)
 
 
 def resize_weights(start: Number, length: Number, *, input_size: int, output_size: int, xp: ModuleType) -> Number:
-    """Returns the matrix by which Pillow resizes the pixels from `start` to `start + length` along one axis.
+    """Returns Pillow's weights for resizing the pixels from `start` to `start + length` along one axis.
 
-    Bilinear, with half-pixel centers; where it shrinks, the triangle is widened by the scale (antialiasing). Pixels
-    outside of the interval do not contribute. NumPy's weights are exact, JAX's within the rounding of float32.
+    Bilinear with half-pixel centers; for downscaling, the triangle filter is widened by the scale (antialiasing).
+    Pixels outside the interval do not contribute. NumPy's weights are exact, JAX's up to float32 rounding.
 
     Returns:
-        [output_size input_size]: Pillow's integers in units of 2 ** -22; each row sums to 2 ** 22 within rounding.
+        [output_size input_size], Pillow's integers in units of 2 ** -22; each row sums to 2 ** 22 up to rounding.
 
     Source: Pillow, `Image.resize(size, Resampling.BILINEAR, box)` of 8-bit images.
     """

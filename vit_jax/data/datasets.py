@@ -1,6 +1,6 @@
-"""A dataset's name -> uint8 images, int labels and class names in host memory, or images that are decoded later.
+"""Loads datasets by name: uint8 images in host memory or decoded on demand, int labels, class names.
 
-To add a dataset, write a `Reader` in a module of its own and name it in `READERS`.
+To add a dataset, write a `Reader` in a new module and add it to `READERS`.
 """
 
 import dataclasses
@@ -23,18 +23,18 @@ from vit_jax.types import Dataset, ImageSource, Split
 
 @runtime_checkable
 class Reader(Protocol):
-    """Opens splits, given as in `load_dataset`: of arrays, or of `EncodedImages`.
+    """Opens splits, named as in `load_dataset`, as arrays or as `EncodedImages`.
 
-    A dry run downloads and decodes nothing: where only the numbers of images are known, these may be black, and labels
-    as many of each class. Raises UserError where files are missing, damaged or inconsistent.
+    A dry run downloads and decodes nothing: the number of images is right, but they may be black, with evenly
+    distributed labels. Raises UserError if files are missing, damaged or inconsistent.
     """
 
     def __call__(self, name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
-        """Returns splits and class names."""
+        """Returns the splits and the class names."""
 
 
 def open_digits(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
-    """Reads scikit-learn's 1,797 handwritten digits, 8 × 8: 1,437 to train on, 360 to test on.
+    """Loads scikit-learn's handwritten digits, 8 × 8 pixels: 1,437 training and 360 test images.
 
     Source: the test part of "Optical Recognition of Handwritten Digits", UCI, Alpaydin and Kaynak 1998.
     """
@@ -50,7 +50,7 @@ def open_digits(name: str, *, data_dir: str, splits: Sequence[str], dry_run: boo
     return slice_splits(whole, slices), tuple(map(str, digits.target_names))
 
 
-READERS: dict[str, Reader] = {  # capitals stand for a part of the user's own
+READERS: dict[str, Reader] = {  # DIR and NAME are placeholders
     "cifar10": open_cifar,
     "cifar100": open_cifar,
     "digits": open_digits,
@@ -60,28 +60,28 @@ READERS: dict[str, Reader] = {  # capitals stand for a part of the user's own
 
 
 class DatasetOptions(TypedDict, total=False):
-    """Options of all functions that open a dataset."""
+    """Options shared by the functions that open a dataset."""
 
-    image_size: Required[int]  # pixels, square, that the model sees
-    data_dir: str  # archive or directory of CIFAR, or TFDS's directory; "" downloads CIFAR, or is TFDS's default
-    classes: Sequence[str]  # to keep, in their new order; all if empty. Splits are sliced before
-    crops: bool  # images will be cropped, and so must keep their resolution
+    image_size: Required[int]  # height and width of the model's input, pixels
+    data_dir: str  # archive or directory of CIFAR, or data_dir of TFDS; "" downloads CIFAR, or is the default of TFDS
+    classes: Sequence[str]  # to keep, in label order, after slicing the splits; all if empty
+    crops: bool  # images will be cropped, and so keep their resolution
     storage: str  # "memory" | "stream" | "auto", the default: see `choose_storage`
     device_bytes: int | None  # memory of a device; None sets no limit
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """A dataset without its images, whose shape is [h w 3]."""
+    """Sizes and class names of a dataset."""
 
     num_train: int
     num_test: int
-    image_shape: tuple[int, ...]
+    image_shape: tuple[int, ...]  # [h w 3]
     class_names: tuple[str, ...]
     in_memory: bool  # or streamed
 
     def __str__(self) -> str:
-        """Returns one line."""
+        """Returns a one-line summary."""
         height, width, _ = self.image_shape
         return (
             f"{self.num_train:,} training and {self.num_test:,} test images of {height} × {width} pixels, "
@@ -90,7 +90,7 @@ class DatasetInfo:
 
     @classmethod
     def from_dataset(cls, dataset: Dataset) -> "DatasetInfo":
-        """Describes a dataset."""
+        """Returns the sizes and class names of a loaded dataset."""
         train, test = dataset.train, dataset.test
         return cls(len(train), len(test), train.images.shape[1:], dataset.class_names, train.in_memory)
 
@@ -98,24 +98,24 @@ class DatasetInfo:
 def load_dataset(
     name: str, *, train_split: str = "train", test_split: str = "test", **options: Unpack[DatasetOptions]
 ) -> Dataset:
-    """Reads a dataset into host memory, or opens it to be streamed.
+    """Loads a dataset into host memory, or opens it for streaming.
 
     Args:
         name: a key of `READERS`.
-        train_split: a split's name, or a slice of it as TFDS writes it, such as "train[:90%]".
-        test_split: the same; shares no image with `train_split`.
+        train_split: name of a split, or a slice in TFDS syntax, such as "train[:90%]".
+        test_split: the same; must not overlap with `train_split`.
         **options: see `DatasetOptions`.
 
     Raises:
-        UsageError: an unknown name, split or class, slices that are empty or overlap, or an impossible storage.
-        UserError: files that are missing, damaged or inconsistent.
+        UsageError: an unknown name, split or class, empty or overlapping slices, or a storage that is not possible.
+        UserError: missing, damaged or inconsistent files.
     """
     (train, test), class_names = _load(name, [train_split, test_split], **options)
     return Dataset(train, test, class_names)
 
 
 def load_split(name: str, *, split: str, **options: Unpack[DatasetOptions]) -> tuple[Split, tuple[str, ...]]:
-    """Reads one split of a dataset, and its class names; see `load_dataset`."""
+    """Loads one split of a dataset and the class names; see `load_dataset`."""
     (loaded,), class_names = _load(name, [split], **options)
     return loaded, class_names
 
@@ -123,9 +123,9 @@ def load_split(name: str, *, split: str, **options: Unpack[DatasetOptions]) -> t
 def dataset_info(
     name: str, *, train_split: str = "train", test_split: str = "test", **options: Unpack[DatasetOptions]
 ) -> DatasetInfo:
-    """Describes what `load_dataset` would return; downloads and decodes nothing.
+    """Returns the sizes of what `load_dataset` would return; downloads and decodes nothing.
 
-    Numbers are exact, but `classes` of CIFAR and TFDS are taken to be equally frequent in every slice.
+    Sizes are exact, except that `classes` of CIFAR and TFDS are assumed to be equally frequent in every slice.
     """
     (train, test), class_names = _load(name, [train_split, test_split], dry_run=True, **options)
     return DatasetInfo.from_dataset(Dataset(train, test, class_names))
@@ -145,7 +145,7 @@ def _load(
 ) -> OpenedSplits:
     reader = find_reader(name)
     if data_dir and reader in (open_digits, open_folder):
-        raise UsageError(f"dataset {name!r} does not read data_dir, got {data_dir!r}; leave it empty")
+        raise UsageError(f"dataset.data_dir is {data_dir!r}, which {name!r} does not use; leave it empty")
     opened, class_names = reader(name, data_dir=data_dir, splits=splits, dry_run=dry_run)
     if classes:
         opened, class_names = [keep_classes(split, class_names, classes) for split in opened], tuple(classes)
@@ -154,7 +154,7 @@ def _load(
 
 
 def check_dataset(dataset: Dataset) -> Dataset:
-    """Checks a user's own dataset, and reads image sources other than `EncodedImages` into memory."""
+    """Validates a user's dataset; loads image sources other than `EncodedImages` into memory."""
     if not isinstance(dataset, Dataset):
         raise UsageError(f"dataset is a {type(dataset).__name__}; expected a vit_jax.types.Dataset")
     splits = []
@@ -165,15 +165,15 @@ def check_dataset(dataset: Dataset) -> Dataset:
     train, test = splits
     if train.images.shape[1:] != test.images.shape[1:]:
         sizes = " and ".join(f"{h} × {w}" for _, h, w, _ in (train.images.shape, test.images.shape))
-        raise UsageError(f"dataset: training and test images are {sizes} pixels; expected one size")
+        raise UsageError(f"dataset: training and test images are {sizes} pixels; expected the same size")
     return Dataset(train, test, tuple(dataset.class_names))
 
 
 def check_split(split: Split, *, num_classes: int, name: str = "split") -> Split:
-    """Checks a user's own images and labels; returns them with int32 labels.
+    """Validates a user's images and labels; returns them with int32 labels.
 
     Raises:
-        UsageError: images are not uint8 [n h w 3], or labels are not a class of each; the message starts with `name`.
+        UsageError: images are not uint8 [n h w 3], or labels are not n class indices; the message starts with `name`.
     """
     images = split.images if isinstance(split.images, ImageSource) else np.asarray(split.images)
     labels, dtype = np.asarray(split.labels), getattr(images, "dtype", np.dtype(np.uint8))
@@ -196,11 +196,11 @@ def find_reader(name: str) -> Reader:
         known_kind, _, placeholder = pattern.partition(":")
         if kind == known_kind and bool(argument) == bool(placeholder):
             return reader
-    raise UsageError(f"unknown dataset {name!r}; known are {', '.join(nearest_first(name, READERS))}")
+    raise UsageError(f"unknown dataset {name!r}; expected one of {', '.join(nearest_first(name, READERS))}")
 
 
 def keep_classes(split: Split, class_names: Sequence[str], classes: Sequence[str]) -> Split:
-    """Keeps the images of some classes, which are numbered in the given order."""
+    """Keeps the images of the given classes and renumbers the labels in this order."""
     unknown = [name for name in classes if name not in class_names]
     if unknown or not 2 <= len(set(classes)) == len(classes):
         found = f"no class {unknown[0]!r}" if unknown else f"got {tuple(classes)}"
@@ -218,11 +218,11 @@ def keep_classes(split: Split, class_names: Sequence[str], classes: Sequence[str
 def choose_storage(
     splits: Sequence[Split], image_size: int, *, crops: bool, storage: str, device_bytes: int | None
 ) -> tuple[str, tuple[int, int]]:
-    """Returns "memory" or "stream", and the (width, height) in pixels that images are decoded to; reads headers only.
+    """Returns "memory" or "stream", and the decoded (width, height) in pixels; reads image headers only.
 
-    "auto" is in memory if the images take at most half of the available memory of host and device. Images in memory
-    have one common size: their own, if all have the same, at most twice the model's `image_size`; otherwise the
-    model's. Images to be cropped need their own resolution: larger ones, and those of different sizes, are streamed.
+    "auto" is "memory" if the images take at most half of the available memory of host and device. Images in memory
+    have one size: their own, if all are equal and at most twice `image_size`; otherwise `image_size`. Crops need full
+    resolution: "auto" streams them if the images are larger or differ in size.
     """
     problem, size = "", (image_size, image_size)
     if splits[0].in_memory:

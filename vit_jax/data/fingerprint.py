@@ -1,4 +1,4 @@
-"""Fingerprint of a dataset: two processes, or a run and its resumption, must read the same images."""
+"""Dataset fingerprints: all processes, and a resumed run, must read the same images."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ class DatasetFingerprint:
     digest: str
 
     def __str__(self) -> str:
-        """Returns the numbers of images in words."""
+        """Returns the numbers of images as text."""
         return f"{self.num_train:,} training and {self.num_test:,} test images"
 
     def to_json(self) -> dict[str, Json]:
@@ -30,24 +30,24 @@ class DatasetFingerprint:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "DatasetFingerprint":
-        """Returns what `to_json` was called of."""
+        """Inverts `to_json`."""
         return cls(**{**value, "class_names": tuple(value["class_names"])})
 
     def difference(self, other: "DatasetFingerprint") -> str:
-        """Returns what this dataset has, unlike the other; "" if they are equal."""
+        """Describes how this dataset differs from the other; "" if they are equal."""
         if self.class_names != other.class_names:
             ours, theirs = set(self.class_names), set(other.class_names)
             new, missing = (", ".join(sorted(names)[:5]) or "none" for names in (ours - theirs, theirs - ours))
             return f"other classes (new: {new}; missing: {missing})"
         if str(self) != str(other):
             return f"{self} instead of {other}"
-        return "" if self == other else "as many images, but other files or labels"
+        return "" if self == other else "the same number of images, but other files or labels"
 
 
 def fingerprint(dataset: Dataset) -> DatasetFingerprint:
-    """Returns the fingerprint of class names, labels in their order, and the images' ids, or their shape without ids.
+    """Returns the fingerprint of class names, labels in order, and image ids, or the image shape without ids.
 
-    It does not cover pixels, the root directory, or whether images are in memory or streamed.
+    It does not depend on pixels, on the root directory, or on the storage.
     """
     digest = hashlib.sha256(json.dumps(dataset.class_names).encode())
     for split in (dataset.train, dataset.test):

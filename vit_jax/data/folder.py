@@ -1,4 +1,4 @@
-"""Directories of image files, DIR/SPLIT/CLASS/IMAGE."""
+"""Reads directories of image files, DIR/SPLIT/CLASS/IMAGE."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ from vit_jax.types import Split
 
 
 def open_folder(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
-    """Lists the files of "folder:DIR"."""
+    """Opens "folder:DIR"; reads only file names."""
     root = Path(name.partition(":")[2]).expanduser()
     slices = [parse_split(text) for text in splits]
     files = {split.name: _list_classes(root / split.name) for split in slices}
@@ -47,7 +47,7 @@ def _list_images(directory: Path) -> list[str]:
 
 
 def _select_files(classes: Mapping[str, Sequence[str]], rows: range) -> Split:
-    """Selects rows of a fixed shuffle, in the order of classes: "train[:90%]" would lose the last classes otherwise."""
+    """Selects rows of a fixed permutation, so that "train[:90%]" has images of all classes; sorts them by class."""
     paths = [path for files in classes.values() for path in files]
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in classes.values()])
     selected = np.sort(np.random.RandomState(0).permutation(len(paths))[rows.start : rows.stop])
@@ -56,6 +56,6 @@ def _select_files(classes: Mapping[str, Sequence[str]], rows: range) -> Split:
 
 
 def _hash_name(path: str) -> int:
-    """Returns a 64-bit hash of CLASS/IMAGE, the end of a path."""
+    """Returns a 64-bit hash of CLASS/IMAGE, the last two parts of a path."""
     name = "/".join(path.split(os.sep)[-2:])
     return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little")

@@ -1,4 +1,4 @@
-"""Image files -> uint8 arrays, at once or when they are indexed."""
+"""Decodes image files to uint8 arrays, at once or on demand."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.runtime.progress import progress_bar
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_IMAGES_PER_TASK = 64  # one future an image would cost as much as decoding a small one
+_IMAGES_PER_TASK = 64  # one future per image would cost as much as decoding a small image
 _EXIF_ORIENTATION = 0x0112
 ImageFile = str | Path | io.BytesIO | io.BufferedReader  # a path, or an open binary file
 Color = tuple[int, ...]  # red, green, blue from 0 to 255
@@ -36,13 +36,13 @@ def decode_image(
 ) -> Image.Image:
     """Decodes an image file of any mode to RGB; raises UserError if it is missing or damaged.
 
-    Orientation in EXIF or XMP is applied, transparent parts become white, 16-bit grey keeps its upper 8 bits. Images
-    are resized to `size` (width, height) from their full resolution, by Pillow's bilinear filter with antialiasing: the
-    same pixels as those of `preprocess.prepare`. `sample_box` is called with (height, width) and returns the box to
-    resize, instead of the whole image; its pixels outside of the image have the `margin_color`.
+    EXIF or XMP orientation is applied, transparent pixels become white, 16-bit grey keeps its upper 8 bits. The image
+    is resized to `size` (width, height) with Pillow's bilinear filter and antialiasing; the pixels equal those of
+    `preprocess.prepare`. `sample_box` maps (height, width) to the box to resize instead of the whole image; pixels
+    outside the image have the `margin_color`.
     """
     with _image_errors(source), Image.open(source) as image:
-        image.load()  # before the orientation, which a PNG may have after its pixels
+        image.load()  # first, as a PNG may store its orientation after the pixels
         rgb = _convert_to_rgb(ImageOps.exif_transpose(image))
     if not size or (rgb.size == size and not sample_box):
         return rgb
@@ -53,7 +53,7 @@ def decode_image(
 
 
 def read_size(source: ImageFile) -> tuple[int, int]:
-    """Reads (width, height) in pixels from an image's header; decodes a PNG that may be turned by 90 degrees."""
+    """Reads (width, height) with EXIF orientation from the header; a PNG that is not square is decoded for it."""
     with _image_errors(source), Image.open(source) as image:
         if image.width == image.height or image.getexif().get(_EXIF_ORIENTATION, 1) not in (5, 6, 7, 8):
             return image.size
@@ -64,11 +64,11 @@ def read_size(source: ImageFile) -> tuple[int, int]:
 class EncodedImages:
     """Image files that are decoded when they are indexed; a `types.ImageSource`, uint8 [n h w 3]."""
 
-    open_image: Callable[[int], ImageFile]  # number of an image -> its path, or a binary file
+    open_image: Callable[[int], ImageFile]  # number of an image -> path or binary file
     numbers: Int[np.ndarray, " n"]
-    size: tuple[int, int] = (0, 0)  # (width, height) that every image is resized to; (0, 0) while not known
-    augment: str = "none"  # key of `crops.AUGMENTATIONS`: its boxes are cropped before
-    uniforms: Float32[np.ndarray, "n 4"] | None = None  # random numbers in [0, 1) of each image's box
+    size: tuple[int, int] = (0, 0)  # (width, height) that images are resized to; (0, 0) if unknown
+    augment: str = "none"  # key of `crops.AUGMENTATIONS`; only its crop is applied
+    uniforms: Float32[np.ndarray, "n 4"] | None = None  # random numbers in [0, 1) for the crop of each image
     margin_color: Color = (127, 127, 127)
 
     @property
@@ -81,7 +81,7 @@ class EncodedImages:
         return len(self.numbers)
 
     def __getitem__(self, rows: Any, /) -> UInt8[np.ndarray, "*m h w 3"]:
-        """Decodes an image [h w 3], or those of a slice or an array of rows [m h w 3], in one thread per processor."""
+        """Decodes an image [h w 3], or a slice or index array of images [m h w 3] with one thread per CPU."""
         if np.ndim(rows) or isinstance(rows, slice):
             return decode_all(self.take(np.arange(len(self))[rows]))
         source, sampler, sample_box = self.open_image(self.numbers[rows]), AUGMENTATIONS[self.augment].sample_box, None
@@ -90,7 +90,7 @@ class EncodedImages:
         return np.asarray(decode_image(source, size=self.size, sample_box=sample_box, margin_color=self.margin_color))
 
     def take(self, rows: Int[np.ndarray, " m"], axis: int = 0) -> "EncodedImages":
-        """Selects images and decodes none; `axis` is 0, as of `numpy.ndarray.take`."""
+        """Selects images without decoding them; `axis` is 0, as in `numpy.ndarray.take`."""
         uniforms = None if self.uniforms is None else self.uniforms.take(rows, axis)
         return dataclasses.replace(self, numbers=self.numbers.take(rows, axis), uniforms=uniforms)
 
@@ -101,7 +101,7 @@ class EncodedImages:
         return dataclasses.replace(self.take(rows), augment=augment, uniforms=uniforms, margin_color=margin_color)
 
     def read_sizes(self) -> set[tuple[int, int]]:
-        """Returns all different (width, height) in pixels; reads headers unless `size` is known."""
+        """Returns the distinct (width, height) in pixels; reads headers unless `size` is known."""
         sizes = {self.size} if any(self.size) else set()
         if not sizes:
             _for_each_image(len(self), lambda row: sizes.add(read_size(self.open_image(self.numbers[row]))), "headers")
@@ -109,7 +109,7 @@ class EncodedImages:
 
 
 def decode_all(images: EncodedImages) -> UInt8[np.ndarray, "n h w 3"]:
-    """Decodes every image; raises UserError that names the first one that is damaged, and counts the others."""
+    """Decodes all images; raises a UserError that names the first damaged image and counts the others."""
     decoded = np.empty(images.shape, np.uint8)
 
     def decode(row: int) -> None:
@@ -120,7 +120,7 @@ def decode_all(images: EncodedImages) -> UInt8[np.ndarray, "n h w 3"]:
 
 
 def _for_each_image(num_images: int, work: Callable[[int], None], title: str) -> None:
-    """Calls `work(row)` for every image in a pool of threads."""
+    """Calls `work(row)` for every image in a thread pool."""
     failed: dict[int, UserError] = {}
 
     def work_on(rows: range) -> int:
@@ -137,16 +137,16 @@ def _for_each_image(num_images: int, work: Callable[[int], None], title: str) ->
             bar.update(num_done)
     if failed:
         first = failed[min(failed)]
-        raise UserError(f"{first}; {len(failed) - 1} more images fail" if len(failed) > 1 else str(first)) from first
+        raise UserError(f"{first}; {len(failed) - 1} more images failed" if len(failed) > 1 else str(first)) from first
 
 
 @contextlib.contextmanager
 def _image_errors(source: ImageFile) -> Iterator[None]:
-    """Turns what decoders raise, which is nearly anything for a damaged file, into a UserError."""
+    """Converts exceptions of decoders, which can be anything for a damaged file, to UserError."""
     name = source if isinstance(source, str | Path) else getattr(source, "name", "(no name)")
     try:
         if isinstance(source, str | Path) and os.path.exists(source) and not os.path.isfile(source):
-            raise OSError("not a regular file")  # a pipe could be waited for forever
+            raise OSError("not a regular file")  # reading a pipe could block forever
         yield
     except FileNotFoundError as error:
         raise UserError(f"image {name}: no such file") from error
@@ -179,9 +179,9 @@ def _crop_and_resize(
 
 
 def _resize(rgb: Image.Image, box: tuple[float | int, ...], size: tuple[int, int]) -> Image.Image:
-    """Resizes a box (left, top, right, bottom): columns, then rows, each rounded to 8 bits as on the device.
+    """Resizes a box (left, top, right, bottom), columns first, rounding to 8 bits after each axis, as on the device.
 
-    In one call the order would depend on Pillow's version.
+    In a single call, the order would depend on Pillow's version.
     """
     left, top, right, bottom = box
     rgb = rgb.resize((size[0], rgb.height), Image.Resampling.BILINEAR, (left, 0, right, rgb.height))

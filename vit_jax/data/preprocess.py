@@ -1,6 +1,6 @@
 """Preprocessing on the device, inside the jitted step: crop, resize, flip, mix, normalize.
 
-A resize gives the very pixels that `data.decode_image` gets from Pillow: see `crops.resize_weights`.
+Resized pixels equal those of `data.decode_image`, which uses Pillow; see `crops.resize_weights`.
 """
 
 import functools
@@ -16,16 +16,16 @@ from jaxtyping import Array, Float, Float32, Num, Shaped, UInt8
 from vit_jax.data.crops import AUGMENTATIONS, CROPS, WEIGHT_BITS, Box, Number, resize_weights
 from vit_jax.runtime.errors import UsageError
 
-HALF = (0.5, 0.5, 0.5)  # mean and std that map pixels to [-1, 1], as the released models were trained
+HALF = (0.5, 0.5, 0.5)  # mean and std that map pixels to [-1, 1], as for the pretrained models
 
 Augment = str | Callable[[Array, Array], Array]
-"""Name of an augmentation, or a user's own function (random key, uint8 [h w 3]) -> uint8 [h' w' 3] of one image."""
+"""Name of an augmentation, or a user's function for one image, (key, uint8 [h w 3]) -> uint8 [h' w' 3]."""
 
 
 def normalize(
     images: Num[Array | np.ndarray, "*b 3"], *, mean: Sequence[float] = HALF, std: Sequence[float] = HALF
 ) -> Float32[Array, "*b 3"]:
-    """Returns (pixel / 255 - mean) / std of integers from 0 to 255, channel by channel."""
+    """Returns (pixel / 255 - mean) / std per channel, for pixels from 0 to 255."""
     offset, scale = (255.0 * np.asarray(channels, np.float32) for channels in (mean, std))
     return (jnp.asarray(images, jnp.float32) - offset) / scale
 
@@ -39,11 +39,11 @@ def prepare(
     mean: Sequence[float] = HALF,
     std: Sequence[float] = HALF,
 ) -> Float32[Array, "b {image_size} {image_size} 3"]:
-    """Crops, resizes, flips and normalizes images of any one size, each by a random key of its own.
+    """Crops, resizes, flips and normalizes images of one size, with one random key per image.
 
-    What is sampled for an image depends on its key alone, so that devices and accumulation do not change it. `keys` may
-    be None where nothing is sampled. "pad_crop" pads in the color of the `mean`, which is from 0 to 1, as is `std`. A
-    user's function is applied before the resize; streamed images come resized, and so it gets these after it.
+    Random numbers depend only on the image's key, not on sharding or accumulation; `keys` may be None if nothing is
+    sampled. `mean` and `std` are in [0, 1]; "pad_crop" pads with the color of the `mean`. A user's function is applied
+    before the resize, except to streamed images, which are already resized.
     """
     images, augmentation = jnp.asarray(images), AUGMENTATIONS[augment if isinstance(augment, str) else "none"]
     if not isinstance(augment, str):
@@ -73,17 +73,17 @@ def prepare(
 
 
 def device_augment(augment: str, *, in_memory: bool) -> str:
-    """Returns what is left to do on the device: images that are not in memory are cropped when they are decoded."""
+    """Returns the augmentation to apply on the device; streamed images are already cropped when decoded."""
     return "flip" if augment in CROPS and not in_memory else augment
 
 
 def sample_uniforms(keys: Shaped[Array, "b ..."]) -> Float32[Array, "b 4"]:
-    """Samples the random numbers in [0, 1) that the boxes of `crops` are functions of."""
+    """Samples the random numbers in [0, 1) for the boxes of `crops`."""
     return jax.vmap(lambda key: jax.random.uniform(jax.random.split(key)[0], (4,)))(keys)
 
 
 def margin_color(mean: Sequence[float]) -> tuple[int, ...]:
-    """Returns the color of a padded image's margin, as 8-bit channels."""
+    """Returns the padding color as 8-bit channels."""
     return tuple(round(255 * channel) for channel in mean)
 
 
@@ -95,14 +95,14 @@ def mix(
     mixup_alpha: float,
     cutmix_alpha: float,
 ) -> tuple[Float[Array, "b h w 3"], Float[Array, " b"]]:
-    """Blends every image with its partner, or pastes a box of the partner into it.
+    """Applies mixup (blends each image with its partner) or CutMix (pastes a box of the partner into the image).
 
-    The weight of an image is sampled from Beta(alpha, alpha): for mixup (Zhang et al. 2018) of its pixels; for CutMix
-    (Yun et al. 2019) boxes have the area 1 - weight and are cut off at the edges. Where both alphas are positive, each
-    image is mixed in one of the two ways, with equal probability; an alpha of 0 is off.
+    Weights are sampled from Beta(alpha, alpha). In mixup (Zhang et al. 2018), the weight is that of the image's pixels;
+    in CutMix (Yun et al. 2019), the box has the area 1 - weight and is clipped at the edges. If both alphas are
+    positive, each image gets one of the two with equal probability; an alpha of 0 disables it.
 
     Returns:
-        (mixed images, fraction of the image itself, from 0 to 1, which is the weight of its label).
+        (mixed images, weights of the images' own labels in [0, 1]).
     """
     height, width = images.shape[1:3]
 
@@ -130,26 +130,26 @@ def mix(
 
 
 def _resize(image: Array, box: Box, *, image_size: int, xp: ModuleType) -> Array:
-    """Resizes a box inside of an image, integers 0 to 255 [h w c], to int32 [image_size image_size c].
+    """Resizes a box inside an image, integers 0 to 255 [h w c], to int32 [image_size image_size c].
 
-    `xp` is `numpy` where the box is known when the step is traced, else `jax.numpy`.
+    `xp` is `numpy` if the box is static, else `jax.numpy`.
     """
     top, left, height, width = box
     columns = resize_weights(left, width, input_size=image.shape[1], output_size=image_size, xp=xp)
     rows = resize_weights(top, height, input_size=image.shape[0], output_size=image_size, xp=xp)
-    image = _apply_weights("jw,hwc->hjc", columns, image)  # columns first, as `data.decode_image`
+    image = _apply_weights("jw,hwc->hjc", columns, image)  # columns first, as in `data.decode_image`
     return _apply_weights("ih,hwc->iwc", rows, image)
 
 
 def _apply_weights(subscripts: str, weights: Number, image: Array) -> Array:
     """Multiplies an image by fixed-point weights and rounds to integers.
 
-    float32 holds 24 bits: products of 8-bit pixels with either half of a 22-bit weight fit in, and so do their sums
-    unless an axis shrinks more than 16 times.
+    float32 holds 24 bits: products of 8-bit pixels and either half of a 22-bit weight are exact, and so are their sums
+    unless an axis shrinks by more than a factor of 16.
     """
     half_bits = WEIGHT_BITS // 2
     pixels = image.astype(jnp.float32)
-    # At the highest precision: tensor cores would otherwise round pixels to 8 or 10 bits.
+    # Without the highest precision, tensor cores would round pixels to 8 or 10 bits.
     upper, lower = (
         jnp.einsum(subscripts, jnp.asarray(half, jnp.float32), pixels, precision="highest").astype(jnp.int32)
         for half in (weights // 2**half_bits, weights % 2**half_bits)

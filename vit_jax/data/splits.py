@@ -1,4 +1,4 @@
-"""Split names and their slices, such as "train[:90%]"."""
+"""Parses split names and slices, such as "train[:90%]"."""
 
 import dataclasses
 import difflib
@@ -24,29 +24,29 @@ class SplitSlice:
     stop: str
 
     def rows(self, num_images: int) -> range:
-        """Returns the rows of the whole split; percentages are rounded to the closest image, as in TFDS."""
+        """Returns the selected rows of the split; percentages are rounded to the nearest image, as in TFDS."""
         start, stop = (_parse_bound(bound, num_images) for bound in (self.start, self.stop))
         if not 0 <= start < stop <= num_images:
             raise UsageError(
                 f"split {self.text!r} selects the images {start} to {stop} of {num_images:,} in {self.name!r}; "
-                "choose at least one of them"
+                "select at least one image"
             )
         return range(start, stop)
 
 
 def parse_split(text: str, *, known: Iterable[str] = ()) -> SplitSlice:
-    """Parses a split's name, or a slice of it as TFDS writes it; any name is allowed unless some are `known`."""
+    """Parses the name or a slice of a split in TFDS syntax; without `known` names, any name is allowed."""
     match = _SPLIT_PATTERN.fullmatch(text.strip())
     names = nearest_first(match["name"] if match else text, known)
     if not match or (names and match["name"] not in names):
         raise UsageError(
-            f"unknown split {text!r}; expected {', '.join(names) or 'its name'}, or a slice such as 'train[:90%]'"
+            f"unknown split {text!r}; expected {', '.join(names) or 'a name'}, or a slice such as 'train[:90%]'"
         )
     return SplitSlice(text, match["name"], match["start"] or "0", match["stop"] or "100%")
 
 
 def select_rows(slices: Sequence[SplitSlice], num_images: Mapping[str, int]) -> list[range]:
-    """Returns the rows of each slice, given the size of every whole split; UsageError if slices share images."""
+    """Returns the rows of each slice, given the sizes of the full splits; raises UsageError if slices overlap."""
     selected = [(split, split.rows(num_images[split.name])) for split in slices]
     for (first, rows), (second, others) in itertools.combinations(selected, 2):
         shared = min(rows.stop, others.stop) - max(rows.start, others.start)
@@ -59,7 +59,7 @@ def select_rows(slices: Sequence[SplitSlice], num_images: Mapping[str, int]) -> 
 
 
 def slice_splits(whole: Mapping[str, Split], slices: Sequence[SplitSlice]) -> list[Split]:
-    """Slices splits in memory, given by their names; views, not copies."""
+    """Slices splits in memory, by name, without copying."""
     selected = select_rows(slices, {name: len(split) for name, split in whole.items()})
     return [
         Split(whole[split.name].images[rows.start : rows.stop], whole[split.name].labels[rows.start : rows.stop])
@@ -68,7 +68,7 @@ def slice_splits(whole: Mapping[str, Split], slices: Sequence[SplitSlice]) -> li
 
 
 def nearest_first(name: str, known: Iterable[str]) -> list[str]:
-    """Returns known names, sorted by their similarity to a mistyped one."""
+    """Sorts known names by their similarity to a mistyped name."""
     return sorted(known, key=lambda other: -difflib.SequenceMatcher(None, name, other).ratio())
 
 

@@ -1,7 +1,7 @@
-"""Training images that do not fit into memory: worker processes decode and crop them while the device computes.
+"""Streams training images that do not fit into memory: worker processes decode and crop them.
 
-Step k sees the images, crops and order of a run that holds all images in memory, whatever the number of workers, of
-processes, of restarts: each batch is a function of its number (Grain's MapDataset).
+Each batch is a function of its step (Grain's MapDataset), so that images, crops and order equal those of a run with
+all images in memory, for any number of workers, processes and restarts.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ HostBatch = tuple[UInt8[np.ndarray, "b h w 3"], Int32[np.ndarray, " b"]]  # imag
 
 @dataclasses.dataclass(frozen=True)
 class BatchReader:
-    """Maps the number of a step, from 0, to its images, cropped but not flipped, and labels."""
+    """Reads the images, cropped but not flipped, and labels of a step, counted from 0."""
 
     split: Split  # of `EncodedImages`
     augment: str
     margin_color: Color
-    batch_size: int  # of all parts together; the remainder of an epoch is dropped
+    batch_size: int  # over all parts; the last partial batch of an epoch is dropped
     seed: int
-    part: int = 0  # the one of every batch that is read: the process's number
+    part: int = 0  # index of the part to read: the process index
     num_parts: int = 1
 
     def __call__(self, step: int) -> HostBatch:
@@ -60,24 +60,24 @@ def training_batches(
 ) -> Generator[HostBatch, None, None]:
     """Yields the batches of the steps from `first_step` up to `num_steps`, read by worker processes.
 
-    `num_workers` 0 takes one per available processor; closing the generator ends them.
+    `num_workers` 0 starts one per available CPU; closing the generator stops them.
 
     Raises:
-        UserError: an image cannot be decoded, or a process was killed.
+        UserError: an image cannot be decoded, or a worker was killed.
     """
     import grain
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, in notebooks and tests, too
+        flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, also in notebooks and tests
     workers = grain.MultiprocessingOptions(num_workers or resources.available_cpus(), per_worker_buffer_size=2)
     reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     batches = grain.MapDataset.range(first_step, num_steps).map(read).to_iter_dataset(reading)
     stream = iter(batches.mp_prefetch(workers, worker_init_fn=_start_worker))
-    # Copied: Grain's arrays are memory that is shared with a process, and lost if they are kept too long.
+    # Copies, as Grain's arrays are shared memory, which is lost if they are kept too long.
     copies = ((np.array(images), np.array(labels)) for images, labels in stream)
     try:
-        # The processes inherit this: a signal that stops the run must not end them before it has saved.
+        # Workers inherit this mask: a signal that stops the run must not end them before it has saved.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         try:
             first = list(itertools.islice(copies, 1))
@@ -85,12 +85,12 @@ def training_batches(
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield from itertools.chain(first, copies)
     except RuntimeError as error:
-        raise UserError(f"a process that decodes images was ended ({error}); was there enough memory?") from error
+        raise UserError(f"a worker process was killed ({error}); free memory or lower dataset.num_workers") from error
     finally:
         copies.close()
         stream.close()
         del stream, copies
-        gc.collect()  # Grain keeps its last batch in a cycle; Python would complain of that memory at its end
+        gc.collect()  # Grain's last batch is in a reference cycle; Python would warn about its memory at exit
 
 
 @functools.lru_cache(maxsize=2)
@@ -104,7 +104,7 @@ def _step_uniforms(seed: int, step: jax.Array | int, batch_size: int) -> jax.Arr
 
 
 def _start_worker(worker: int, num_workers: int) -> None:
-    """Keeps a worker process off the accelerator, and ends it soon after its run, however that ended."""
+    """Keeps a worker process off the accelerator, and ends it when the parent process is gone."""
     jax.config.update("jax_platforms", "cpu")
     run = os.getppid()
 

@@ -1,4 +1,4 @@
-"""Datasets that TFDS has prepared as array_record files: reading them needs no TensorFlow."""
+"""Reads datasets that TFDS has prepared as array_record files, without TensorFlow."""
 
 import difflib
 import io
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def open_tfds(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
-    """Opens "tfds:NAME" in the directory that TFDS has prepared it in."""
+    """Opens the prepared dataset "tfds:NAME"."""
     builder = _create_builder(name.partition(":")[2], data_dir)
     features = dict(builder.info.features.items())
     class_names = getattr(features.get("label"), "names", None)
@@ -48,7 +48,7 @@ def _create_builder(name: str, data_dir: str) -> "tensorflow_datasets.core.Datas
     except tfds.core.DatasetNotFoundError as error:
         near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False))
         nearest = f"; nearest are {', '.join(near)}" if near else ""
-        raise UsageError(f"TFDS has no dataset {name!r}, nor has {data_dir or 'its directory'}{nearest}") from error
+        raise UsageError(f"no dataset {name!r} in TFDS or in {data_dir or 'its data_dir'}{nearest}") from error
     except Exception as error:  # each cause has a type of its own: wrong version, wrong config, other file format
         problem = f"cannot be read as array_record ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
     directory = f'data_dir="{data_dir}", ' if data_dir else ""
@@ -61,7 +61,7 @@ def _create_builder(name: str, data_dir: str) -> "tensorflow_datasets.core.Datas
 def _open_split(
     builder: "tensorflow_datasets.core.DatasetBuilder", name: str, rows: np.ndarray, *, read_labels: bool
 ) -> Split:
-    """Opens rows of a split; labels that are not read are replaced by as many of each class."""
+    """Opens rows of a split; without `read_labels`, labels are evenly distributed over the classes."""
     import tensorflow_datasets as tfds
 
     source = builder.as_data_source(split=name, decoders={"image": tfds.decode.SkipDecoding()})

@@ -39,7 +39,7 @@ def create_model(
     dtype: str = "float32",
     remat: str = "none",
 ) -> ImageModel:
-    """Creates a module after checking its arguments, in which lists, as in JSON, are taken for tuples.
+    """Creates a module after validating its arguments; lists, as in JSON, are converted to tuples.
 
     Raises:
         UsageError: an unknown architecture, an unknown argument, or a value of a wrong type or range.
@@ -67,7 +67,7 @@ def model_arguments(model: ImageModel) -> dict[str, typing.Any]:
 
 
 def _expected(name: str, annotation: object, value: object) -> str:
-    """Returns a description of the values that an argument may have, or "" where `value` is one of them."""
+    """Describes the valid values of an argument; "" if `value` is valid."""
     kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     optional = types.NoneType in kinds
     if name in _CHOICES:
@@ -76,7 +76,7 @@ def _expected(name: str, annotation: object, value: object) -> str:
         valid, expected = isinstance(value, bool), "True or False"
     elif float in kinds:
         valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
-        expected = "a number of at least 0 and below 1"
+        expected = "a number in [0, 1)"
     elif int in kinds:
         valid, expected = _is_size(value), f"a positive integer up to {_MAX_SIZE:,}"
     else:

@@ -1,4 +1,4 @@
-"""Constants and functions that the models share."""
+"""Constants and functions shared by the models."""
 
 import re
 from collections.abc import Sequence
@@ -29,14 +29,14 @@ def remat_module(module: type[ModuleType], remat: str, *, static_argnums: tuple[
 
 
 def shard_batch(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-    """Shards the batch axis of an activation over every axis of the mesh, if there is one.
+    """Shards the batch axis of an activation over all axes of the mesh, if there is one.
 
-    Otherwise the compiler may move activations to the shards of a parameter instead of the reverse.
+    Without this constraint, the compiler may move activations to the shards of a parameter instead of the reverse.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    # An axis of size one is that of an image under `jax.vmap(spmd_axis_name=…)`, which shards the mapped axis.
+    # A batch of one is an image under `jax.vmap(spmd_axis_name=…)`, which shards the mapped axis.
     partition = PartitionSpec(mesh.axis_names if x.shape[0] > 1 else None)
     return cast(Array, jax.lax.with_sharding_constraint(x, partition))
 
@@ -54,13 +54,13 @@ class HeadMixin:
 
     @nn.nowrap
     def create_head(self, num_classes: int, name: str | None = None) -> nn.Dense:
-        """Creates the head, features [b d] -> logits; they are at least float32."""
+        """Creates the head, features [b d] -> logits in at least float32."""
         dtype, kernel_init = float32_or_wider(self.dtype), HEAD_INITS[self.head_init]
         return nn.Dense(num_classes, dtype=dtype, kernel_init=kernel_init, name=name)
 
 
 def reduction(units: Sequence[int] | None) -> int:
-    """Returns the side in pixels of one output position of a ResNet's root and blocks; 1 for None, no ResNet."""
+    """Returns the downsampling factor of the root and blocks of a ResNet; 1 for None, no ResNet."""
     return 1 if units is None else 4 << max(0, len(units) - 1)
 
 

@@ -1,7 +1,7 @@
-"""The ResNet before the patches of a hybrid Vision Transformer (Dosovitskiy et al. 2021, section 3.1).
+"""ResNet stem of a hybrid Vision Transformer (Dosovitskiy et al. 2021, section 3.1).
 
-Post-activation bottlenecks with GroupNorm and weight-standardized convolutions. Those of BiT (`models.resnet`) are
-pre-activation, pad zeros on both sides and have other epsilons. Axes: b batch, h w height and width, c channels.
+Post-activation bottlenecks with GroupNorm and weight-standardized convolutions. BiT (`models.resnet`) is
+pre-activation, with symmetric padding and other epsilons. Axes: b batch, h w height and width, c channels.
 """
 
 import functools
@@ -18,9 +18,9 @@ from vit_jax.models.resnet import Block, StdConv
 def apply_stem(
     images: Float[Array, "b h w 3"], *, units: Sequence[int], width: int, remat: str, dtype: DTypeLike
 ) -> Float[Array, "b h2 w2 c"]:
-    """Applies the stem inside a module, at the top of whose parameter tree the checkpoints have its parameters.
+    """Applies the stem in the scope of the calling module, where the checkpoints have its parameters.
 
-    `units` and `width` are as of `resnet.ResNet`; an empty tuple is the root alone.
+    `units` and `width` are as in `resnet.ResNet`; without units, only the root is applied.
     """
     x = nn.relu(create_norm("gn_root", dtype)(create_conv(width, 7, 2, dtype, name="conv_root")(images)))
     x = shard_batch(nn.max_pool(x, (3, 3), (2, 2), padding="SAME"))
@@ -31,7 +31,7 @@ def apply_stem(
 
 
 class Unit(nn.Module):
-    """A post-activation bottleneck: 1 × 1, 3 × 3, 1 × 1 (He et al. 2016); fields as of `resnet.Unit`."""
+    """A post-activation bottleneck: 1 × 1, 3 × 3, 1 × 1 (He et al. 2016); fields as in `resnet.Unit`."""
 
     width: int
     stride: int
@@ -49,7 +49,7 @@ class Unit(nn.Module):
         y = create_conv(self.width, 3, self.stride, self.dtype, name="conv2")(y)
         y = nn.relu(create_norm("gn2", self.dtype)(y))
         y = create_conv(4 * self.width, 1, 1, self.dtype, name="conv3")(y)
-        y = create_norm("gn3", self.dtype, nn.initializers.zeros)(y)  # a new unit is its shortcut
+        y = create_norm("gn3", self.dtype, nn.initializers.zeros)(y)  # initially, a unit is its shortcut
         return shard_batch(nn.relu(shortcut + y))
 
 

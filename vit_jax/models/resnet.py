@@ -1,7 +1,7 @@
 """ResNet (BiT): pre-activation bottlenecks, GroupNorm, weight-standardized convolutions (Kolesnikov et al. 2020).
 
-Submodules have the names of the pretrained checkpoints, except the head: a 1 × 1 convolution there, a matrix called
-`head` here, as in every model. Axes: b batch, h w height and width, c channels, d features.
+Submodules are named as in the pretrained checkpoints, except the head, which is a dense layer `head` instead of a
+1 × 1 convolution. Axes: b batch, h w height and width, c channels, d features.
 """
 
 import functools
@@ -20,13 +20,13 @@ from vit_jax.runtime.errors import UsageError
 
 
 class StdConv(nn.Module):
-    """A convolution without bias whose kernel is standardized for each output channel, in its own dtype."""
+    """A convolution without bias; the kernel is standardized per output channel, in the kernel's dtype."""
 
     features: int
     kernel_size: int
     stride: int
     dtype: DTypeLike
-    padding: str = "CENTERED"  # as many zeros on both sides; of XLA's "SAME" the odd one is at the end
+    padding: str = "CENTERED"  # symmetric zeros; XLA's "SAME" puts an odd one at the end
     variance_epsilon: float = 1e-10
     std_epsilon: float = 0.0
 
@@ -45,7 +45,7 @@ class StdConv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm whose parameters have the names of BiT's checkpoints; sums are at least float32."""
+    """GroupNorm with the parameter names of BiT's checkpoints, computed in at least float32."""
 
     dtype: DTypeLike
 
@@ -60,7 +60,7 @@ class GroupNorm(nn.Module):
 
 
 class _Projection(nn.Module):
-    """The shortcut of a unit whose output has another shape than its input."""
+    """Projection shortcut of a unit whose output shape differs from its input shape."""
 
     features: int
     stride: int
@@ -136,7 +136,7 @@ class _Root(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
         x = StdConv(self.width, 7, 2, self.dtype, name="standardized_conv2d")(images)
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # unlike a pool's padding, these zeros count as values
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # zeros, unlike the -inf that max-pool would pad with
         return shard_batch(nn.max_pool(x, (3, 3), (2, 2)))
 
 
@@ -161,8 +161,8 @@ class ResNet(HeadMixin, nn.Module):
     """Images to class logits; ResNet-50 (BiT) by default.
 
     Attributes:
-        num_classes: width of the head; None has no head and returns the features before it.
-        units: bottlenecks of each block; from the second block on, the first of them halves height and width.
+        num_classes: number of logits; None: no head, the outputs are features.
+        units: number of units of each block; from the second block on, the first unit halves height and width.
         width: channels of the root and of the 3 × 3 convolutions of the first block, a multiple of 32; doubled from
             block to block.
         dtype: of the computation; parameters are always float32, logits at least float32.
@@ -188,23 +188,23 @@ class ResNet(HeadMixin, nn.Module):
     def __call__(self, images: Float[jax.typing.ArrayLike, "b h w 3"], *, train: bool = False) -> Float[Array, "b d"]:
         """Maps images in [-1, 1] to logits [b num_classes], or without a head to features [b d] in `dtype`.
 
-        Logits are float32, or float64 if `dtype` is. `train` has no effect; there is no dropout.
+        Logits are float32, or float64 if `dtype` is. `train` has no effect, as there is no dropout.
         """
         x = _Backbone(self.units, self.width, self.remat, self.dtype, name="resnet")(jnp.asarray(images))
         return x if self.num_classes is None else self.create_head(self.num_classes, name="head")(x)
 
     @property
     def pixels_per_patch(self) -> int:
-        """Side in pixels of one position of the last block."""
+        """Height and width in pixels of one output position of the last block."""
         return common.reduction(self.units)
 
     @nn.nowrap
     def layer_index(self, path: str) -> int:
-        """Raises UsageError: layer-wise learning rate decay is defined for Vision Transformers."""
-        raise UsageError("layer_decay is for the layers of a VisionTransformer; set it to 1 for a ResNet")
+        """Raises UsageError: layer-wise learning rate decay is only defined for Vision Transformers."""
+        raise UsageError("layer_decay is only defined for a VisionTransformer; set it to 1 for a ResNet")
 
     @nn.nowrap
     def validate(self, image_size: int | None = None) -> None:
-        """Raises UsageError unless the width is a multiple of the groups; any image size is accepted."""
+        """Raises UsageError unless the width is a multiple of the number of groups; any image size is valid."""
         if self.width % NUM_GROUPS:
-            raise UsageError(f"model.width {self.width} is not a multiple of {NUM_GROUPS}")
+            raise UsageError(f"model.width is {self.width}; expected a multiple of {NUM_GROUPS}")

@@ -1,6 +1,6 @@
 """The Vision Transformer (Dosovitskiy et al. 2021, section 3.1).
 
-Submodules have the names of the original ViT checkpoint format, so that the flattened parameter tree is its key list.
+Submodules are named as in the original ViT checkpoint format: flattened parameter paths are the checkpoint's keys.
 Axes: b batch, h w height and width, c channels, n tokens, d width.
 """
 
@@ -24,7 +24,7 @@ POOLS = ("cls", "mean", "map")  # the class token, the mean over all tokens, or 
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """Arguments of `VisionTransformer` that its submodules share; attributes as there."""
+    """Arguments of `VisionTransformer` that its submodules share; documented there."""
 
     num_heads: int
     mlp_dim: int
@@ -35,11 +35,11 @@ class BlockConfig:
     dtype: DTypeLike = jnp.float32
 
     def create_norm(self, name: str) -> nn.LayerNorm:
-        """Creates a LayerNorm; its sums are at least float32."""
+        """Creates a LayerNorm with statistics in at least float32."""
         return nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name=name)
 
     def create_attention(self, name: str, *, dropout_rate: float = 0.0) -> nn.MultiHeadDotProductAttention:
-        """Creates attention whose softmax is at least float32."""
+        """Creates attention with a softmax in at least float32."""
         return nn.MultiHeadDotProductAttention(
             num_heads=self.num_heads,
             dtype=self.dtype,
@@ -105,7 +105,7 @@ class EncoderBlock(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """Adds a learned vector to every token (Eq. 1)."""
+    """Adds learned position embeddings (Eq. 1)."""
 
     dtype: DTypeLike
 
@@ -117,7 +117,7 @@ class PositionEmbedding(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Position embeddings, the blocks, and a last norm (Eq. 1 to 4)."""
+    """Position embeddings, blocks and a final norm (Eq. 1 to 4)."""
 
     config: BlockConfig
     num_layers: int
@@ -138,7 +138,7 @@ class Encoder(nn.Module):
 
 
 class MAPHead(nn.Module):
-    """Pools tokens by the attention of a learned probe, and an MLP (Zhai et al. 2022, section 3.2)."""
+    """Pools tokens by attention with a learned probe, followed by an MLP (Zhai et al. 2022, section 3.2)."""
 
     config: BlockConfig
 
@@ -157,24 +157,24 @@ class VisionTransformer(HeadMixin, nn.Module):
     """Images to class logits.
 
     Attributes:
-        num_classes: width of the head; None has no head and returns the features before it.
-        patch_size: side of a patch: pixels, or positions of the stem's output.
+        num_classes: number of logits; None: no head, the outputs are features.
+        patch_size: height and width of a patch in pixels, or in positions of the stem's output.
         hidden_size: width of the tokens.
         num_layers: encoder blocks.
-        num_heads: of each attention; divides `hidden_size`.
+        num_heads: attention heads per block; divides `hidden_size`.
         mlp_dim: hidden width of each MLP.
-        representation_size: width of the tanh layer `pre_logits` before the head; None, as in fine-tuning, has none.
+        representation_size: width of the tanh layer `pre_logits` before the head; None, as in fine-tuning: no layer.
         dropout_rate: after the position embeddings, the attention output and in the MLP.
         attention_dropout_rate: of the attention weights.
         dtype: of the computation; parameters are always float32, logits at least float32.
-        stochastic_depth_rate: of the last block; grows linearly from 0 at the first. A single block is the last one.
+        stochastic_depth_rate: of the last block; increases linearly from 0 at the first. A single block is the last.
         remat: "none", or a key of `REMAT_POLICIES`: which intermediates of a block are kept for the backward pass.
-        gelu_approximate: the GELU is its tanh form, as in Google's checkpoints, or the exact one.
+        gelu_approximate: use the tanh approximation of the GELU, as in Google's checkpoints, or the exact GELU.
         head_init: a key of `HEAD_INITS`: initializer of the head's kernel; its bias is zero.
         layer_norm_epsilon: added to the variance; 1e-6 in Google's checkpoints.
-        stem_units: of a hybrid's ResNet, see `hybrid.apply_stem`; None has none, patches are of pixels.
-        stem_width: channels of the root of that ResNet, a multiple of 32.
-        pool: one of `POOLS`; only with "cls" is there a class token.
+        stem_units: units of each block of a hybrid's ResNet, see `hybrid.apply_stem`; None: no ResNet.
+        stem_width: channels of the root of the ResNet, a multiple of 32.
+        pool: one of `POOLS`; only "cls" has a class token.
 
     Source:
         Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section 3.1.
@@ -209,13 +209,13 @@ class VisionTransformer(HeadMixin, nn.Module):
         Logits are float32, or float64 if `dtype` is. In training, dropout needs `rngs={"dropout": key}`.
 
         Raises:
-            ValueError: height or width is not a multiple of a patch's side.
+            ValueError: height or width is not a multiple of the patch size.
         """
         x = jnp.asarray(images)
         batch, height, width, _ = x.shape
         pixels = self.pixels_per_patch
         if height % pixels or width % pixels:
-            raise ValueError(f"images of {height} × {width} pixels do not divide into patches of {pixels} × {pixels}")
+            raise ValueError(f"images are {height} × {width} pixels; expected multiples of the patch size, {pixels}")
         if self.stem_units is not None:
             x = apply_stem(x, units=self.stem_units, width=self.stem_width, remat=self.remat, dtype=self.dtype)
         patch = (self.patch_size, self.patch_size)
@@ -242,12 +242,12 @@ class VisionTransformer(HeadMixin, nn.Module):
 
     @property
     def pixels_per_patch(self) -> int:
-        """Side in pixels of the square that becomes one token."""
+        """Height and width in pixels of the square that becomes one token."""
         return self.patch_size * reduction(self.stem_units)
 
     @nn.nowrap
     def layer_index(self, path: str) -> int:
-        """Returns the layer of a parameter: 0 the embeddings, i + 1 encoder block i, num_layers + 1 all after them."""
+        """Returns the layer of a parameter: 0 for embeddings, i + 1 for encoder block i, num_layers + 1 after them."""
         if block := re.search(r"encoderblock_(\d+)/", path):
             return int(block[1]) + 1
         is_embedding = re.search(r"(^|/)(cls|embedding|pos_embedding|conv_root|gn_root|block\d+)(/|$)", path)
@@ -255,10 +255,10 @@ class VisionTransformer(HeadMixin, nn.Module):
 
     @nn.nowrap
     def validate(self, image_size: int | None = None) -> None:
-        """Raises UsageError unless the sizes fit each other and, if given, the image size in pixels."""
+        """Raises UsageError if the sizes are incompatible with each other or with the image size in pixels."""
         if self.hidden_size % self.num_heads:
-            raise UsageError(f"model.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+            raise UsageError(f"model.hidden_size is {self.hidden_size}; expected a multiple of {self.num_heads} heads")
         if self.stem_units is not None and self.stem_width % NUM_GROUPS:
-            raise UsageError(f"model.stem_width {self.stem_width} is not a multiple of {NUM_GROUPS}")
+            raise UsageError(f"model.stem_width is {self.stem_width}; expected a multiple of {NUM_GROUPS}")
         if image_size is not None and image_size % self.pixels_per_patch:
-            raise UsageError(f"image_size {image_size} is not a multiple of the patch, {self.pixels_per_patch} pixels")
+            raise UsageError(f"image_size is {image_size}; expected a multiple of the patch, {self.pixels_per_patch}")

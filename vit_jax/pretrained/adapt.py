@@ -15,12 +15,12 @@ from vit_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Origin of every parameter; `str` is a table."""
+    """Origin of every parameter; `str` returns a table."""
 
-    loaded: tuple[str, ...]  # keys of the checkpoint's values
-    resampled: tuple[str, ...]  # keys of values that are interpolated from `old_grid` to `new_grid`
-    new: tuple[str, ...]  # keys of the target's values
-    dropped: tuple[str, ...]  # keys of the checkpoint that are not used
+    loaded: tuple[str, ...]  # keys with the checkpoint's values
+    resampled: tuple[str, ...]  # keys with values interpolated from `old_grid` to `new_grid`
+    new: tuple[str, ...]  # keys with the target's values
+    dropped: tuple[str, ...]  # unused keys of the checkpoint
     old_grid: Grid  # of the checkpoint's patches; zeros if it has none
     new_grid: Grid  # of the model's patches
     sizes: dict[tuple[str, str], int] = dataclasses.field(repr=False)  # (group, key) -> number of parameters
@@ -43,7 +43,7 @@ class Report:
 
 
 def _layer(key: str) -> str:
-    """Returns the name of the layers that a key is counted with."""
+    """Returns the table row that a key is counted in."""
     layer = re.sub(r"(block_?)\d+/.*", r"\1*/…", key)
     return re.sub(r"/(kernel|bias|scale|gamma|beta)$", "/…", layer)
 
@@ -58,16 +58,16 @@ def adapt_params(
 ) -> tuple[Params, Report]:
     """Adapts the parameters of a checkpoint to a model.
 
-    The head is the target's (see `keep_head`), a `pre_logits` that the target lacks is dropped, position embeddings are
-    resampled if the grids differ, and every other key must exist with the same shape.
+    The head keeps the target's values (see `keep_head`), `pre_logits` is dropped if the target lacks it, position
+    embeddings are resampled if the grids differ, and every other key must exist with the same shape.
 
     Args:
         pretrained: parameters as `load_npz` returns them.
-        target: newly initialized parameters of the model. Only of new leaves are the values read; the others may be
-            anything with a shape, such as `jax.ShapeDtypeStruct`.
+        target: newly initialized parameters of the model. Only the values of new leaves are used; the others may be
+            `jax.ShapeDtypeStruct`.
         grid: rows and columns of patches of the model; None: a square.
         pretrained_grid: rows and columns of patches of the checkpoint; None: a square.
-        keep_head: load the head of the checkpoint, too.
+        keep_head: load the checkpoint's head.
 
     Returns:
         Parameters with the structure and shapes of `target`, as new float32 NumPy arrays; and a `Report` of every key.
@@ -112,8 +112,8 @@ def resample_position_embeddings(
 
     Args:
         pos_embedding: [1 1+h*w d]: the class token, then the patches row by row.
-        grid: its h and w.
-        new_grid: h' and w' of the result.
+        grid: (h, w).
+        new_grid: (h', w') of the result.
         class_token: False for embeddings without one, [1 h*w d].
 
     Returns:

@@ -1,4 +1,4 @@
-"""Formats of Google's checkpoints, each converted to the original ViT checkpoint format."""
+"""Converts the formats of Google's checkpoints to the original ViT checkpoint format."""
 
 import re
 
@@ -9,10 +9,10 @@ from vit_jax.pretrained.sizes import POSITION_KEY, is_square
 from vit_jax.types import FlatParams, Params
 
 _PREFIXES = (
-    "opt/target/",  # inside the state of an optimizer: SAM, GSAM
+    "opt/target/",  # optimizer state: SAM, GSAM
     "optimizer/target/",  # the same under another name
-    "params/",  # inside a training state: big_vision
-    "img/",  # beside a text tower: LiT, SigLIP
+    "params/",  # training state: big_vision
+    "img/",  # image tower: LiT, SigLIP
 )
 _BIG_VISION_LAYERS = {
     "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1",
@@ -32,7 +32,7 @@ def to_original(params: Params) -> Params:
 
 
 def _strip_prefixes(flat: FlatParams) -> FlatParams:
-    """Drops what surrounds the parameters."""
+    """Strips the prefixes of optimizer states, training states and image towers."""
     for prefix in _PREFIXES:
         stripped = {key.removeprefix(prefix): leaf for key, leaf in flat.items() if key.startswith(prefix)}
         flat = stripped or flat
@@ -52,7 +52,7 @@ def _unstack_blocks(flat: FlatParams) -> FlatParams:
 
 
 def _nest_map_head(flat: FlatParams) -> FlatParams:
-    """Renames a pooling head at the top level: old big_vision."""
+    """Renames a top-level pooling head, as in old big_vision checkpoints."""
     if "probe" not in flat:
         return flat
     layers = ("probe", "MultiHeadDotProductAttention_0/", "LayerNorm_0/", "MlpBlock_0/")
@@ -60,9 +60,9 @@ def _nest_map_head(flat: FlatParams) -> FlatParams:
 
 
 def _add_sincos_positions(flat: FlatParams) -> FlatParams:
-    """Adds the position embeddings that big_vision computes and does not store.
+    """Adds sincos position embeddings, which big_vision computes and does not store.
 
-    They are sines and cosines of columns, then of rows, at width / 4 frequencies from 1 down to 1e-4.
+    They are sines and cosines of columns, then of rows, at width / 4 frequencies from 1 to 1e-4.
     """
     kernel = flat.get("embedding/kernel")
     if kernel is None or kernel.ndim != 4 or any(key == "cls" or key.endswith("pos_embedding") for key in flat):
@@ -91,7 +91,7 @@ def _move_positions(flat: FlatParams) -> FlatParams:
         if key in flat:
             positions = flat[key]
             if "cls" in flat and positions.ndim == 3 and not is_square(positions.shape[1] - 1):
-                # The class token is not among the tokens that position embeddings are added to, as it is in old files.
+                # Unlike in the original format, the class token has no position embedding.
                 positions = np.concatenate([np.zeros_like(positions[:, :1]), positions], axis=1)
             flat = {other: leaf for other, leaf in flat.items() if other != key} | {POSITION_KEY: positions}
     return flat
@@ -126,4 +126,4 @@ CONVERSIONS = (
     _squeeze_group_norms,
     _squeeze_head,
 )
-"""In the order in which they are applied; each returns parameters that lack its difference as they are."""
+"""Conversions in the order of application; each leaves other formats unchanged."""

@@ -17,7 +17,7 @@ from vit_jax.pretrained.sizes import POSITION_KEY, differences, parameter_shapes
 from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.types import FlatParams, Params
 
-_LAYERS = {  # ours -> theirs, in a block
+_LAYERS = {  # vit_jax -> Hugging Face, in a block
     "LayerNorm_0": "layernorm_before",
     "MultiHeadDotProductAttention_1/query": "attention.attention.query",
     "MultiHeadDotProductAttention_1/key": "attention.attention.key",
@@ -27,14 +27,14 @@ _LAYERS = {  # ours -> theirs, in a block
     "MlpBlock_3/Dense_0": "intermediate.dense",
     "MlpBlock_3/Dense_1": "output.dense",
 }
-_OTHERS = {  # ours -> theirs, outside the blocks
+_OTHERS = {  # vit_jax -> Hugging Face, outside the blocks
     "cls": "vit.embeddings.cls_token",
     POSITION_KEY: "vit.embeddings.position_embeddings",
     "embedding": "vit.embeddings.patch_embeddings.projection",
     "Transformer/encoder_norm": "vit.layernorm",
     "head": "classifier",
 }
-_ARGUMENTS = {  # ours -> theirs
+_ARGUMENTS = {  # vit_jax -> Hugging Face
     "patch_size": "patch_size",
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -42,17 +42,17 @@ _ARGUMENTS = {  # ours -> theirs
     "mlp_dim": "intermediate_size",
     "layer_norm_epsilon": "layer_norm_eps",
 }
-_ACTIVATIONS = {"gelu": False, "gelu_pytorch_tanh": True, "gelu_new": True}  # theirs -> `gelu_approximate`
+_ACTIVATIONS = {"gelu": False, "gelu_pytorch_tanh": True, "gelu_new": True}  # Hugging Face -> `gelu_approximate`
 
 
 def save_huggingface(directory: Path, params: Params, metadata: ModelMetadata) -> None:
-    """Writes the files that `ViTForImageClassification.from_pretrained` and `load_huggingface` read."""
+    """Saves the files that `ViTForImageClassification.from_pretrained` and `load_huggingface` read."""
     from safetensors.numpy import save
 
     odd = [f"parameters {name}" for name in ("pre_logits", "conv_root", "MAPHead_0", "resnet") if name in params]
     odd += [] if "cls" in params else ["no class token"]
     if odd:
-        raise UserError(f"the model has {odd[0]}, which a ViTForImageClassification cannot have; take another --format")
+        raise UserError(f"the model has {odd[0]}, unlike any ViTForImageClassification; give another --format")
     config, preprocessor = _configs(metadata)
     tensors = {name: np.ascontiguousarray(leaf) for name, leaf in _to_huggingface(jax.device_get(params)).items()}
     (directory / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
@@ -62,7 +62,7 @@ def save_huggingface(directory: Path, params: Params, metadata: ModelMetadata) -
 
 
 def _to_huggingface(params: Params) -> FlatParams:
-    """Returns the tensors of a `ViTForImageClassification`."""
+    """Converts parameters to the tensors of a `ViTForImageClassification`."""
     tensors = {}
     for key, leaf in flatten_dict(params, sep="/").items():
         if key == "embedding/kernel":
@@ -123,17 +123,17 @@ def load_huggingface(directory: Path) -> tuple[Params, ModelMetadata]:
         params = _from_huggingface(load_file(directory / "model.safetensors"), metadata)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{directory} is not a complete ViTForImageClassification: {one_line(error)}") from error
-    own = load_metadata(directory, params)  # of an export: the other files do not tell the dtype of the computation
+    own = load_metadata(directory, params)  # of an export: only it has the dtype of the computation
     return params, dataclasses.replace(metadata, dtype=own.dtype) if own else metadata
 
 
 def _metadata(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelMetadata:
-    """Returns the metadata in the two JSON files of Hugging Face."""
+    """Converts the two JSON files of Hugging Face to metadata."""
     supported = {"model_type": ("vit",), "hidden_act": tuple(_ACTIVATIONS), "qkv_bias": (True,), "num_channels": (3,)}
     for key, values in supported.items():
         if config.get(key, values[0]) not in values:  # configs of old versions lack some
             raise ValueError(f"{key} of config.json is {config[key]!r}; expected one of {values}")
-    names = config.get("id2label") or {"0": "0", "1": "1"}  # left out for two classes without names
+    names = config.get("id2label") or {"0": "0", "1": "1"}  # omitted for two classes without names
     model = {ours: config[theirs] for ours, theirs in _ARGUMENTS.items()}
     value = {
         "architecture": "vit",
@@ -150,7 +150,7 @@ def _metadata(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Mod
 
 
 def _from_huggingface(tensors: FlatParams, metadata: ModelMetadata) -> Params:
-    """Returns our parameters for their tensors."""
+    """Converts the tensors of a `ViTForImageClassification` to parameters."""
     shapes = parameter_shapes(metadata.create_model(), (metadata.image_size // metadata.model["patch_size"]) ** 2)
     ours = unflatten_dict({key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in shapes.items()}, sep="/")
     expected = shapes_of(jax.eval_shape(_to_huggingface, ours))
@@ -171,7 +171,7 @@ def _from_huggingface(tensors: FlatParams, metadata: ModelMetadata) -> Params:
 
 
 def _their_name(key: str) -> str:
-    """Returns the name of their tensor for one of our keys."""
+    """Returns Hugging Face's name of a parameter."""
     if key in _OTHERS:
         return _OTHERS[key]
     layer, _, leaf = key.rpartition("/")

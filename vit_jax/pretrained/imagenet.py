@@ -1,4 +1,4 @@
-"""The classes of ImageNet's challenge of 2012, in the order of the released heads."""
+"""The classes of ImageNet-2012, in the order of the pretrained heads."""
 
 import functools
 import importlib.resources
@@ -6,9 +6,9 @@ import importlib.resources
 
 @functools.cache
 def imagenet_classes() -> tuple[tuple[str, str], ...]:
-    """(WordNet's number, such as "n01440764", and a name, such as "tench") of each of the 1,000 classes.
+    """Returns (WordNet ID, name) of the 1,000 classes, such as ("n01440764", "tench").
 
-    Names differ: where two synsets share their first lemma, a further lemma or that of the synset above is added.
+    Names are unique: if two synsets share their first lemma, another lemma or that of the parent is added.
 
     Source:
         Russakovsky et al. 2015, "ImageNet Large Scale Visual Recognition Challenge"; names from WordNet 3.0, Copyright
@@ -20,7 +20,7 @@ def imagenet_classes() -> tuple[tuple[str, str], ...]:
 
 
 def canonical_name(name: str) -> str:
-    """WordNet's number of an ImageNet class, whether `name` is that or the name; any other name as it is."""
+    """Returns the WordNet ID of an ImageNet class, given by name or ID; returns other names unchanged."""
     return _numbers().get(name.replace("_", " "), name)
 
 

@@ -1,4 +1,4 @@
-"""Loads any model by its name or path; saves and loads a directory with an Orbax checkpoint."""
+"""Loads models by name or path; saves and loads Orbax exports."""
 
 from pathlib import Path
 
@@ -19,14 +19,14 @@ def read_model(name_or_path: str) -> tuple[Params, ModelMetadata | None]:
     """Loads the parameters and the metadata of a model.
 
     Args:
-        name_or_path: name of a pretrained checkpoint, an `.npz` file, or a directory of `save_orbax`,
+        name_or_path: name of a pretrained checkpoint, an `.npz` file, or a directory written by `save_orbax`,
             `huggingface.save_huggingface` or Hugging Face.
 
     Returns:
-        (params, metadata): with the keys of the original ViT checkpoint format; None where a file has no metadata.
+        (params, metadata): parameters in the original ViT checkpoint format; None for files without metadata.
 
     Raises:
-        UserError: it does not exist, is damaged, or has values that are not finite in float32.
+        UserError: the model does not exist, is damaged, or has values that are not finite in float32.
     """
     path, metadata = resolve(name_or_path), None
     if (path / "model.safetensors").exists():
@@ -37,7 +37,7 @@ def read_model(name_or_path: str) -> tuple[Params, ModelMetadata | None]:
         if (path / "checkpoints").is_dir():
             raise UserError(f"{path} is a run directory; give an export of it (python -m vit_jax.export)")
         expected = "checkpoints/, params/ or model.safetensors in it"
-        raise UserError(f"{path} is neither a run directory nor an orbax or safetensors export: expected {expected}")
+        raise UserError(f"{path} is neither a run directory nor an orbax or safetensors export; expected {expected}")
     else:
         params, metadata = to_original(load_npz(path)), read_metadata(path)
     try:
@@ -58,7 +58,7 @@ def _check_finite(params: Params) -> None:
 
 
 def save_orbax(directory: Path, params: Params, metadata: ModelMetadata) -> None:
-    """Writes parameters as an Orbax checkpoint, `directory/params`, and `directory/metadata.json`."""
+    """Saves parameters as an Orbax checkpoint, `directory/params`, and `directory/metadata.json`."""
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
@@ -74,7 +74,7 @@ def load_orbax(directory: Path) -> tuple[Params, ModelMetadata | None]:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             shapes = dict(checkpointer.metadata(path).item_metadata)
-            # Orbax restores into host arrays if it is given some.
+            # Given NumPy arrays, Orbax restores to host memory.
             params = checkpointer.restore(path, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)[:300]}; export it again") from error

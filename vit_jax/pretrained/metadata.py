@@ -1,4 +1,4 @@
-"""Metadata of a checkpoint: its model, the names of its classes, and the preprocessing of its images."""
+"""Metadata of a checkpoint: model, class names and image preprocessing."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ _RENAMED = {"pixel_mean": "image_mean", "pixel_deviation": "image_std"}  # since
 
 @dataclasses.dataclass(frozen=True)
 class ModelMetadata:
-    """Metadata that every export and every checkpoint of a run has."""
+    """Metadata in every export and every checkpoint of a run."""
 
     architecture: str  # a key of `models.ARCHITECTURES`
     model: Mapping[str, Any]  # constructor arguments, `num_classes` included
@@ -30,10 +30,10 @@ class ModelMetadata:
     dtype: str = "float32"  # of the computation
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # per channel, of pixels from 0 to 1
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    vit_jax: str = vit_jax.__version__  # that wrote the metadata
+    vit_jax: str = vit_jax.__version__  # version that wrote the metadata
 
     def __post_init__(self) -> None:
-        """Checks types and ranges, which in JSON of other tools and older versions can be any."""
+        """Validates types and ranges, as JSON of other tools and older versions can have any."""
         names, mean, std = self.class_names, self.image_mean, self.image_std
         rules = {
             "architecture": (self.architecture in tuple(ARCHITECTURES), f"one of {', '.join(ARCHITECTURES)}"),
@@ -65,9 +65,9 @@ class ModelMetadata:
 
     @classmethod
     def from_params(cls, params: Params) -> "ModelMetadata":
-        """Returns the metadata of a checkpoint that has none, such as Google's, from the shapes of its parameters.
+        """Infers the metadata of a checkpoint that has none, such as Google's, from the shapes of its parameters.
 
-        The classes of a head of 1,000 are those of ImageNet; other classes are named "0", "1", ….
+        1,000 classes are assumed to be those of ImageNet; other classes are named "0", "1", ….
         """
         architecture, sizes = infer_sizes(params)
         names = tuple(name for _, name in imagenet_classes())
@@ -78,7 +78,7 @@ class ModelMetadata:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "ModelMetadata":
-        """Returns the metadata for what `to_json` returned, in this version or an older one; ignores unknown keys."""
+        """Inverts `to_json`, of this version or an older one; ignores unknown keys."""
         names = [field.name for field in dataclasses.fields(cls)]
         renamed = {_RENAMED.get(key, key): _tuples(item) for key, item in value.items()}
         return cls(**{key: item for key, item in renamed.items() if key in names})
@@ -95,7 +95,7 @@ class ModelMetadata:
         return create_model(self.architecture, arguments, num_classes=num_classes, dtype=self.dtype)
 
     def validate(self, params: Params) -> None:
-        """Raises UserError if the parameters are of another model."""
+        """Raises UserError if the metadata does not match the parameters."""
         architecture, sizes = infer_sizes(params)
         expected = {"architecture": architecture, **sizes, "number of class_names": sizes["num_classes"] or 0}
         found = {"architecture": self.architecture, **self.model, "number of class_names": len(self.class_names)}
@@ -106,19 +106,19 @@ class ModelMetadata:
         wrong = [key for key in expected if found.get(key) != expected[key]]
         if wrong:
             differences = ", ".join(f"{key} {found.get(key)} instead of {expected[key]}" for key in wrong)
-            raise UserError(f"its metadata is not that of its parameters: {differences}; export it again")
+            raise UserError(f"its metadata does not match its parameters: {differences}; export it again")
 
 
 def wrap_metadata(metadata: ModelMetadata, expected: Mapping[str, str]) -> dict[str, Json]:
-    """Returns JSON for storage beside arrays of the expected checksums; its own checksum covers both."""
+    """Returns the metadata as JSON, with a checksum of it and of the arrays' expected checksums."""
     value = metadata.to_json()
     return {"crc32": checksum_json([value, expected]), "metadata": value}
 
 
 def unwrap_metadata(value: Mapping[str, Any], found: Mapping[str, str]) -> ModelMetadata:
-    """Returns the metadata in JSON that was stored beside arrays whose checksums are now `found`.
+    """Verifies and returns metadata that was saved with arrays whose checksums are now `found`.
 
-    The JSON is of `wrap_metadata`, perhaps with "checksums" of the arrays; or metadata alone, of version 0.1.
+    `value` is from `wrap_metadata`, optionally with "checksums" of the arrays, or plain metadata of version 0.1.
     """
     if "architecture" in value:
         return ModelMetadata.from_json(value)
@@ -132,14 +132,14 @@ def unwrap_metadata(value: Mapping[str, Any], found: Mapping[str, str]) -> Model
 
 
 def save_metadata(directory: Path, metadata: ModelMetadata, params: Params) -> None:
-    """Writes the metadata, and the checksums of the parameters, to `directory/metadata.json`."""
+    """Saves the metadata and the checksums of the parameters to `directory/metadata.json`."""
     expected = checksums(params)
     value = {**wrap_metadata(metadata, expected), "checksums": expected}
     (directory / "metadata.json").write_text(json.dumps(value, indent=2) + "\n")
 
 
 def load_metadata(directory: Path, params: Params) -> ModelMetadata | None:
-    """Reads what `save_metadata` wrote, or version 0.1 to about.json; None if there is neither."""
+    """Loads metadata.json, or about.json of version 0.1; returns None if there is neither."""
     paths = [path for name in ("metadata.json", "about.json") if (path := directory / name).exists()]
     if not paths:
         return None
@@ -155,7 +155,7 @@ def _are_channels(values: object) -> bool:
 
 
 def _tuples(value: Any) -> Any:
-    """Returns a JSON value with tuples in place of lists."""
+    """Converts lists in a JSON value to tuples."""
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

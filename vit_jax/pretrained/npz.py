@@ -1,4 +1,4 @@
-"""Checkpoints as `numpy.savez` writes them: verified when read, written atomically."""
+"""Loads and saves .npz checkpoints: verified when read, written atomically."""
 
 import io
 import json
@@ -17,18 +17,18 @@ from vit_jax.types import FlatParams, Params
 
 
 def load_npz(path: str | os.PathLike[str]) -> Params:
-    """Loads the arrays of a file; verifies their CRC-32, and never unpickles.
+    """Loads an .npz checkpoint; verifies CRC-32 checksums and never unpickles.
 
     Args:
-        path: a file as `numpy.savez` writes it.
+        path: a file in the format of `numpy.savez`.
 
     Returns:
         Nested dictionary of arrays whose joined keys are the file's keys. Shapes and dtypes are the file's, except
         that bfloat16, which the format stores as two raw bytes, becomes float32 of the same values.
 
     Raises:
-        UserError: the file cannot be read, is truncated, damaged or not an .npz file, or has arrays of other types than
-            real numbers.
+        UserError: the file cannot be read, is truncated, damaged or not an .npz file, or has arrays that are not real
+            numbers.
     """
     path = Path(path)
     name = ""
@@ -44,7 +44,7 @@ def load_npz(path: str | os.PathLike[str]) -> Params:
             f"{path} cannot be read: {error.strerror or one_line(error)}; give the path of an .npz file, or the name "
             "of a pretrained checkpoint such as imagenet21k/ViT-B_16"
         ) from error
-    except Exception as error:  # for damaged files zipfile, its decompressors and NumPy raise nearly anything
+    except Exception as error:  # zipfile, its decompressors and NumPy can raise anything for damaged files
         raise UserError(
             f"{path} is truncated, damaged or not an .npz file: {name}{one_line(error)} "
             f"(it has {path.stat().st_size:,} bytes); download or copy it again"
@@ -53,7 +53,7 @@ def load_npz(path: str | os.PathLike[str]) -> Params:
 
 
 def _decode(content: bytes) -> np.ndarray:
-    """Returns the array in an .npy file."""
+    """Decodes an .npy file."""
     array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     if array.dtype == np.dtype("V2"):
         array = array.view(jnp.bfloat16).astype(np.float32)
@@ -67,7 +67,7 @@ def read_metadata(path: str | os.PathLike[str]) -> ModelMetadata | None:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         text = b"".join([archive.comment, *(info.comment for info in members)])
-    if not text.startswith(b"{") and b'"metadata":{' not in text:  # no single flipped bit hides both
+    if not text.startswith(b"{") and b'"metadata":{' not in text:  # one flipped bit cannot hide both
         return None
     try:
         return unwrap_metadata(json.loads(text), _checksums(members))
@@ -76,14 +76,14 @@ def read_metadata(path: str | os.PathLike[str]) -> ModelMetadata | None:
 
 
 def save_npz(path: str | os.PathLike[str], params: Params, metadata: ModelMetadata | None = None) -> None:
-    """Writes parameters as `numpy.savez` does, atomically; equal parameters give equal bytes.
+    """Saves parameters atomically in the format of `numpy.savez`; equal parameters give equal bytes.
 
-    The metadata is JSON in the comments of the ZIP archive, which `numpy.load(path)` does not see: its own and, past
-    the 65,535 bytes that a comment can have, those of its members in their order.
+    Metadata is stored as JSON in the comment of the ZIP archive, which `numpy.load` ignores; beyond the 65,535 bytes
+    of a comment, it continues in the comments of the members.
 
     Args:
-        path: file to write; its directory exists.
-        params: nested dictionary of arrays, NumPy's or JAX's; their joined keys become the file's keys.
+        path: file to write; its directory must exist.
+        params: nested dictionary of NumPy or JAX arrays; the joined keys become the file's keys.
         metadata: of the model; `read_metadata` returns it.
 
     Raises:
@@ -109,5 +109,5 @@ def _write_comments(archive: zipfile.ZipFile, metadata: ModelMetadata) -> None:
 
 
 def _checksums(members: list[zipfile.ZipInfo]) -> dict[str, str]:
-    """Returns those of ZIP, which cover the arrays' headers, too."""
+    """Returns the checksums of the ZIP archive, which include the arrays' headers."""
     return {info.filename: f"{info.CRC:08x}" for info in members}

@@ -1,4 +1,4 @@
-"""Pretrained checkpoints by name: Google's, downloaded into the cache, and the one that ships with the package."""
+"""Finds pretrained checkpoints by name: Google's, downloaded to the cache, and the one in the package."""
 
 import csv
 import difflib
@@ -31,20 +31,20 @@ RELEASED = (
     "bit_models/BiT-S-R50x1",
     *(f"big_vision/vit_s16_i1k_{epochs}ep" for epochs in (90, 150, 300)),
 )
-"""Names of Google's checkpoints. BiT-M is of ImageNet-21k; BiT-S, big_vision, sam and gsam of ImageNet-2012. There is
-also every checkpoint of "augreg", see `resolve`."""
+"""Names of Google's checkpoints. BiT-M was trained on ImageNet-21k; BiT-S, big_vision, sam and gsam on ImageNet-2012.
+For the checkpoints of "augreg", see `resolve`."""
 
 _URL = "https://storage.googleapis.com/"
 _AUGREG = "augreg/"
 
 
 def is_name(text: str) -> bool:
-    """Returns whether `resolve` takes this for a name and not for a path."""
+    """Returns True if `resolve` treats this as a name, not as a path."""
     return text == "micro" or text in RELEASED or (text.startswith(_AUGREG) and not Path(text).exists())
 
 
 def needs_download(name_or_path: str) -> bool:
-    """Returns whether `resolve` would download the checkpoint."""
+    """Returns True if `resolve` would download the checkpoint."""
     return is_name(name_or_path) and name_or_path != "micro" and not _cached(f"{name_or_path}.npz").exists()
 
 
@@ -52,9 +52,9 @@ def resolve(name_or_path: str) -> Path:
     """Returns the path of a checkpoint; downloads it if necessary.
 
     Args:
-        name_or_path: "micro", which ships with the package; a path; a name in `RELEASED`; "augreg/" and the name of a
-            file without .npz; or "augreg/" and a variant such as "B_16", which means its ImageNet-21k checkpoint of the
-            best validation accuracy.
+        name_or_path: "micro", which is part of the package; a path; a name in `RELEASED`; "augreg/" and a file name
+            without .npz; or "augreg/" and a variant such as "B_16", for its ImageNet-21k checkpoint with the best
+            validation accuracy.
     """
     if name_or_path == "micro":
         return Path(str(importlib.resources.files("vit_jax") / "assets" / "ViT-micro_4.npz"))
@@ -87,25 +87,25 @@ def _cached(file: str) -> Path:
 
 
 def _best_augreg(variant: str) -> str:
-    """Returns the name of a variant's ImageNet-21k checkpoint of the best final validation accuracy."""
+    """Returns the name of a variant's ImageNet-21k checkpoint with the best final validation accuracy."""
     rows = _read_index(_fetch(f"{_AUGREG}index.csv", _read_index))
     accuracies = {file: accuracy for file, accuracy in rows.items() if file.split("-")[0] == variant}
     if not accuracies:
         variants = dict.fromkeys(file.split("-")[0] for file in rows)
-        raise UsageError(f"no variant {_AUGREG}{variant}; give the name of a file, or one of {', '.join(variants)}")
+        raise UsageError(f"unknown variant {_AUGREG}{variant}; expected a file name, or one of {', '.join(variants)}")
     best = max(accuracies, key=lambda file: accuracies[file])
     print(f"{_AUGREG}{variant} is {_AUGREG}{best}", file=sys.stderr)
     return f"{_AUGREG}{best}"
 
 
 def _read_index(path: Path) -> dict[str, float]:
-    """Returns {file: final validation accuracy} of the ImageNet-21k checkpoints in the index of augreg."""
+    """Reads {file: final validation accuracy} of the ImageNet-21k checkpoints from the index of augreg."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         return {row["filename"]: float(row["final_val"]) for row in rows if row["ds"] == "i21k"}
     except (ValueError, TypeError, KeyError, csv.Error) as error:
-        raise UserError(f"{path} is not an index of augreg: expected the columns filename, ds, final_val") from error
+        raise UserError(f"{path} is not an index of augreg; expected the columns filename, ds, final_val") from error
 
 
 def _check_checkpoint(path: Path) -> None:

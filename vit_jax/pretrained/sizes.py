@@ -1,4 +1,4 @@
-"""Architecture and sizes of a model, read off the shapes of its parameters."""
+"""Infers the architecture and sizes of a model from the shapes of its parameters."""
 
 import collections
 import functools
@@ -22,17 +22,17 @@ Grid = tuple[int, int]
 
 Shape = tuple[int, ...]
 Sizes = dict[str, Any]
-"""Constructor arguments of a module that the shapes of its parameters depend on."""
+"""Constructor arguments of a module that determine the shapes of its parameters."""
 
 
 def infer_sizes(params: Params) -> tuple[str, Sizes]:
-    """Returns the architecture that parameters are of, and the arguments of its constructor.
+    """Returns the architecture and the constructor arguments of the model that parameters belong to.
 
     Args:
-        params: nested dictionary of arrays, or of anything with a shape, in the format that `to_original` returns.
+        params: nested dictionary of arrays or `jax.ShapeDtypeStruct`, in the original ViT checkpoint format.
 
     Raises:
-        UserError: the parameters are not exactly those of a known model; names keys.
+        UserError: the keys and shapes are not exactly those of a known model; the message names keys.
     """
     shapes = shapes_of(params)
     architecture = find_architecture(shapes)
@@ -50,7 +50,7 @@ def infer_sizes(params: Params) -> tuple[str, Sizes]:
 
 
 def find_architecture(keys: Iterable[str]) -> str:
-    """Returns the architecture whose keys these are."""
+    """Returns the architecture that parameter keys belong to."""
     keys = sorted(keys)
     for architecture, (prefix, _) in _READERS.items():
         if any(key.startswith(prefix) for key in keys):
@@ -61,7 +61,7 @@ def find_architecture(keys: Iterable[str]) -> str:
 
 @functools.lru_cache(maxsize=8)
 def parameter_shapes(model: ImageModel, num_patches: int) -> Mapping[str, Shape]:
-    """Returns {key: shape} of a module's parameters for images of so many patches, by tracing its initialization."""
+    """Returns {key: shape} of a module's parameters for `num_patches` patches, by tracing the initialization."""
     side = model.pixels_per_patch
     images = jax.ShapeDtypeStruct((1, side, side * num_patches, 3), jnp.float32)
     return shapes_of(jax.eval_shape(model.init, jax.ShapeDtypeStruct((2,), jnp.uint32), images)["params"])
@@ -73,7 +73,7 @@ def shapes_of(params: Params) -> dict[str, Shape]:
 
 
 def infer_image_size(params: Params, model: ImageModel) -> int | None:
-    """Returns the size in pixels of the square images that position embeddings are for; None if there are none."""
+    """Returns the image size in pixels of the position embeddings; None if there are none."""
     if "Transformer" not in params:
         return None
     num_patches: int = params["Transformer"]["posembed_input"]["pos_embedding"].shape[1] - ("cls" in params)
@@ -82,19 +82,19 @@ def infer_image_size(params: Params, model: ImageModel) -> int | None:
 
 
 def find_grid(num_patches: int, grid: Grid | None = None, *, name: str = "grid") -> Grid:
-    """Returns the grid of so many patches: as given in the argument called `name`, or a square."""
+    """Returns the grid of `num_patches` patches: `grid`, or a square; errors call the argument `name`."""
     rows, columns = grid or (math.isqrt(max(0, num_patches)),) * 2
     if rows * columns != num_patches or rows < 1:
         given = f"{name} is {rows} × {columns}" if grid else "they are not a square"
         raise UserError(
-            f"position embeddings are of {num_patches} patches, but {given}; commands and configs need a square, "
-            f"in Python pretrained.adapt_params takes {name}=(rows, columns)"
+            f"position embeddings have {num_patches} patches, but {given}; commands and configs need a square, "
+            f"in Python, give pretrained.adapt_params {name}=(rows, columns)"
         )
     return rows, columns
 
 
 def is_square(num_patches: int) -> bool:
-    """Returns whether so many patches are a square."""
+    """Returns True if the patches form a square grid."""
     return num_patches > 0 and math.isqrt(num_patches) ** 2 == num_patches
 
 
@@ -171,5 +171,5 @@ def _count_units(keys: Iterable[str]) -> tuple[int, ...]:
     return tuple(counts[block] for block in sorted(counts))
 
 
-# Architecture -> (how some keys of its parameters start, shapes -> (sizes, number of patches)).
+# Architecture -> (prefix of some keys, function from shapes to (sizes, number of patches)).
 _READERS = {"vit": ("Transformer/encoderblock_", _vit_sizes), "resnet50": ("resnet/block", _resnet_sizes)}

@@ -1,1 +1,1 @@
-"""What every layer uses: errors, progress bars, files, downloads, processes, devices."""
+"""Shared by all layers: errors, progress bars, files, downloads, processes, devices."""

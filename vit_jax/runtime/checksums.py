@@ -13,14 +13,14 @@ _BLOCK_ROWS = 512
 
 
 def checksum(array: Any) -> str:
-    """Returns the checksum of an array's bytes in row-major order, eight hexadecimal digits, however it is sharded.
+    """Returns the checksum of an array's bytes as eight hexadecimal digits, independent of the sharding.
 
-    It is the CRC-32 of the bytes of a small array. Large arrays are read as blocks of rows of 8 KiB, and the CRC-32 is
-    that of the sums of 64-bit integers over rows and columns: three times as fast, and it still differs for any change
-    of one bit, any exchange of two values and any change within one row or one column.
+    For small arrays, it is the CRC-32 of the bytes in row-major order. For large arrays, it is the CRC-32 of the row
+    and column sums of 64-bit integers in blocks of 8 KiB rows: three times as fast, and it still detects any flipped
+    bit, any swap of two values and any change within one row or one column.
     """
     if isinstance(array, jax.Array) and array.is_fully_replicated:
-        array = array.addressable_data(0)  # unlike the whole, it does not keep its copy on the host
+        array = array.addressable_data(0)  # unlike the full array, it does not cache a host copy
     elif isinstance(array, jax.Array) and not array.is_fully_addressable:
         array = multihost_utils.process_allgather(array, tiled=True)
     # As uint8: NumPy exports no buffer of bfloat16.
@@ -41,11 +41,11 @@ def checksums(tree: Any) -> dict[str, str]:
 
 
 def mismatches(tree: Any, expected: dict[str, str]) -> list[str]:
-    """Returns the paths whose checksum is not the expected one, or that the tree or the checksums lack."""
+    """Returns the paths whose checksums differ, or that are only in the tree or only in the checksums."""
     found = checksums(tree)
     return [path for path in {**found, **expected} if found.get(path) != expected.get(path)]
 
 
 def checksum_json(value: object) -> str:
-    """Returns the CRC-32 of a JSON value, whatever the order of its keys."""
+    """Returns the CRC-32 of a JSON value, independent of the order of keys."""
     return f"{zlib.crc32(json.dumps(value, separators=(',', ':'), sort_keys=True).encode()):08x}"

@@ -1,4 +1,4 @@
-"""Several processes as one run: they find each other, take turns, agree on values, and end together."""
+"""Multi-process runs: initialization, synchronization, collectives and failure detection."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from vit_jax.runtime.errors import UsageError, UserError, one_line, report_error
 
 SILENT_SECONDS = 30  # a process that publishes nothing for this long is considered dead; JAX's own limit is 100
-_LOST_PEER = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # in JAX's errors when another process is gone
+_LOST_PEER = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # in JAX's errors if another process is gone
 
 
 @contextlib.contextmanager
@@ -29,17 +29,17 @@ def initialize_processes(
     *,
     wait_seconds: int = 300,
 ) -> Iterator[None]:
-    """Connects the processes of a run; to be entered before any other use of JAX.
+    """Connects the processes of a run; must be entered before any other use of JAX.
 
-    Without arguments the tasks of a SLURM step and the pods of an indexed Kubernetes job find each other; any other
-    process runs alone. Only the main process prints. When one process fails or is killed, the others end within a
-    minute, each with one line that names it and exit code 1; so do those whose peers do not come in `wait_seconds`.
+    Without arguments, the tasks of a SLURM step or the pods of an indexed Kubernetes job are detected; any other run
+    has one process. Only the main process prints. If a process fails or is killed, the others exit within a minute
+    with code 1 and one line that names it; a process also exits if the others do not connect in `wait_seconds`.
 
     Args:
         coordinator: "host:port" of process 0, which listens there.
-        num_processes: of the run; 1 runs alone.
-        process_id: of this process, from 0.
-        wait_seconds: for the other processes.
+        num_processes: number of processes; 1 disables detection.
+        process_id: index of this process, from 0.
+        wait_seconds: timeout for the connection.
     """
     detect = coordinator is None and num_processes is None and process_id is None
     if num_processes == 1 or (detect and not _is_cluster()):
@@ -55,14 +55,14 @@ def initialize_processes(
             coordinator,
             num_processes,
             process_id,
-            cluster_detection_method=None if detect else "deactivate",  # in SLURM it would take one device only
+            cluster_detection_method=None if detect else "deactivate",  # SLURM detection would use one device only
             initialization_timeout=wait_seconds + 60,
             shutdown_timeout_seconds=wait_seconds,
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
-            f"this process could not join the others ({one_line(error)[:300]}); give --coordinator, --num_processes "
-            "and --process_id; Kubernetes without them: pip install 'jax[k8s]'"
+            f"cannot connect to the other processes ({one_line(error)[:300]}); give --coordinator, --num_processes "
+            "and --process_id, or on Kubernetes pip install 'jax[k8s]'"
         ) from error
     finally:
         timer.cancel()
@@ -70,7 +70,7 @@ def initialize_processes(
     try:
         with contextlib.nullcontext() if is_main_process() else _silence():
             num_local = jax.local_device_count()
-            print(f"{jax.process_count()} processes, {jax.device_count()} devices, {num_local} of them here")
+            print(f"{jax.process_count()} processes, {jax.device_count()} devices, {num_local} of them local")
             yield
         watch.leave()
     except (Exception, KeyboardInterrupt) as error:
@@ -78,13 +78,13 @@ def initialize_processes(
 
 
 def is_main_process() -> bool:
-    """Returns whether this process prints, and writes metrics and figures: process 0, or the only one."""
+    """Returns True for process 0, which prints and writes metrics and figures."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
-    """Lets the main process run the body before the others, which find what it has downloaded."""
+    """Runs the body in the main process first, so that the others find its downloads."""
     if not is_main_process():
         sync_processes("main_process_first")
     try:
@@ -95,17 +95,17 @@ def main_process_first() -> Iterator[None]:
 
 
 def sync_processes(name: str) -> None:
-    """Returns when every process has called this."""
+    """Waits until every process has called this."""
     multihost_utils.sync_global_devices(name)
 
 
 def process_max(number: int) -> int:
-    """Returns the largest number of all processes; each must call this at the same step."""
+    """Returns the maximum over all processes; a collective call."""
     return int(np.max(multihost_utils.process_allgather(np.int32(number)))) if jax.process_count() > 1 else number
 
 
 def gather_strings(text: str) -> list[str]:
-    """Returns the strings of all processes in their order, cut after 256 bytes; each must call this."""
+    """Returns the strings of all processes in order, truncated to 256 bytes; a collective call."""
     encoded = np.frombuffer(text.encode()[:256].ljust(256, b"\0"), np.uint8)
     gathered = np.reshape(multihost_utils.process_allgather(encoded), (jax.process_count(), 256))
     return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in gathered]
@@ -121,12 +121,12 @@ def _check_flags(coordinator: str | None, num_processes: int | None, process_id:
     if not is_address or num_processes is None or process_id is None or not 0 <= process_id < num_processes:
         raise UsageError(
             f"--coordinator is {coordinator}, --num_processes {num_processes}, --process_id {process_id}; expected "
-            "HOST:PORT of process 0, a positive integer, and this process's number from 0; give all three or none"
+            "HOST:PORT of process 0, a positive integer, and this process's index from 0; give all three or none"
         )
 
 
 def _give_up(wait_seconds: int) -> NoReturn:
-    advice = "start all of them, with one --coordinator that each can reach"
+    advice = "start all of them, with the same --coordinator, which each can reach"
     print(f"error: waited {wait_seconds} seconds for the other processes; {advice}", file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -141,8 +141,8 @@ def _silence() -> Iterator[None]:
 class _Watch:
     """Ends this process when another one fails or dies; JAX itself would hang, then abort with a C++ stack trace.
 
-    Twice a second a thread writes the time and the status of this process to the key-value store of process 0, and
-    reads those of all: "running", "done", or "failed: …".
+    Twice a second, a thread publishes the time and the status of this process in the key-value store of process 0, and
+    reads those of all processes. A status is "running", "done", or "failed: …".
     """
 
     def __init__(self) -> None:
@@ -152,21 +152,21 @@ class _Watch:
         self._thread.start()
 
     def leave(self) -> None:
-        """Returns when every process has called this, so that none can fail any more."""
+        """Waits until every process has called this, so that none can fail afterwards."""
         self._status = "done"
         self._thread.join()
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Reports an error as `run_command` does, or a bug with its traceback, and ends all processes."""
+        """Reports an error as `run_command` does, or a bug with its traceback; ends all processes."""
         if isinstance(error, RuntimeError | ValueError) and any(word in str(error) for word in _LOST_PEER):
-            time.sleep(SILENT_SECONDS + 10)  # until the thread ends this process and names the one that is gone
+            time.sleep(SILENT_SECONDS + 10)  # the thread ends this process and names the one that is gone
         if self._failing.acquire(blocking=False):
             code, reason = report_error(error), one_line(error)
             if code is None:
                 traceback.print_exception(error)
                 reason = f"{type(error).__name__}: {reason}"
             self._exit_code, self._status = code or 1, f"failed: {reason[:300]}"
-        self._thread.join()  # it ends this process; only after `leave` it may have returned
+        self._thread.join()  # it ends this process; it returns only after `leave`
         os._exit(self._exit_code)
 
     def _run(self) -> None:
@@ -184,7 +184,7 @@ class _Watch:
                 self._exit()
 
     def _exchange(self) -> dict[int, str]:
-        """Publishes the time and the status of this process; returns those of each as its value."""
+        """Publishes the time and the status of this process; returns {process: published value}."""
         assert global_state.client is not None
         try:
             key, value = f"vit_jax/{jax.process_index()}", f"{time.monotonic()} {self._status}"
@@ -213,7 +213,7 @@ class _Watch:
 
 
 def _describe_end(value: str, changed: float) -> str:
-    """Returns how a process ended, by what it has published; "" while it is running or done."""
+    """Describes how a process failed, from its last published value; "" if it is running or done."""
     if time.monotonic() - changed > SILENT_SECONDS:
         return f"has not responded for {SILENT_SECONDS} seconds"
     status = value.partition(" ")[2]

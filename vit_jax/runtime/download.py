@@ -1,4 +1,4 @@
-"""Downloads pretrained checkpoints and dataset archives: resumed, verified, and kept in a cache."""
+"""Downloads pretrained checkpoints and dataset archives to a cache; resumes and verifies downloads."""
 
 import hashlib
 import os
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     import requests
 
 _CHUNK_BYTES = 1 << 16
-_TIMEOUT_SECONDS = 30.0  # a connection that is silent for this long is broken
-_NUM_RETRIES = 4  # of a request that is refused
+_TIMEOUT_SECONDS = 30.0  # of a connection without data
+_NUM_RETRIES = 4  # of a failed request
 _BACKOFF_SECONDS = 1.0
-_NUM_REQUESTS = 20  # for a file whose body breaks off
+_NUM_REQUESTS = 20  # per file, if connections drop
 
 
 def cache_dir() -> Path:
@@ -32,11 +32,11 @@ def fetch(
 ) -> Path:
     """Downloads a file unless it exists; a file at `path` is always complete and verified.
 
-    The bytes are collected in `path` + ".part", from which a later call resumes. Of several processes one downloads.
+    Downloads to `path` + ".part", from which a later call resumes. Only one of several processes downloads.
 
     Args:
-        url: http(s) address. `$VIT_JAX_MIRROR` names another server, asked as `$VIT_JAX_MIRROR/HOST/PATH`.
-        path: of the file, which is returned.
+        url: http(s) address. `$VIT_JAX_MIRROR`, if set, replaces the server: `$VIT_JAX_MIRROR/HOST/PATH`.
+        path: path of the file; also returned.
         sha256: expected hexadecimal digest.
         check: called with the path of the complete .part; raises `UserError` if the content is wrong.
     """
@@ -57,7 +57,7 @@ def fetch(
                 rename_synced(part, path)
     except (requests.RequestException, UserError) as error:
         cause = getattr(error.args[0], "reason", error)  # of urllib3's MaxRetryError
-        raise UserError(f"cannot fetch {url}: {one_line(cause)}; download it by hand and put it at {path}") from error
+        raise UserError(f"cannot download {url}: {one_line(cause)}; download it manually to {path}") from error
     except OSError as error:
         reason = error.strerror or one_line(error)
         raise UserError(f"cannot write {path}: {reason}; free disk space, or set $VIT_JAX_CACHE") from error
@@ -65,7 +65,7 @@ def fetch(
 
 
 def _download(url: str, part: Path) -> None:
-    """Completes the .part. `Retry` repeats requests, this loop those whose body breaks off."""
+    """Completes the .part; `Retry` repeats failed requests, the loop resumes dropped connections."""
     import requests.adapters
     from urllib3.util import Retry
 
@@ -77,11 +77,11 @@ def _download(url: str, part: Path) -> None:
         for _ in range(_NUM_REQUESTS):
             if _request_rest(session, url, part):
                 return
-    raise UserError(f"the connection broke off after {_size(part):,} bytes (rerun to resume)")
+    raise UserError(f"the connection dropped after {_size(part):,} bytes (rerun to resume)")
 
 
 def _request_rest(session: "requests.Session", url: str, part: Path) -> bool:
-    """Appends to the .part what it lacks; returns whether it is complete."""
+    """Appends the missing bytes to the .part; returns True if it is complete."""
     import requests
 
     start = _size(part)
@@ -108,7 +108,7 @@ def _request_rest(session: "requests.Session", url: str, part: Path) -> bool:
 
 
 def _verify(part: Path, sha256: str, check: Callable[[Path], object] | None) -> None:
-    """Removes the .part unless it is what was expected."""
+    """Verifies the .part; removes it if it is not as expected."""
     try:
         with part.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Errors that a user can cause: one line on stderr and an exit code instead of a traceback."""
+"""User errors: one line on stderr and an exit code instead of a traceback."""
 
 import argparse
 import io
@@ -11,21 +11,21 @@ import absl.logging
 
 
 class UserError(ValueError):
-    """A failure while running, such as a damaged file. Says what was got, what was expected, and what to do."""
+    """A runtime failure, such as a damaged file. The message tells what was found, what was expected, what to do."""
 
     exit_code = 1
 
 
 class UsageError(UserError):
-    """A wrong flag, config key, type, range or name."""
+    """An invalid flag, config key, type, range or name."""
 
     exit_code = 2
 
 
 def run_command(main: Callable[[], int]) -> int:
-    """Calls a command and returns its exit code; an error that a user can cause becomes one line on stderr."""
+    """Runs a command and returns its exit code; reports user errors as one line on stderr."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names that cannot be printed, as stderr does
+        sys.stdout.reconfigure(errors="backslashreplace")  # for unprintable file names, as on stderr
     absl.logging.get_absl_logger().addFilter(_is_not_noise)
     try:
         return main()
@@ -37,7 +37,7 @@ def run_command(main: Callable[[], int]) -> int:
 
 
 def report_error(error: BaseException) -> int | None:
-    """Prints an error that a user can cause as one line; returns its exit code, or None for any other error, a bug."""
+    """Prints a user error as one line and returns its exit code; returns None for other errors, which are bugs."""
     match error:
         case KeyboardInterrupt():
             line, code = "interrupted; rerun the same command to resume from the last checkpoint", 130
@@ -48,7 +48,7 @@ def report_error(error: BaseException) -> int | None:
             return 1
         case OSError() | MemoryError():
             line, code = f"error: {one_line(error)}", 1
-        case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):  # a device of JAX
+        case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):  # device memory
             advice = (
                 "raise --config.accumulation_steps, set --config.remat=full, shard the parameters with "
                 "--config.mesh.fsdp, or lower eval_batch_size; --dry_run shows what is needed"
@@ -61,7 +61,7 @@ def report_error(error: BaseException) -> int | None:
 
 
 def one_line(error: BaseException | str) -> str:
-    """Returns the message of an error on one line; its class where it has none."""
+    """Returns the message of an error on one line, or its class if it is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -76,5 +76,5 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
 
 
 def _is_not_noise(record: logging.LogRecord) -> bool:
-    """Drops Orbax's warnings about what it was told to do, and the tracebacks of errors that it also raises."""
+    """Filters warnings of Orbax, and its tracebacks of errors that it also raises."""
     return "orbax" not in record.pathname or (record.levelno >= logging.ERROR and not record.exc_info)

@@ -1,4 +1,4 @@
-"""Event loops for Orbax, which closes its own as soon as one of many arrays cannot be read."""
+"""Event loops for Orbax, which closes its loop as soon as one array cannot be read."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def patient_event_loops() -> Iterator[None]:
-    """Inside, new event loops end their tasks before they close; otherwise reads in progress print tracebacks."""
+    """Makes new event loops finish their tasks before they close; otherwise, pending reads print tracebacks."""
     policy = asyncio.get_event_loop_policy()
     asyncio.set_event_loop_policy(_PatientPolicy())
     try:

@@ -1,4 +1,4 @@
-"""Atomic writes: what is at a path is the whole new content, or what was there before, even after a power failure."""
+"""Atomic writes: a path has its old content or the complete new content, even after a power failure."""
 
 import contextlib
 import os
@@ -10,17 +10,17 @@ from vit_jax.runtime.errors import UserError, one_line
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file, a string as UTF-8."""
+    """Writes a file atomically; encodes strings as UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a path beside `path` for a new file or directory.
+    """Yields a temporary path next to `path` for a new file or directory.
 
-    It is renamed to `path` when the body succeeds, and removed when it fails. An `OSError` of the body or the rename,
-    such as a full disk, becomes a `UserError`.
+    It is renamed to `path` if the body succeeds, and removed if it fails. An `OSError`, such as a full disk, becomes a
+    `UserError`.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -31,13 +31,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         reason = error.strerror or one_line(error)
         raise UserError(f"cannot write {path}: {reason}; check the disk, or write to another directory") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # a directory; a file is left as it is
+        shutil.rmtree(temporary, ignore_errors=True)  # if it is a directory
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
 def rename_synced(temporary: Path, path: Path) -> None:
-    """Renames a file or a directory once its content is on disk; replaces a file."""
+    """Syncs a file or a directory to disk and renames it; replaces an existing file."""
     for file in (temporary, *temporary.rglob("*")):
         if file.is_file():
             with file.open("rb") as opened:

@@ -13,9 +13,9 @@ _DELAY_SECONDS = 2.0
 
 
 def progress_bar(iterable: Iterable[T] | None = None, **options: object) -> "tqdm[T]":
-    """Returns a bar on stderr that appears after two seconds of work, and is removed at the end.
+    """Creates a progress bar on stderr that appears after two seconds and is removed at the end.
 
-    `options` are those of `tqdm.tqdm`. A terminal gets ten updates a second, a log file one in thirty seconds.
+    `options` are those of `tqdm.tqdm`. It is updated ten times per second in a terminal, else every 30 seconds.
     """
     from tqdm import tqdm  # reads $TQDM_DISABLE, which all processes but the main one set
 

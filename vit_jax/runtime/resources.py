@@ -1,4 +1,4 @@
-"""Memory and CPUs that this process may use: those of the machine, or fewer in a container or a batch job."""
+"""Memory and CPUs available to this process, within the limits of containers and batch jobs."""
 
 import math
 import os
@@ -11,18 +11,18 @@ _ROOT = Path("/")
 
 
 def total_memory() -> int:
-    """Returns the bytes of memory: the machine's, or the smallest limit of a control group."""
+    """Returns the total memory in bytes: the machine's, or the smallest limit of a cgroup."""
     return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _memory_limits())])
 
 
 def available_memory() -> int:
-    """Returns the bytes that can be allocated without swapping, within the limits of control groups."""
+    """Returns the bytes that can be allocated without swapping, within cgroup limits."""
     available = int(psutil.virtual_memory().available)
     return max(0, min([available, *(limit - used for limit, used in _memory_limits())]))
 
 
 def available_cpus() -> int:
-    """Returns the number of CPUs that this process is bound to, within the quotas of control groups; at least 1."""
+    """Returns the number of CPUs that this process may run on, within cgroup quotas; at least 1."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for group in _control_groups("cpu"):
         match _read_numbers(group / "cpu.max", group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us"):
@@ -32,7 +32,7 @@ def available_cpus() -> int:
 
 
 def _memory_limits() -> list[tuple[int, int]]:
-    """Returns (limit, used) in bytes of the control groups with a limit; the file cache counts as free."""
+    """Returns (limit, used) in bytes of the cgroups with a limit; the file cache counts as free."""
     limits = []
     for group in _control_groups("memory"):
         limit = _read_numbers(group / "memory.max", group / "memory.limit_in_bytes")
@@ -44,11 +44,11 @@ def _memory_limits() -> list[tuple[int, int]]:
 
 
 def _control_groups(controller: str) -> list[Path]:
-    """Returns the directories of this process's control group and of its parents, version 2 and version 1.
+    """Returns the directories of this process's cgroup and its parents, version 2 and version 1.
 
-    Some may not exist: in a container the path can be the host's, and the mount itself is the container's group.
+    Some may not exist: in a container, the path can be the host's, and the mount itself is the container's cgroup.
     """
-    # Of lines such as "0::/a" or "5:cpu,io:/a".
+    # Matches lines such as "0::/a" or "5:cpu,io:/a".
     pattern = rf"^\d+:(?:|(?:.*,)?{controller}(?:,.*)?):(.*)$"
     paths = re.findall(pattern, _read(_ROOT / "proc/self/cgroup"), re.MULTILINE)
     mounts = (_ROOT / "sys/fs/cgroup", _ROOT / "sys/fs/cgroup" / controller)
@@ -57,7 +57,7 @@ def _control_groups(controller: str) -> list[Path]:
 
 
 def _read_numbers(*paths: Path) -> list[int]:
-    """Returns the numbers in those files that exist; "max" and -1, which stand for no limit, are left out."""
+    """Reads the numbers in the files that exist; skips "max" and -1, which mean no limit."""
     return [int(word) for path in paths for word in _read(path).split() if word.isdigit()]
 
 

@@ -1,7 +1,7 @@
-"""Random numbers of a run: the order of its images, and the keys of their crops, dropout and mixing.
+"""Random numbers of a run: the order of images, and the keys for crops, dropout and mixing.
 
-They depend on the key of the run and an epoch or a step alone: a resumed run repeats no work, and a worker process
-that decodes the images of a step samples what the device samples for images in its memory.
+They depend only on the run's key and the epoch or step: a resumed run replays nothing, and worker processes sample the
+same crops for streamed images as the device samples for images in memory.
 """
 
 import enum
@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Int, Int32, PRNGKeyArray
 
 
 class Stream(enum.IntEnum):
-    """The number that is folded into the run's key first."""
+    """Streams of random numbers; the value is folded into the run's key first."""
 
     ORDER = 0
     STEP = 1
@@ -38,5 +38,5 @@ def mix_keys(key: PRNGKeyArray, step: Int[ArrayLike, ""], batch_size: int) -> Ar
 
 
 def row_keys(rows: Int[ArrayLike, " b"], *, seed: int = 0) -> Array:
-    """Returns the keys of images that are seen once per run: of cached features, or, with seed 0, of a test split."""
+    """Returns keys that do not depend on the step: for cached features, or, with seed 0, for a test split."""
     return jax.vmap(lambda row: jax.random.fold_in(jax.random.PRNGKey(seed), row))(rows)

@@ -1,4 +1,4 @@
-"""The mesh of devices, and how batches and parameters are sharded over it."""
+"""The device mesh, and the shardings of batches and parameters."""
 
 import math
 from collections.abc import Sequence
@@ -15,30 +15,30 @@ from vit_jax.types import ImageSource
 
 _Tree = TypeVar("_Tree")
 
-_MIN_SHARDED_SIZE = 4096  # smaller arrays are replicated: to gather them would cost more than the memory they take
+_MIN_SHARDED_SIZE = 4096  # smaller arrays are replicated, as gathering them costs more than it saves
 
 
 def create_mesh(devices: Sequence[jax.Device] | None = None, *, data: int = 0, fsdp: int = 1) -> Mesh:
-    """Creates a mesh for batches that are split over both axes, and parameters that are split over `fsdp`.
+    """Creates a mesh with the axes "data" and "fsdp": batches are sharded over both, parameters over "fsdp".
 
     Args:
-        devices: to choose from; all devices of all processes by default.
-        data: number of copies of the parameters; 0 takes as many as there are devices for.
-        fsdp: number of devices that share one copy.
+        devices: available devices; by default, all devices of all processes.
+        data: number of copies of the parameters; 0: number of devices / `fsdp`.
+        fsdp: number of devices that shard one copy.
     """
     devices = jax.devices() if devices is None else list(devices)
     size = data * fsdp or len(devices)
     if size > len(devices) or size % fsdp or (size < len(devices) and jax.process_count() > 1):
         raise UsageError(
             f"mesh: data {data} × fsdp {fsdp} does not fit {len(devices)} devices; fsdp must divide their number, "
-            "data 0 takes the rest, and several processes must use all"
+            "data 0 uses the rest, and several processes must use all"
         )
     auto = (AxisType.Auto,) * 2  # under Explicit, JAX's default, Linen modules fail
     return jax.make_mesh((size // fsdp, fsdp), ("data", "fsdp"), axis_types=auto, devices=devices[:size])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array that every device holds whole."""
+    """Returns the sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -48,9 +48,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def param_shardings(tree: PyTree, mesh: Mesh) -> PyTree[NamedSharding]:
-    """Returns the shardings of parameters, and of all that has their shapes, such as momentum.
+    """Returns the shardings of parameters, or of a tree with the same shapes, such as momentum.
 
-    An array of at least 4,096 numbers is split over `fsdp` along its longest axis that `fsdp` divides; any other is
+    Arrays of at least 4,096 elements are sharded over `fsdp` along their longest axis that `fsdp` divides; others are
     replicated.
     """
     return jax.tree.map(lambda leaf: _param_sharding(leaf.shape, mesh), tree)
@@ -66,7 +66,7 @@ def _param_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 
 def with_sharding(tree: _Tree, shardings: PyTree[NamedSharding]) -> _Tree:
-    """Returns shapes and dtypes with shardings: one for all leaves, or a tree of them."""
+    """Adds shardings to shapes and dtypes; takes one sharding for all leaves, or a tree of them."""
     shapes: _Tree = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
@@ -76,7 +76,7 @@ def with_sharding(tree: _Tree, shardings: PyTree[NamedSharding]) -> _Tree:
 
 
 def device_put(tree: Any, shardings: PyTree[NamedSharding]) -> Any:
-    """Shards arrays that every process holds whole; takes one sharding for all leaves, or a tree of them."""
+    """Shards arrays that every process holds in full; takes one sharding for all leaves, or a tree of them."""
 
     def put(leaf: jax.typing.ArrayLike, sharding: NamedSharding) -> jax.Array:
         host = np.asarray(leaf)
@@ -86,7 +86,7 @@ def device_put(tree: Any, shardings: PyTree[NamedSharding]) -> Any:
 
 
 def shard_rows(images: ImageSource, rows: Int[np.ndarray, " b"], mesh: Mesh) -> UInt8[Array, "b h w 3"]:
-    """Shards some images of a split over all devices; each process reads only its own ones."""
+    """Shards the images of the given rows over all devices; each process reads only its own."""
 
     def read(index: Any) -> np.ndarray:
         return images[rows[index[0]]]
@@ -95,18 +95,18 @@ def shard_rows(images: ImageSource, rows: Int[np.ndarray, " b"], mesh: Mesh) -> 
 
 
 def shard_local_batch(local: Shaped[np.ndarray, "..."], mesh: Mesh) -> Shaped[Array, "..."]:
-    """Shards a batch [b …] over all devices, of which each process has an equal part [b/p …]."""
+    """Shards a batch [b …] over all devices; each process provides an equal part [b/p …]."""
     batch: jax.Array = jax.make_array_from_process_local_data(batch_sharding(mesh), local)
     return batch
 
 
 def device_memory(device: jax.Device) -> tuple[int, str]:
-    """Returns the bytes that one device may use, and whose figure that is; devices of a CPU share its memory."""
+    """Returns the memory of one device in bytes, and where the number is from; CPU devices share memory."""
     if limit := (device.memory_stats() or {}).get("bytes_limit"):
-        return limit, "the device's own figure"
+        return limit, "reported by the device"
     return resources.total_memory() // jax.local_device_count(), "the machine's memory"
 
 
 def pad_to_devices(batch_size: int, num_images: int, mesh: Mesh) -> int:
-    """Returns the smallest batch that the number of devices divides and that holds `batch_size` images, or all."""
+    """Returns the batch size, at most `num_images`, rounded up to a multiple of the number of devices."""
     return -(-min(batch_size, num_images) // mesh.size) * mesh.size

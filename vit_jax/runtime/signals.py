@@ -14,7 +14,7 @@ from vit_jax.runtime import distributed
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
-    """Yields a list to which SIGTERM and Ctrl-C are appended inside the block; a second one acts as usual."""
+    """Yields a list that SIGTERM and Ctrl-C are appended to; a second one has its default effect."""
     received: list[signal.Signals] = []
     usual: dict[int, Any] = {}
 
@@ -34,7 +34,7 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
 
 
 def stop_requested(signals: list[signal.Signals], *, synchronize: bool) -> signal.Signals | None:
-    """Returns the signal that requests a stop, if any; several processes agree on it where they `synchronize`."""
-    number = int(signals[0]) if signals else 0  # one may come at any moment: read once a step
+    """Returns the signal that requests a stop, if any; several processes agree on it if they `synchronize`."""
+    number = int(signals[0]) if signals else 0  # read once, as a signal can arrive at any time
     number = distributed.process_max(number) if synchronize or jax.process_count() == 1 else 0
     return signal.Signals(number) if number else None

@@ -1,8 +1,8 @@
-"""Checkpoints through Orbax, with checksums: the latest and the best are kept.
+"""Orbax checkpoints with checksums; the latest and the best are kept.
 
 A checkpoint is the directory `checkpoints/<step>`. Its items are `params` (the model's parameters, named as in the
 pretrained checkpoints, and LoRA weights), `ema` (EMA parameters, if any), `training` (the rest of the `TrainState`) and
-`metadata`: JSON of what the caller gives, the test accuracy, and dtype, shape and checksum of every array.
+`metadata`: JSON of the caller's metadata, the test accuracy, and dtype, shape and checksum of every array.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _Types = dict[str, list[Json]]  # name of an array, "<item>/<path>" -> [dtype, s
 
 
 class _Content(TypedDict):
-    """Content of the item `metadata`, besides "crc32" of all this."""
+    """Content of the item `metadata`, without its "crc32"."""
 
     step: int
     accuracy: float | None
@@ -47,7 +47,7 @@ class Checkpoints:
 
     Args:
         workdir: run directory; the first save creates `workdir/checkpoints`.
-        read_only: whether nothing is saved; remains of a killed save are kept.
+        read_only: do not save, and keep leftover files of a killed save.
     """
 
     def __init__(self, workdir: Path, *, read_only: bool = False):
@@ -58,20 +58,20 @@ class Checkpoints:
         if read_only:
             return
         if distributed.is_main_process():
-            # Orbax's own cleaning is a thread that complains if an error ends the run first.
+            # Orbax cleans up in a thread, which logs errors if the run fails first.
             _remove_half_written(self._directory)
-        distributed.sync_processes("half-written checkpoints are gone")
+        distributed.sync_processes("removed half-written checkpoints")
         self._accuracies = {step: self._read_content(step)["accuracy"] for step in self.steps()}
         if self._accuracies:
             with self._saving():
-                _ = self._manager  # now rather than after the run has trained
+                _ = self._manager  # fails now rather than after training
 
     def __enter__(self) -> "Checkpoints":
         """Returns itself."""
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
-        """Waits for the last save; raises UserError if it failed, unless another error is on its way."""
+        """Waits for the last save; raises UserError if it failed, unless another error is being raised."""
         with contextlib.suppress(UserError) if error else contextlib.nullcontext():
             self.finish()
         if "_manager" in self.__dict__:
@@ -79,12 +79,12 @@ class Checkpoints:
                 self._manager.close()
 
     def steps(self) -> list[int]:
-        """Returns the steps of all checkpoints, ascending, with the one that is being saved."""
+        """Returns the steps of all checkpoints in ascending order, including one that is being saved."""
         finished = {int(path.name) for path in self._directory.glob("*") if path.name.isdecimal()}
         return sorted(finished | self._unfinished)
 
     def latest_step(self) -> int | None:
-        """Returns the last of `steps`, from which a run resumes; None if there is none."""
+        """Returns the step that a run resumes from; None if there are no checkpoints."""
         return max(self.steps(), default=None)
 
     def require_step(self, step: int | None = None) -> int:
@@ -93,13 +93,13 @@ class Checkpoints:
         if steps and step in (None, *steps):
             return steps[-1] if step is None else step
         found = f"has no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
-        nothing = "holds no run with a checkpoint; give the --workdir of a run that has saved one"
+        nothing = "has no checkpoints; give the --workdir of a run that has saved one"
         raise UserError(f"{self._workdir} {found if steps else nothing}")
 
     def save(self, step: int, state: TrainState, metadata: dict[str, Json], *, accuracy: float | None) -> None:
-        """Saves a state, whose arrays may be donated afterwards, and any metadata; `finish` waits until it is on disk.
+        """Starts saving a state and any metadata; its arrays may be donated, and `finish` waits until it is on disk.
 
-        The accuracy on the test split, if it was measured, decides which checkpoint is the best.
+        `accuracy` is that of the test split, if measured; it determines the best checkpoint.
         """
         items = _items(state)
         content = _Content(
@@ -111,7 +111,7 @@ class Checkpoints:
         with self._saving():
             manager = self._manager
             needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self._directory).free
-            if free < needed:  # a full disk would take the metrics with it
+            if free < needed:  # a full disk would also break the metrics
                 raise OSError(f"it needs {needed:,} bytes, the disk has {free:,} left")
             manager.save(step, args=ocp.args.Composite(**saves), force=True)
             self._unfinished = {step}
@@ -128,7 +128,7 @@ class Checkpoints:
         return self._read_content(step)["metadata"]
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
-        """Reads a whole state onto the devices of `abstract_state`, whose leaves are `jax.ShapeDtypeStruct`."""
+        """Restores a state to the shardings of `abstract_state`, whose leaves are `jax.ShapeDtypeStruct`."""
         content, items = self._read_content(step), _items(abstract_state)
         for name, expected in _types(items).items():
             found = content["types"].get(name, ["missing"])
@@ -148,9 +148,9 @@ class Checkpoints:
     def restore_params(
         self, step: int, sharding: NamedSharding, *, use_ema: bool = True
     ) -> tuple[Params, dict[str, Json]]:
-        """Reads the metadata and the parameters alone, LoRA weights among them.
+        """Restores only the parameters, including LoRA weights, and the metadata.
 
-        EMA parameters, if there are any and `use_ema`, replace the parameters that they average.
+        With `use_ema`, EMA parameters, if any, replace the trained parameters.
         """
         content, wanted = self._read_content(step), ("params", "ema") if use_ema else ("params",)
         leaves = {
@@ -163,7 +163,7 @@ class Checkpoints:
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        """Saves, and deletes all but the latest and the best; opened late, as it creates its directory."""
+        """Orbax's manager, which keeps the latest and the best; created lazily, as it creates the directory."""
         options = ocp.CheckpointManagerOptions(preservation_policy=_LatestAndBest(self._accuracies))
         return ocp.CheckpointManager(self._directory, options=options)
 
@@ -183,7 +183,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """Removes what a failed save has written, and turns whatever Orbax and TensorStore raise into a UserError."""
+        """Converts errors of Orbax and TensorStore to UserError, and removes the files of a failed save."""
         try:
             yield
         except Exception as error:
@@ -198,7 +198,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, step: int, item: str) -> Iterator[None]:
-        """Turns whatever Orbax, TensorStore and JSON raise for damaged files into a UserError."""
+        """Converts errors of Orbax, TensorStore and JSON, as for damaged files, to UserError."""
         path = self._directory / str(step)
         try:
             yield
@@ -215,9 +215,9 @@ class Checkpoints:
 
 @dataclasses.dataclass
 class _LatestAndBest:
-    """Keeps the latest checkpoint and the one of the highest accuracy, the later of equals."""
+    """Keeps the latest checkpoint and the one with the highest accuracy, the later of equals."""
 
-    accuracies: Mapping[int, float | None]  # of steps
+    accuracies: Mapping[int, float | None]  # by step
 
     def should_preserve(
         self, checkpoints: Sequence[managers.PolicyCheckpointInfo], *, context: object
@@ -229,7 +229,7 @@ class _LatestAndBest:
 
 
 def _items(state: TrainState) -> Params:
-    """Returns the state as the items of a checkpoint, without empty ones."""
+    """Returns the non-empty items of a checkpoint of a state."""
     names = ("step", "opt_state", "key", "first_nonfinite_step")
     items = {
         "params": optim.merge_params(state.trainable, state.frozen),
@@ -260,7 +260,7 @@ def _verify(item: str, arrays: Params, content: _Content) -> None:
 
 
 def _is_intact(path: Path) -> bool:
-    """Reads a whole checkpoint; of several processes only the metadata, as reading arrays takes all of them."""
+    """Returns True if a checkpoint can be read; with several processes, reads only its metadata."""
     try:
         content = _load_content(path)
         items = {name.split("/")[0] for name in content["types"]} if jax.process_count() == 1 else ()
@@ -276,6 +276,6 @@ def _is_intact(path: Path) -> bool:
 
 
 def _remove_half_written(directory: Path) -> None:
-    """Removes what a save left behind that was killed or failed."""
+    """Removes leftover files of killed or failed saves."""
     for path in filter(ocp.utils.is_tmp_checkpoint, directory.glob("*")):
         shutil.rmtree(path, ignore_errors=True)

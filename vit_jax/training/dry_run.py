@@ -1,4 +1,4 @@
-"""Estimates the cost of a run: its step is compiled and analyzed, nothing is downloaded, decoded or computed."""
+"""Estimates the cost of a run by compiling its steps; nothing is downloaded, decoded or computed."""
 
 import dataclasses
 import functools
@@ -22,29 +22,29 @@ from vit_jax.training.writer import format_number
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Cost of one call, as the compiler estimates it: per image of all devices, and bytes of one device."""
+    """The compiler's estimate for one call: compute per image, over all devices, and bytes on one device."""
 
     flops: float  # per image
     bytes_moved: float  # per image, read and written
     arguments: int  # bytes
-    temporaries: int  # bytes that exist during the call only, outputs beyond the donated arguments among them
+    temporaries: int  # bytes, including outputs that do not reuse donated arguments
 
     def __str__(self) -> str:
-        """Returns the cost of an image in words."""
+        """Returns the cost per image as text."""
         return f"{format_number(self.flops / 1e9)} GFLOP, {format_number(self.bytes_moved / 1e6)} MB moved"
 
 
 def dry_run(config: ConfigDict) -> None:
-    """Prints trainable parameters, arithmetic and memory of a run; UserError if a device has less memory.
+    """Prints trainable parameters, FLOPs and memory of a run; raises UserError if a device has too little memory.
 
-    The pretrained checkpoint is loaded only where `config.model` leaves sizes out.
+    The pretrained checkpoint is loaded only if `config.model` lacks sizes.
     """
     mesh = sharding.create_mesh(**config.mesh)
     info = describe_dataset(config)
     needs_file = needs_pretrained(config.model, config.architecture)
     if needs_file and pretrained.needs_download(config.pretrained):
         raise UsageError(
-            f"model has no sizes and {config.pretrained} is not in the cache, while a dry run downloads nothing; set "
+            f"config.model has no sizes, {config.pretrained} is not in the cache, and a dry run downloads nothing; set "
             "config.model, for example to configs.models.get_config('B_16')"
         )
     source = load_pretrained(config.pretrained) if needs_file else None
@@ -70,16 +70,16 @@ memory per device      {_gib(needed)} of {_gib(available)} ({origin}); {mesh.siz
 estimated by the compiler for {device.platform}, jax {jax.__version__}; other backends need other temporaries""")
     if needed > available:
         raise UserError(
-            f"the run needs {_gib(needed)} per device, there are {_gib(available)}: raise accumulation_steps (now "
+            f"the run needs {_gib(needed)} per device, of {_gib(available)}; raise accumulation_steps (now "
             f"{config.accumulation_steps}), set remat to 'full' (now {config.remat!r}), shard the parameters over "
             f"devices with mesh.fsdp (now {config.mesh.fsdp}), or lower eval_batch_size (now {config.eval_batch_size})"
         )
 
 
 def measure(compiled: jax.stages.Compiled, num_devices: int, num_images: int) -> Cost:
-    """Reads the cost of a compiled function; `num_images` are processed while a loop's body runs once.
+    """Returns the cost of a compiled function.
 
-    The compiler counts one device, and a loop's body once.
+    The compiler counts one device and each loop body once; `num_images` are processed by one loop body.
     """
     cost: Any = compiled.cost_analysis()
     memory: Any = compiled.memory_analysis()
@@ -93,7 +93,7 @@ def measure(compiled: jax.stages.Compiled, num_devices: int, num_images: int) ->
 
 
 def lower_evaluation(plan: Plan, batch_size: int) -> jax.stages.Lowered:
-    """Traces the evaluation of a batch of images by the whole model."""
+    """Lowers the evaluation of a batch of images by the full model."""
     mesh = plan.mesh
     evaluated_params = functools.partial(steps.evaluated_params, lora_alpha=plan.config.lora.alpha)
     params = jax.eval_shape(evaluated_params, plan.abstract_state)

@@ -1,4 +1,4 @@
-"""Builds everything that training needs from a config; no other module below the trainer reads it."""
+"""Builds everything that training needs from a config; the only module below the trainer that reads the config."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ _STEP_OPTIONS = ("batch_size", "accumulation_steps", "label_smoothing", "mixup_a
 
 
 class Examples(NamedTuple):
-    """The examples of a run [n …]: on every device, or streamed images on the host; int32 labels [n] where they are."""
+    """The examples of a run [n …] and their int32 labels [n]: on every device, or on the host if streamed."""
 
     train_inputs: jax.Array | ImageSource
     train_labels: jax.Array | np.ndarray
@@ -50,13 +50,13 @@ class Examples(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """An experiment without its data: model, functions and shapes."""
+    """An experiment without data: model, functions and shapes."""
 
     config: ConfigDict
     mesh: Mesh
     dataset_info: DatasetInfo
     storage: str  # of the training examples: "memory", "stream" or "features"
-    abstract_state: TrainState  # shapes, dtypes and shardings, as below
+    abstract_state: TrainState  # shapes, dtypes and shardings; likewise below
     abstract_batch: Batch
     train_step: TrainStep
     image_forward: ImageForward
@@ -64,16 +64,16 @@ class Plan:
 
     @property
     def max_updates(self) -> int:
-        """Largest number of updates per batch."""
+        """Maximum number of updates per batch."""
         return len(self.abstract_batch.labels) // self.train_step.batch_size
 
     def compile_train_step(self) -> jax.stages.Compiled:
-        """Compiles `train_step` ahead, so that the first step takes no longer than the others; the state is donated."""
+        """Compiles `train_step` ahead of time; the state is donated."""
         print("compiling the training step …", flush=True)
         return self.lower().compile()
 
     def lower(self) -> jax.stages.Lowered:
-        """Traces `train_step` for the devices of the mesh, which need not exist."""
+        """Lowers `train_step` for the devices of the mesh, which need not exist."""
         step = self.train_step if self.max_updates == 1 else functools.partial(run_train_steps, self.train_step)
         state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         out_shardings = (state_shardings, sharding.replicated(self.mesh))
@@ -90,11 +90,11 @@ class Experiment(Plan):
 
     @functools.cached_property
     def inference(self) -> Inference:
-        """Evaluation of what is stored: images, or cached features."""
+        """Inference on the stored examples: images, or cached features."""
         return Inference(self.train_step.forward, self.mesh, batch_size=self.config.eval_batch_size)
 
     def load_examples(self, state: TrainState) -> Examples:
-        """Puts images on the devices, or computes the features that the frozen backbone gives for them."""
+        """Puts images on the devices unless they are streamed, or caches the features of the frozen backbone."""
         config, train, test = self.config, self.dataset.train, self.dataset.test
         augment, test_augment = config.augment, config.ablation.test_augment
         if self.storage == "features":
@@ -112,7 +112,7 @@ class Experiment(Plan):
         return on_device
 
     def train_batches(self, examples: Examples, first_step: int) -> Generator[tuple[int, Batch], None, None]:
-        """Yields (finished updates after the batch, batch), from the update after `first_step` on."""
+        """Yields (finished updates after the batch, batch), starting after `first_step`."""
         config, inputs, labels = self.config, examples.train_inputs, examples.train_labels
         if isinstance(inputs, jax.Array) and isinstance(labels, jax.Array):
             return batches.resident_batches(
@@ -144,7 +144,7 @@ class Experiment(Plan):
     def evaluate(self, state: TrainState, examples: Examples) -> dict[str, float]:
         """Evaluates a state on every test example.
 
-        "test/…" are the results of the EMA parameters if they are kept, and then "test_raw/…" those without EMA.
+        With EMA, "test/…" are the results of the EMA parameters, and "test_raw/…" those without EMA.
         """
         results: dict[str, float] = {}
         for prefix, use_ema in (("test", True), ("test_raw", False)):
@@ -163,10 +163,10 @@ def create_experiment(
     optimizer: Optimizer | None = None,
     saved: RunInfo | None = None,
 ) -> tuple[Experiment, TrainState]:
-    """Loads data and pretrained parameters, and builds the experiment and its state before the first update.
+    """Loads data and pretrained parameters; returns the experiment and its initial state.
 
-    The user's own dataset, augmentation of training images and optimizer replace those of the config. Of a resumed run,
-    whose facts are `saved`, the dataset must be the same and is stored as it was, no pretrained parameters are loaded,
+    The user's own dataset, augmentation of training images and optimizer replace those of the config. To resume a run
+    from its `saved` metadata, the dataset must be the same and keeps its storage, no pretrained parameters are loaded,
     and the state is abstract: shapes, dtypes and shardings.
     """
     given = {"dataset": dataset, "augment": augment, "optimizer": optimizer}
@@ -190,7 +190,7 @@ def create_experiment(
     if saved and (difference := fingerprint.difference(saved.dataset)):
         name = "the dataset" if "dataset" in custom else config.dataset.name
         raise UserError(
-            f"{name} has changed since the run was started: it has {difference}; put it back as it was, "
+            f"{name} has changed since the run was started: it has {difference}; restore it, "
             "or give another --workdir to start a new run"
         )
     model = create_model(config, source, num_classes=len(dataset.class_names), saved=saved)
@@ -226,7 +226,7 @@ def plan_experiment(
     augment: Augment | None = None,
     optimizer: Optimizer | None = None,
 ) -> Plan:
-    """Builds an experiment from shapes alone: nothing is loaded, and the devices of the mesh need not exist."""
+    """Builds an experiment from shapes: nothing is loaded, and the devices of the mesh need not exist."""
     check_batch(config, num_shards=mesh.size, num_images=info.num_train)
     patterns = optim.trainable_patterns(config.trainable)
     tx, schedule = create_optimizer(config, model, optimizer)
@@ -286,7 +286,7 @@ def plan_experiment(
 def create_optimizer(
     config: ConfigDict, model: ImageModel, optimizer: Optimizer | None
 ) -> tuple[optax.GradientTransformation, optax.Schedule | None]:
-    """Returns the optimizer, and the learning rate to report: None for a user's transformation, which has its own."""
+    """Returns the optimizer and the learning rate to log, which is None for a user's transformation."""
     if isinstance(optimizer, optax.GradientTransformation):
         return optimizer, None
     schedule = optim.make_schedule(
@@ -308,7 +308,7 @@ def create_optimizer(
 
 
 def dataset_options(config: ConfigDict, *, storage: str = "") -> DatasetOptions:
-    """Returns the arguments of `data.load_dataset` and the like, but for name and splits."""
+    """Returns the options of `data.load_dataset` and related functions."""
     return {
         "data_dir": config.dataset.data_dir,
         "image_size": config.image_size,
@@ -320,7 +320,7 @@ def dataset_options(config: ConfigDict, *, storage: str = "") -> DatasetOptions:
 
 
 def load_dataset(config: ConfigDict, *, storage: str = "") -> Dataset:
-    """Loads the dataset that the config names, and prints its size."""
+    """Loads the config's dataset and prints its sizes."""
     name, train_split, test_split = (config.dataset[key] for key in ("name", "train_split", "test_split"))
     options = dataset_options(config, storage=storage)
     dataset = data.load_dataset(name, train_split=train_split, test_split=test_split, **options)
@@ -329,7 +329,7 @@ def load_dataset(config: ConfigDict, *, storage: str = "") -> Dataset:
 
 
 def describe_dataset(config: ConfigDict) -> DatasetInfo:
-    """Returns the sizes of the dataset that the config names, and prints them; downloads and decodes nothing."""
+    """Returns and prints the sizes of the config's dataset; downloads and decodes nothing."""
     name, train_split, test_split = (config.dataset[key] for key in ("name", "train_split", "test_split"))
     info = data.dataset_info(name, train_split=train_split, test_split=test_split, **dataset_options(config))
     print(f"{name}: {info}")
@@ -337,7 +337,7 @@ def describe_dataset(config: ConfigDict) -> DatasetInfo:
 
 
 def load_test_split(config: ConfigDict, *, storage: str = "") -> tuple[Split, tuple[str, ...]]:
-    """Loads the test split that the config names, and its class names."""
+    """Loads the config's test split and its class names."""
     options = dataset_options(config, storage=storage)
     return data.load_split(config.dataset.name, split=config.dataset.test_split, **options)
 
@@ -356,7 +356,7 @@ def check_same_dataset(found: DatasetFingerprint) -> None:
 def create_model(
     config: ConfigDict, source: Pretrained | None, *, num_classes: int, saved: RunInfo | None = None
 ) -> ImageModel:
-    """Returns the module; of a resumed run with the saved arguments, so that no pretrained checkpoint is needed."""
+    """Creates the model; a resumed run uses the saved arguments and needs no pretrained checkpoint."""
     if saved:
         architecture, arguments = saved.model.architecture, dict(saved.model.model)
         num_classes = arguments.pop("num_classes")
@@ -372,7 +372,7 @@ def create_model(
 
 
 def check_batch(config: ConfigDict, *, num_shards: int, num_images: int) -> None:
-    """Raises UsageError unless the batch divides over devices and accumulation, and the data has one."""
+    """Raises UsageError if the batch size is not divisible by devices × accumulation steps, or above `num_images`."""
     parts = num_shards * config.accumulation_steps
     if config.batch_size % parts:
         raise UsageError(
@@ -380,14 +380,14 @@ def check_batch(config: ConfigDict, *, num_shards: int, num_images: int) -> None
             f"{config.accumulation_steps} accumulation steps; use {-(-config.batch_size // parts) * parts}"
         )
     if config.batch_size > num_images:
-        raise UsageError(f"config.batch_size is {config.batch_size}, there are {num_images} training images; lower it")
+        raise UsageError(f"config.batch_size is {config.batch_size}, of {num_images} training images; lower it")
 
 
 def caches_features(config: ConfigDict, *, head_only: bool, dropout: bool, own_augment: bool) -> bool:
-    """Returns whether features are cached; raises UsageError if they should be and are not the same at every step."""
+    """Returns True if features are cached; raises UsageError if they are required, but change with every step."""
     obstacles = {
         f"trainable {config.trainable!r} trains more than the head": not head_only,
-        "frozen_dropout samples them again at every step": dropout,
+        "frozen_dropout changes them at every step": dropout,
         "mixup and cutmix need the images": config.mixup_alpha > 0 or config.cutmix_alpha > 0,
         "an augmentation of your own needs the images": own_augment,
     }

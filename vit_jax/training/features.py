@@ -1,4 +1,4 @@
-"""Cached features: where the backbone is a fixed function, it is applied once and the head trains on what it gives."""
+"""Cached features: a frozen backbone is applied once, and the head is trained on its outputs."""
 
 import dataclasses
 
@@ -13,14 +13,14 @@ from vit_jax.training.inference import ImageForward, Inference
 from vit_jax.types import ImageSource, Params
 
 _BATCH_SIZE = 128
-"""Images per batch. Not a config key that a resumed run may change: the last bits of features depend on it."""
+"""Images per batch. Not a config key, as the last bits of the features depend on it."""
 
 _MAX_EXAMPLES = 2**15
-"""Examples per dispatch."""
+"""Maximum number of examples per dispatch."""
 
 
 def abstract_batch(forward: ImageForward, params: Params, images: jax.ShapeDtypeStruct, *, max_updates: int) -> Batch:
-    """Returns the shapes of a batch of cached features, for several updates, each of as many examples as `images`."""
+    """Returns the shapes of a batch of cached features for several updates, each with the batch size of `images`."""
     size = images.shape[0]
     backbone = _backbone(forward)
     inputs = jax.eval_shape(backbone.preprocess, jax.ShapeDtypeStruct((size, 2), jnp.uint32), images)
@@ -39,7 +39,7 @@ def compute_features(
     num_views: int = 1,
     seed: int = 0,
 ) -> np.ndarray:
-    """Returns the backbone's features [views · n d] of images on the host: of all once, then of all again."""
+    """Returns the backbone's features [views · n d] of all images, view after view, on the host."""
     cropped = crop_when_decoded(images, augment=augment, image_mean=forward.image_mean, num_views=num_views, seed=seed)
     on_device = preprocess.device_augment(augment, in_memory=not isinstance(images, EncodedImages))
     backbone = dataclasses.replace(_backbone(forward), test_augment=on_device)

@@ -1,4 +1,4 @@
-"""Batched inference on all devices: the one way from images to logits, features and metrics."""
+"""Batched inference on all devices: logits, features and metrics of images."""
 
 import dataclasses
 import functools
@@ -37,11 +37,11 @@ class ImageForward:
     image_mean: tuple[float, ...] = preprocess.HALF
     image_std: tuple[float, ...] = preprocess.HALF
     augment: Augment = "none"
-    test_augment: str = "none"  # sampled in the same way at every evaluation
-    dropout: bool = False  # whether the model's dropout is on in training
+    test_augment: str = "none"  # with the same random numbers at every evaluation
+    dropout: bool = False  # enables the model's dropout in training
 
     def preprocess(self, keys: jax.Array, examples: jax.Array, *, train: bool = False) -> jax.Array:
-        """uint8 [b h w 3] -> float32 [b s s 3]."""
+        """Maps uint8 [b h w 3] to float32 [b s s 3]."""
         return preprocess.prepare(
             keys,
             examples,
@@ -52,7 +52,7 @@ class ImageForward:
         )
 
     def logits(self, params: Params, inputs: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
-        """float32 [b s s 3] -> [b classes]."""
+        """Maps float32 [b s s 3] to [b classes]."""
         if not self.dropout or dropout_keys is None:
             logits: jax.Array = self.model.apply({"params": params}, inputs)
             return logits
@@ -77,16 +77,16 @@ class FeatureForward:
         return examples
 
     def logits(self, params: Params, inputs: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
-        """[b d] -> [b classes]."""
+        """Maps [b d] to [b classes]."""
         head = self.model.create_head(self.model.num_classes or 0)
         logits: jax.Array = head.apply({"params": params["head"]}, inputs)
         return logits
 
 
 class Inference:
-    """Applies a model to images in batches, split over all devices of a mesh.
+    """Applies a model to batches of images, sharded over all devices of a mesh.
 
-    The batch size is an upper bound, rounded up to a multiple of the number of devices.
+    The batch size is rounded up to a multiple of the number of devices.
     """
 
     def __init__(self, forward: Forward, mesh: Mesh, *, batch_size: int):
@@ -95,13 +95,13 @@ class Inference:
         self._eval_step = jax.jit(self.eval_step, out_shardings=sharding.replicated(mesh))
 
     def apply(self, params: Params, batch: Batch, *, seed: int = 0) -> jax.Array:
-        """Returns the outputs for a batch, whose images are preprocessed with keys of `rng.row_keys` and the seed."""
+        """Returns the outputs for a batch, preprocessed with the keys of `rng.row_keys` for the seed."""
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             inputs = self.forward.preprocess(rng.row_keys(batch.rows, seed=seed), batch.inputs)
             return self.forward.logits(params, inputs)
 
     def eval_step(self, params: Params, batch: Batch) -> metrics.Sums:
-        """Returns the metrics of a batch as sums; examples with the label -1 do not count."""
+        """Returns the metrics of a batch as sums, without examples of label -1."""
         return metrics.masked_sums(self.apply(params, batch), batch.labels, batch.labels >= 0)
 
     def sum_metrics(
@@ -121,9 +121,9 @@ class Inference:
         return total
 
     def outputs(self, params: Params, images: ImageSource, *, num_views: int = 1, seed: int = 0) -> np.ndarray:
-        """Applies the model to every image, uint8 [n h w 3] on the host, n > 0, as often as there are views.
+        """Applies the model to all views of all images, uint8 [n h w 3] on the host, n > 0.
 
-        Returns [views · n d], on the host: the outputs for all images, then those for the next view of all.
+        Returns the outputs [views · n d] on the host, view after view.
         """
         num_rows, labels = num_views * len(images), np.zeros(len(images), np.int32)
         batch_size = sharding.pad_to_devices(self.batch_size, len(images), self.mesh)

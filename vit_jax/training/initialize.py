@@ -1,4 +1,4 @@
-"""The model and its parameters before the first update."""
+"""Model arguments and initial parameters."""
 
 import functools
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.types import ImageModel, Params
 
 _NOT_IN_SHAPES = ("gelu_approximate", "layer_norm_epsilon")
-"""Arguments of a model that change what its parameters mean, and that their shapes do not tell."""
+"""Model arguments that change the outputs, but not the shapes of the parameters."""
 
 
 class Pretrained(NamedTuple):
@@ -26,16 +26,16 @@ class Pretrained(NamedTuple):
 
 
 def load_pretrained(name_or_path: str) -> Pretrained | None:
-    """Loads a pretrained checkpoint; None for the empty name, which means training from scratch."""
+    """Loads a pretrained checkpoint; returns None for the empty name, which means training from scratch."""
     return Pretrained(name_or_path, *pretrained.read_model(name_or_path)) if name_or_path else None
 
 
 def model_arguments(arguments: Mapping[str, Any], architecture: str, source: Pretrained | None) -> dict[str, Any]:
-    """Returns constructor arguments of a model: those given, which must fit the pretrained checkpoint, and its own."""
+    """Returns constructor arguments: those given, completed by the pretrained checkpoint, which they must match."""
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     if source is None:
         if not given:
-            raise UsageError("model is empty: give the model's sizes, or a pretrained checkpoint that has them")
+            raise UsageError("config.model is empty; set the model's sizes, or a pretrained checkpoint that has them")
         return given
     try:
         found, sizes = pretrained.infer_sizes(source.params)
@@ -49,26 +49,26 @@ def model_arguments(arguments: Mapping[str, Any], architecture: str, source: Pre
         wrong = [f"{architecture} (checkpoint: {found})"]
     if wrong:
         raise UsageError(
-            f"the model does not fit {source.name}, which is another one: {', '.join(wrong)}; correct one of the two, "
-            "or leave config.model empty to take the sizes of the checkpoint"
+            f"config.model does not match {source.name}: {', '.join(wrong)}; correct one of the two, "
+            "or leave config.model empty to use the sizes of the checkpoint"
         )
     in_metadata = source.metadata.model if source.metadata else {}
     return {key: in_metadata[key] for key in _NOT_IN_SHAPES if key in in_metadata} | sizes | given
 
 
 def needs_pretrained(arguments: Mapping[str, Any], architecture: str) -> bool:
-    """Returns whether sizes of the model have to be read off a pretrained checkpoint."""
+    """Returns True if sizes of the model must be read from a pretrained checkpoint."""
     return not set(arguments) >= set(models.ARCHITECTURES[architecture].SIZES)
 
 
 def create_params(model: ImageModel, source: Pretrained | None, *, image_size: int, seed: int) -> Params:
-    """Returns the parameters before the first update: initialized, or adapted from the checkpoint; prints which."""
+    """Returns the initial parameters, random or adapted from the checkpoint, and prints which."""
     init = functools.partial(init_params, model, image_size=image_size, seed=seed)
     if source is None:
         print("parameters are randomly initialized")
         initialized: Params = jax.jit(init)()
         return initialized
-    head = jax.jit(lambda: init()["head"])()  # the compiler leaves out the initialization of everything else
+    head = jax.jit(lambda: init()["head"])()  # the compiler drops the initialization of everything else
     params, report = pretrained.adapt_params(source.params, {**jax.eval_shape(init), "head": head})
     print(f"{source.name}\n{report}")
     return params
@@ -81,7 +81,7 @@ def init_params(model: ImageModel, *, image_size: int, seed: int) -> Params:
 
 
 def has_dropout(model: ImageModel) -> bool:
-    """Returns whether any of the model's dropout rates is above zero."""
+    """Returns True if any dropout rate of the model is above zero."""
     return any(value > 0 for name, value in vars(model).items() if name.endswith("_rate"))
 
 
@@ -90,6 +90,6 @@ def check_head(trainable: Params, model: ImageModel) -> None:
     paths = flatten_dict(trainable, sep="/").keys()
     if model.head_init == "zeros" and not paths & {"head/kernel", "lora/head/kernel/b"}:
         raise UsageError(
-            "trainable does not match head/kernel, which starts at zero, so that no parameter below the head would get "
-            "a gradient; add 'head/.*', or set ablation.head_init to 'xavier'"
+            "trainable does not match head/kernel, which is initialized to zero, so no parameter below the head would "
+            "get a gradient; add 'head/.*', or set ablation.head_init to 'xavier'"
         )

@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2022): low-rank weights beside the parameter tree, which keeps the names of the checkpoints.
+"""LoRA (Hu et al. 2022): low-rank weights in a subtree "lora"; all other parameters keep their names.
 
-The LoRA weights of `Transformer/…/query/kernel` are `lora/Transformer/…/query/kernel/{a,b}`, so that such a tree is
-split, saved and counted like any other. The model gets `merge_lora_weights(params)`.
+The LoRA weights of `Transformer/…/query/kernel` are `lora/Transformer/…/query/kernel/{a,b}`, so the tree is split,
+saved and counted like any other. The model is applied to `merge_lora_weights(params)`.
 """
 
 import math
@@ -17,10 +17,10 @@ from vit_jax.types import Params
 
 
 def add_lora_weights(key: jax.Array, params: Params, *, rank: int, targets: Sequence[str]) -> Params:
-    """Adds "lora" to a tree: `a` (*inputs, rank) and `b` (rank, *outputs) of kernels that the targets match.
+    """Adds "lora" to a tree: `a` [*inputs, rank] and `b` [rank, *outputs] of the kernels that `targets` match.
 
-    A kernel is taken as a matrix from its inputs to its outputs: [d, (k h)] for queries, keys and values, whose heads
-    are outputs; [(…), d] for any other. `a` is sampled from a normal distribution of variance 1 / inputs, `b` is zero.
+    A kernel is treated as a matrix from inputs to outputs: [d, (k h)] for query, key and value, whose heads are
+    outputs; [(…), d] otherwise. `a` is sampled from a normal distribution with variance 1 / inputs, `b` is zero.
     """
     flat = flatten_dict(params, sep="/")
     for target in targets:
@@ -44,7 +44,7 @@ def add_lora_weights(key: jax.Array, params: Params, *, rank: int, targets: Sequ
 
 
 def merge_lora_weights(params: Params, *, alpha: float) -> Params:
-    """Adds each product to its kernel, W + alpha / rank · a · b; returns a tree without LoRA weights."""
+    """Adds the LoRA weights to their kernels, W + alpha / rank · a · b; returns a tree without "lora"."""
     if "lora" not in params:
         return params
     flat = flatten_dict({name: branch for name, branch in params.items() if name != "lora"})

@@ -22,10 +22,10 @@ def cross_entropy(
 
 
 def masked_sums(logits: Float[Array, "b classes"], labels: Int[Array, " b"], mask: Bool[Array, " b"]) -> Sums:
-    """Returns sums over the images that the mask does not exclude as padding.
+    """Returns sums over the images where the mask is True; padding is False.
 
-    They are float32 "loss" (nats) and int32 "correct", "correct_top5" (the best five, or all where there are fewer),
-    "count". Equal logits rank by class index, as argmax does.
+    They are float32 "loss" (nats) and int32 "correct", "correct_top5" (of all classes if there are fewer), "count".
+    Equal logits are ordered by class index, as by argmax.
     """
     best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]  # [b 5]
     hits = (best == labels[:, None]) & mask[:, None]
@@ -38,7 +38,7 @@ def masked_sums(logits: Float[Array, "b classes"], labels: Int[Array, " b"], mas
 
 
 def means(sums: Mapping[str, float], *, prefix: str = "test") -> dict[str, float]:
-    """Returns "test/loss", "test/accuracy" and "test/accuracy_top5" of sums on the host, or with another prefix."""
+    """Returns "test/loss", "test/accuracy" and "test/accuracy_top5" from sums on the host; `prefix` replaces "test"."""
     count = int(sums["count"])
     return {
         f"{prefix}/loss": float(sums["loss"]) / count,

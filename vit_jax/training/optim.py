@@ -27,15 +27,15 @@ DECAYED = ("all", "kernels")
 
 
 def trainable_patterns(trainable: str | Sequence[str]) -> tuple[str, ...]:
-    """Returns the regular expressions of a mode, a key of `MODES`, or those that are given."""
+    """Returns the regular expressions of a mode, a key of `MODES`, or the given ones."""
     return MODES[trainable] if isinstance(trainable, str) else tuple(trainable)
 
 
 def split_params(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
-    """Returns (trainable, frozen): nested dictionaries of the parameters whose paths some pattern matches, or none.
+    """Splits parameters into (trainable, frozen) nested dictionaries; trainable paths match any of the patterns.
 
-    Only trainable parameters are differentiated and have optimizer state, so frozen ones cost nothing and stay
-    bit-identical. (`optax.masked` alone would pass the other gradients through unchanged.)
+    Only trainable parameters have gradients and optimizer state, so frozen ones cost nothing and stay bit-identical.
+    (`optax.masked` alone would pass the other gradients through unchanged.)
     """
     flat = flatten_dict(params, sep="/")
     for pattern in patterns:
@@ -51,7 +51,7 @@ def _is_match(path: str, patterns: Sequence[str]) -> bool:
 
 
 def merge_params(trainable: Params, frozen: Params) -> Params:
-    """Returns the inverse of `split_params`; of paths in both, the leaf of the first."""
+    """Inverts `split_params`; for paths in both trees, returns the leaf of the first."""
     merged: Params = unflatten_dict({**flatten_dict(frozen), **flatten_dict(trainable)})
     return merged
 
@@ -103,7 +103,7 @@ def create_optimizer(
     """Returns the chain: clip, then L2, then momentum or Adam, then the learning rate, scaled by layer; or AdamW.
 
     Names are "sgd", "adam" (Kingma and Ba 2015) and "adamw", whose weight decay is decoupled (Loshchilov and Hutter
-    2019). Other arguments are keys of the config, but for the model, which `layer_decay` below 1 needs.
+    2019). `model` is needed for `layer_decay`; the other arguments are config keys.
     """
     mask = _are_kernels if decayed == "kernels" else None
     chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
@@ -122,7 +122,7 @@ def create_optimizer(
 
 
 def scale_by_layer(model: ImageModel, layer_decay: float) -> optax.GradientTransformation:
-    """Multiplies updates by `layer_decay ** (last - layer)`, with the layers of `model.layer_index`, the head the last.
+    """Multiplies updates by `layer_decay ** (last - layer)`; layers are from `model.layer_index`, the head is the last.
 
     Source: Bao et al. 2022, "BEiT", appendix; Clark et al. 2020, "ELECTRA".
     """
@@ -138,6 +138,6 @@ def scale_by_layer(model: ImageModel, layer_decay: float) -> optax.GradientTrans
 
 
 def _are_kernels(params: Params) -> Params:
-    """Returns True for the leaves that are kernels or LoRA weights."""
+    """Returns a mask that is True for kernels and LoRA weights."""
     mask: Params = unflatten_dict({path: path[-1] == "kernel" or path[0] == "lora" for path in flatten_dict(params)})
     return mask

@@ -1,4 +1,4 @@
-"""Facts of a run that its checkpoints hold, besides its arrays."""
+"""Metadata of a run, saved in its checkpoints."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from vit_jax.types import Json
 
 @dataclasses.dataclass(frozen=True)
 class RunInfo:
-    """Facts of a run."""
+    """Metadata of a run."""
 
     model: ModelMetadata
     config: dict[str, Any]
@@ -19,17 +19,17 @@ class RunInfo:
     storage: str  # "memory" or "stream": where the images are
     num_trainable: int  # parameters
     command: str  # that started the run
-    custom: tuple[str, ...] = ()  # of "dataset", "augment" and "optimizer" those given from Python, not in the config
+    custom: tuple[str, ...] = ()  # those of "dataset", "augment" and "optimizer" that were given from Python
     metrics_checksum: str = ""  # of metrics.jsonl up to the step of the checkpoint
 
     def to_json(self) -> dict[str, Json]:
-        """Returns JSON values, for `from_json`."""
+        """Returns the fields as JSON values."""
         parts = {"model": self.model.to_json(), "dataset": self.dataset.to_json(), "custom": list(self.custom)}
         return {**vars(self), **parts}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunInfo":
-        """Returns what `to_json` gave; raises UserError if it was written by another version."""
+        """Inverts `to_json`; raises UserError for values of another version."""
         try:
             parts: dict[str, Any] = {
                 "model": ModelMetadata.from_json(values["model"]),

@@ -25,16 +25,16 @@ class TrainState:
     """Training state."""
 
     step: jax.Array  # int32, finished updates
-    trainable: Params  # LoRA weights among them
+    trainable: Params  # including LoRA weights
     frozen: Params
-    opt_state: optax.OptState  # of `trainable` alone
+    opt_state: optax.OptState  # of `trainable` only
     ema: Params  # EMA of `trainable`, or empty
-    key: jax.Array  # uint32 [2]; never changes, steps and epochs are folded in
-    first_nonfinite_step: jax.Array  # int32, the first step whose loss or update was not finite; 0 while there is none
+    key: jax.Array  # uint32 [2], constant; steps and epochs are folded in
+    first_nonfinite_step: jax.Array  # int32, first step whose loss or update was not finite; 0 if none
 
 
 class Examples(NamedTuple):
-    """A batch, or a part of it, with the random keys of its examples; every leaf is [b …]."""
+    """A batch or microbatch with the random keys of its examples; every leaf is [b …]."""
 
     inputs: jax.Array
     labels: jax.Array
@@ -53,7 +53,7 @@ class TrainStep:
 
     forward: Forward
     tx: optax.GradientTransformation
-    schedule: optax.Schedule | None  # learning rate that is reported
+    schedule: optax.Schedule | None  # for logging the learning rate
     mesh: Mesh
     batch_size: int  # examples per update; divisible by accumulation_steps · devices
     accumulation_steps: int = 1
@@ -64,7 +64,7 @@ class TrainStep:
     lora_alpha: float = 1.0
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Computes the gradients, transforms them, and applies the updates."""
+        """Computes the gradients and applies one update."""
         examples = self.with_keys(batch, state)
         if self.accumulation_steps == 1:
             (loss, accuracy), grads = self.gradients(state, examples)
@@ -92,11 +92,11 @@ class TrainStep:
         return new_state, {"train/loss": loss, "train/accuracy": accuracy, **learning_rate}
 
     def with_keys(self, batch: Batch, state: TrainState) -> Examples:
-        """Adds the random keys of this step, and the partners that images are mixed with."""
+        """Adds the random keys of this step, and the partners for mixup and CutMix."""
         augment_keys, dropout_keys = rng.step_keys(state.key, state.step, self.batch_size)
         examples = Examples(batch.inputs, batch.labels, augment_keys)
         if self.mixup_alpha > 0 or self.cutmix_alpha > 0:
-            # The partner of every image is its neighbor in the whole batch, however that is split.
+            # The partner of an image is its neighbor in the full batch, independent of accumulation.
             examples = examples._replace(
                 partners=jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), examples),
                 mix_keys=rng.mix_keys(state.key, state.step, self.batch_size),
@@ -127,9 +127,9 @@ class TrainStep:
         targets: list[tuple[jax.Array, jax.Array]],
         dropout_keys: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns (loss, accuracy): means over the batch, or the contribution of a part to them.
+        """Returns (loss, accuracy): means over the batch, or the contribution of a microbatch to them.
 
-        Targets are pairs (labels [b], weights [b] or scalar): one, or two for mixed images, whose weights sum to 1.
+        Targets are pairs (labels [b], weights [b] or scalar): one pair, or two for mixed images, with weights of sum 1.
         """
         params = lora.merge_lora_weights(optim.merge_params(trainable, frozen), alpha=self.lora_alpha)
         logits = self.forward.logits(params, inputs, dropout_keys)
@@ -141,7 +141,7 @@ class TrainStep:
 
 
 def run_train_steps(train_step: TrainStep, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    """Runs as many updates as a batch has examples for, in a loop on the device; metrics are those of the last one."""
+    """Runs all updates that a batch has examples for in a loop on the device; returns the metrics of the last one."""
     size = train_step.batch_size
 
     def select(update: jax.Array | int) -> Batch:
@@ -159,7 +159,7 @@ def run_train_steps(train_step: TrainStep, state: TrainState, batch: Batch) -> t
 
 
 def _zeros_like(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns zeros of the shapes and dtypes that a function would return."""
+    """Returns zeros with the shapes and dtypes of a function's outputs."""
     shapes = jax.eval_shape(function, *arguments)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
@@ -167,7 +167,7 @@ def _zeros_like(function: Callable[..., Any], *arguments: Any) -> Any:
 def create_train_state(
     params: Params, *, patterns: tuple[str, ...], tx: optax.GradientTransformation, seed: int, use_ema: bool = False
 ) -> TrainState:
-    """Returns the state before the first update, from a whole parameter tree."""
+    """Returns the initial state for a full parameter tree."""
     trainable, frozen = optim.split_params(params, patterns)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -181,13 +181,13 @@ def create_train_state(
 
 
 def evaluated_params(state: TrainState, *, use_ema: bool = True, lora_alpha: float = 1.0) -> Params:
-    """Returns the parameters to evaluate: the EMA parameters where there are any, with LoRA weights merged."""
+    """Returns the parameters to evaluate: the EMA parameters, if any, with LoRA weights merged."""
     ema = state.ema if use_ema else {}
     return lora.merge_lora_weights(optim.merge_params(ema or state.trainable, state.frozen), alpha=lora_alpha)
 
 
 def update_ema(ema: Params, params: Params, *, decay: float, num_updates: jax.Array) -> Params:
-    """Moves the EMA parameters towards the parameters, faster at first, so that the initial ones are soon forgotten.
+    """Updates the EMA parameters; the decay is smaller at first, so that the initial parameters are soon forgotten.
 
     After t earlier updates the decay is min(decay, (1 + t) / (10 + t)), as in TensorFlow's
     `tf.train.ExponentialMovingAverage(num_updates=…)`.

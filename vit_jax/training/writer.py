@@ -1,4 +1,4 @@
-"""Outputs of a run while it trains: metrics.jsonl, TensorBoard events, a progress bar."""
+"""Writes metrics during training: metrics.jsonl, TensorBoard events, a progress bar."""
 
 import json
 import math
@@ -20,9 +20,9 @@ Record = dict[str, float]
 
 
 def read_records(path: Path, *, last_step: int | None = None) -> list[Record]:
-    """Reads the lines of a metrics.jsonl up to a step; none if there is no file.
+    """Reads the lines of a metrics.jsonl up to a step; returns none if there is no file.
 
-    A truncated last line, left by a kill, is ignored; another damaged line raises UserError.
+    A truncated last line, as after SIGKILL, is ignored; any other damaged line raises UserError.
     """
     records: list[Record] = []
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
@@ -40,7 +40,7 @@ def read_records(path: Path, *, last_step: int | None = None) -> list[Record]:
 
 
 def checksum_of(records: Iterable[Record]) -> str:
-    """Returns the checksum of records as lines of metrics.jsonl, which every checkpoint holds."""
+    """Returns the checksum of records as lines of metrics.jsonl, as saved in every checkpoint."""
     return f"{zlib.crc32(_lines(records)):08x}"
 
 
@@ -49,9 +49,9 @@ def _lines(records: Iterable[Record]) -> bytes:
 
 
 def read_results(workdir: Path, step: int, checksum: str) -> tuple[list[Record], Record]:
-    """Reads the metrics of a finished run: all lines, and that of the evaluation after the last step.
+    """Reads the metrics of a finished run; returns all records, and the record of the last evaluation.
 
-    The checksum is that in the last checkpoint; UserError if the lines have another one.
+    Raises UserError if the records do not have the `checksum` of the last checkpoint.
     """
     path = workdir / "metrics.jsonl"
     records = read_records(path, last_step=step)
@@ -65,21 +65,21 @@ def read_results(workdir: Path, step: int, checksum: str) -> tuple[list[Record],
 
 
 def format_number(number: float) -> str:
-    """Formats a number of at least 10 as an integer, a smaller one with two digits."""
+    """Formats numbers of at least 10 as integers, smaller ones with two significant digits."""
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 class Writer:
     """Writes the metrics of one run; a context manager.
 
-    Records of later steps than the one that the run resumes from are removed from metrics.jsonl. TensorBoard's events
-    are written again from what is kept, into one new file, so that a run that was resumed often is one curve.
+    Records after the step that the run resumes from are removed from metrics.jsonl. TensorBoard events are written
+    again, into one new file, so that a resumed run is one curve.
 
     Args:
         workdir: run directory; exists.
         step: finished updates; 0 starts a run.
         num_steps: of the whole run, for the progress bar.
-        silent: whether nothing is written, because another process does.
+        silent: write nothing, as another process does.
     """
 
     def __init__(self, workdir: Path, *, step: int, num_steps: int, silent: bool = False):
@@ -120,15 +120,15 @@ class Writer:
 
     @property
     def checksum(self) -> str:
-        """Checksum of all records, see `checksum_of`."""
+        """Checksum of all records; see `checksum_of`."""
         return f"{self._crc32:08x}"
 
     def start_clock(self, step: int) -> None:
-        """Starts the time of the next images per second; called after work that is not training."""
+        """Restarts the clock for images per second; called after work that is not training."""
         self._clock, self._clock_step = time.perf_counter(), step
 
     def log_training(self, step: int, scalars: dict[str, float], *, batch_size: int) -> None:
-        """Writes a training line, with the images per second since the last one or `start_clock`; moves the bar."""
+        """Writes a training line, with images per second since the last one or `start_clock`; updates the bar."""
         speed = (step - self._clock_step) * batch_size / (time.perf_counter() - self._clock)
         self._write({"step": step, **scalars, "images_per_second": speed})
         loss, accuracy = scalars["train/loss"], scalars["train/accuracy"]
@@ -147,7 +147,7 @@ class Writer:
             tqdm.write(f"step {step}: test accuracy {accuracy:.2%}{raw}, test loss {loss:.4f}", file=sys.stderr)
 
     def flush(self) -> None:
-        """Returns when metrics.jsonl is on disk: called before each checkpoint, which must not outlive its metrics."""
+        """Syncs metrics.jsonl to disk; called before each checkpoint, so that no checkpoint lacks its metrics."""
         if not self._silent:
             os.fsync(self._file.fileno())
 

@@ -1,1 +1,1 @@
-"""Analysis of models (arrays to arrays), figures (arrays to matplotlib), and the HTML page of a report."""
+"""Analysis of models (arrays to arrays), figures (arrays to matplotlib), and the HTML report."""

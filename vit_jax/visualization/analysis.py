@@ -1,4 +1,4 @@
-"""Attention, position embeddings, filters and errors of a model: arrays to arrays.
+"""Analyzes attention, position embeddings, filters and errors of a model: arrays to arrays.
 
 Axes: l layers, b images, k heads, n tokens or patches, g rows and columns of patches, p pixels, d width, c classes.
 """
@@ -22,7 +22,7 @@ def attention_weights(
 ) -> Float[np.ndarray, "l b k n n"]:
     """Returns the attention weights of all layers and heads for preprocessed images, float32.
 
-    Each row, the weights of one token on all, sums to 1. Token 0 is the class token, if any.
+    Each row, the attention of one token to all tokens, sums to 1. Token 0 is the class token, if any.
     """
     blocks = _intermediates(model, params, images)["Transformer"]
     layers = [
@@ -68,8 +68,8 @@ def attention_rollout(
     """Returns the attention to each patch accumulated over all layers, float32.
 
     Each layer contributes 0.5 · A + 0.5 · I, where A is the mean over heads and I the skip connection, with rows
-    normalized to 1. The result is the class token's row of the product of these matrices, which sums to less than 1 as
-    the token's own weight is left out; or the mean of all rows, weighted by `pooling`.
+    normalized to 1. The result is the class token's row of the product of these matrices, without its own weight (so it
+    sums to less than 1), or the mean of all rows, weighted by `pooling`.
 
     Source: Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers", section 3.
     """
@@ -89,7 +89,7 @@ def to_grid(patches: Float[np.ndarray, "*batch n"]) -> Float[np.ndarray, "*batch
 def position_similarity(
     embeddings: Float[np.ndarray, "1 n d"], *, class_token: bool = True
 ) -> Float[np.ndarray, "patches patches"]:
-    """Returns the cosine similarity between the position embeddings of all patches, without that of a class token.
+    """Returns the cosine similarity between the position embeddings of all patches, excluding a class token.
 
     Source: Dosovitskiy et al. 2021, figure 7 (centre).
     """
@@ -103,7 +103,7 @@ def filter_components(
 ) -> tuple[Float[np.ndarray, "components p p 3"], Float[np.ndarray, " components"]]:
     """Returns the first principal components of d filters, and the fraction of the variance that each explains.
 
-    Components have length 1, the largest entry positive. Source: Dosovitskiy et al. 2021, figure 7 (left).
+    Components have unit norm and a positive largest entry. Source: Dosovitskiy et al. 2021, figure 7 (left).
     """
     filters = np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1]).T  # [d p·p·3]
     _, scales, components = np.linalg.svd(filters - filters.mean(axis=0), full_matrices=False)
@@ -116,7 +116,7 @@ def filter_components(
 def confusion_matrix(
     labels: Int[np.ndarray, " b"], predictions: Int[np.ndarray, " b"], *, num_classes: int
 ) -> Int[np.ndarray, "c c"]:
-    """Returns numbers of images, int64: row: true class, column: predicted class."""
+    """Returns numbers of images, int64; rows are true classes, columns predicted classes."""
     return np.bincount(labels * num_classes + predictions, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 

@@ -1,4 +1,4 @@
-"""The HTML page of a report: one file, with its figures, that loads nothing else."""
+"""Formats the report as one self-contained HTML file."""
 
 import base64
 import html
@@ -11,10 +11,10 @@ Rows = Sequence[tuple[str, str]]
 
 
 def format_report(texts: Mapping[str, str], *, results: Rows, settings: Rows, figures: Mapping[str, bytes]) -> str:
-    """Fills `assets/report.html`; escapes everything.
+    """Fills the template `assets/report.html`; escapes all values.
 
-    The keys of `texts` are "title", "accuracy", "summary", "command" and "config"; the keys of `figures`, PNG files in
-    the order of the page, are captions, "Title. Explanation."
+    The keys of `texts` are "title", "accuracy", "summary", "command" and "config"; `figures` maps captions, "Title.
+    Explanation.", to PNG files, in the order of the page.
     """
     template = importlib.resources.files("vit_jax").joinpath("assets/report.html").read_text(encoding="utf-8")
     return string.Template(template).substitute(

@@ -1,4 +1,4 @@
-"""Matplotlib figures of metrics, predictions, attention and parameters. Made without pyplot: no windows or state."""
+"""Plots metrics, predictions, attention and parameters with Matplotlib, without pyplot's windows and state."""
 
 import io
 import textwrap
@@ -44,7 +44,7 @@ def plot_curves(records: Records, *, title: str = "") -> Figure:
 
 
 def plot_accuracies(runs: Mapping[str, Records], *, title: str = "") -> Figure:
-    """Plots test accuracy over the steps, a line for each run, by name."""
+    """Plots test accuracy over the steps, one line per run."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for i, (name, records) in enumerate(runs.items()):
@@ -68,7 +68,7 @@ def _plot_metric(axes: Axes, records: Records, key: str, *, label: str, color: s
 def plot_attention(
     images: UInt8[np.ndarray, "b h w 3"], maps: Float[np.ndarray, "b g g"], titles: Sequence[str], *, title: str
 ) -> Figure:
-    """Plots images, and below each a heat map of attention over its grey version; each map has its own color scale."""
+    """Plots each image above its attention map on a grey version of it; each map has its own color scale."""
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
     figure, panels = _create_panels(2 * rows, columns, size=(1.7, 1.85), title=title)
@@ -90,7 +90,7 @@ def plot_heads(
 ) -> Figure:
     """Plots an image and the attention maps of all heads: layers in rows, heads in columns.
 
-    All maps share one color scale, of square roots, since the weights of one head are often far above the others.
+    All maps share one square-root color scale, as the weights of one head are often much larger than the others.
     """
     layers, heads = weights.shape[:2]
     figure = Figure(figsize=(max(6.0, 0.9 * heads + 2.6), 0.9 * layers + 1.2), layout="constrained")
@@ -111,14 +111,14 @@ def plot_heads(
 
 
 def plot_position_similarity(similarity: Float[np.ndarray, "n n"]) -> Figure:
-    """Plots the similarity of each position embedding to all others as a map, in a grid of the patches' positions."""
+    """Plots a grid of maps, one per patch: the similarity of its position embedding to all others."""
     side = round(len(similarity) ** 0.5)
     maps = similarity.reshape(side, side, side, side)
-    maps = np.pad(maps, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=np.nan)  # a gap behind each map
+    maps = np.pad(maps, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=np.nan)  # a gap after each map
     canvas = maps.transpose(0, 2, 1, 3).reshape(side * (side + 1), -1)[:-1, :-1]
     figure, axes = _plot_similarity(canvas, "Position embeddings: similarity of each to all others")
     centers, names = np.arange(side) * (side + 1) + (side - 1) / 2, [str(i) for i in range(side)]
-    axes.set(xlabel="column of the patch", ylabel="row of the patch")
+    axes.set(xlabel="patch column", ylabel="patch row")
     axes.set_xticks(centers, names, fontsize=8)
     axes.set_yticks(centers, names, fontsize=8)
     return figure
@@ -127,7 +127,7 @@ def plot_position_similarity(similarity: Float[np.ndarray, "n n"]) -> Figure:
 def plot_position_matrix(similarity: Float[np.ndarray, "n n"]) -> Figure:
     """Plots the matrix of similarities between all position embeddings."""
     figure, axes = _plot_similarity(similarity, "Position embeddings: similarity of every pair")
-    axes.set(xlabel="patch, row by row", ylabel="patch, row by row")
+    axes.set(xlabel="patch index", ylabel="patch index")
     return figure
 
 
@@ -141,7 +141,7 @@ def _plot_similarity(image: np.ndarray, title: str) -> tuple[Figure, Axes]:
 
 
 def plot_filters(components: Float[np.ndarray, "n p p 3"], explained: Float[np.ndarray, " n"]) -> Figure:
-    """Plots what `analysis.filter_components` returns: components as colors, each scaled to its own range."""
+    """Plots the components of `analysis.filter_components` as colors, each scaled to its own range."""
     columns = min(7, len(components))
     rows = -(-len(components) // columns)
     title = "Patch filters: principal components and explained variance"
@@ -155,7 +155,7 @@ def plot_filters(components: Float[np.ndarray, "n p p 3"], explained: Float[np.n
 def plot_confusion(
     counts: Int[np.ndarray, "c c"], pairs: Sequence[tuple[int, int, int]], class_names: Sequence[str], *, title: str
 ) -> Figure:
-    """Plots the confusion matrix as fractions of each row, grey without images, and the most frequent confusions."""
+    """Plots the row-normalized confusion matrix, grey for classes without images, and the most frequent confusions."""
     totals, names = counts.sum(axis=1, keepdims=True), [_shorten(name) for name in class_names]
     fractions = np.where(totals, counts / np.maximum(totals, 1), np.nan)
     side = min(7.0, 3.2 + 0.36 * len(counts))  # inches
@@ -170,7 +170,7 @@ def plot_confusion(
         for i, j in np.argwhere(counts):
             color = "black" if fractions[i, j] > 0.5 else "white"
             left.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", fontsize=9, color=color)
-    figure.colorbar(shown, ax=left, label="fraction of the images of a class", fraction=0.046)
+    figure.colorbar(shown, ax=left, label="fraction of the true class", fraction=0.046)
     right.set_axis_off()
     right.set_title("Most frequent confusions", loc="left")
     text = "\n".join(f"{number:,} × {names[i]} classified as {names[j]}" for i, j, number in pairs) or "no errors"
@@ -196,7 +196,7 @@ def plot_errors(
 
 
 def _create_panels(rows: int, columns: int, *, size: tuple[float, float], title: str) -> tuple[Figure, np.ndarray]:
-    """Returns a figure and its grid of panels [rows columns], axes that are hidden; the size of each is in inches."""
+    """Creates a figure with a grid of hidden axes [rows columns]; `size` of each is in inches."""
     width, height = size
     figure = Figure(figsize=(max(6.5, width * columns + 0.4), height * rows + 0.6), layout="constrained")  # title fits
     panels = figure.subplots(rows, columns, squeeze=False)
