@@ -45,7 +45,7 @@ class Row:
             **({"seeds": str(self.num_seeds)} if self.num_seeds else {}),
             "test accuracy": f"{self.results['test/accuracy']:.2%}",
             **({"±": f"{self.accuracy_std:.2%}"} if self.num_seeds else {}),
-            "top 5": f"{self.results['test/accuracy_top5']:.2%}",
+            "top-5 accuracy": f"{self.results['test/accuracy_top5']:.2%}",
             "images": f"{self.config.num_steps * self.config.batch_size:,}",
             "time": str(datetime.timedelta(seconds=round(self.seconds))),
             "images/s": f"{self.images_per_second:,.0f}",
