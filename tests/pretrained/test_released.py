@@ -79,7 +79,7 @@ def test_resolve_selects_best_augreg_checkpoint_of_variant(mirror, tmp_path, cap
         assert pretrained.resolve("augreg/B_16-i21k-b").read_bytes() == content
         assert pretrained.resolve("augreg/B_16").exists()
     bucket = "/storage.googleapis.com/vit_models/augreg"
-    assert server.asked_paths == [f"{bucket}/index.csv", f"{bucket}/B_16-i21k-b.npz"]
+    assert server.requested_paths == [f"{bucket}/index.csv", f"{bucket}/B_16-i21k-b.npz"]
     assert capsys.readouterr().err.endswith("augreg/B_16 is augreg/B_16-i21k-b\n")
 
 
