@@ -73,6 +73,7 @@ def test_format_table_shows_different_test_settings(runs, tmp_path, changes, col
             assert [line[header.index(column)] for line in lines] == cells
 
 
+@pytest.mark.slow
 def test_compare_runs_accepts_run_with_zero_steps(tmp_path):
     config = digits.get_config("scratch")
     config.model = dict(patch_size=4, hidden_size=16, num_layers=1, num_heads=2, mlp_dim=16)

@@ -83,6 +83,7 @@ def test_train_and_evaluate_resumes_streamed_run_bit_exactly(image_dir, uninterr
         np.testing.assert_array_equal(leaf, expected[path])
 
 
+@pytest.mark.slow
 def test_train_and_evaluate_accumulates_gradients_of_streamed_batches(image_dir, uninterrupted, tmp_path):
     trainer.train_and_evaluate(config_for(image_dir, accumulation_steps=2), tmp_path / "run")
     for actual, expected in zip(records_of(tmp_path / "run"), records_of(uninterrupted), strict=True):

@@ -123,7 +123,7 @@ def create_config(*, model=None, **changes):
 @pytest.mark.parametrize(
     ("trainable", "updated", "mesh"),
     [
-        ("full", ("",), {}),
+        pytest.param("full", ("",), {}, marks=pytest.mark.slow),
         ("head", ("head/",), {}),
         (("resnet/block2/.*", "head/.*"), ("resnet/block2/", "head/"), {"fsdp": 8}),
     ],

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from configs import models as variants
 from vit_jax import pretrained
-from vit_jax.models import REMAT_POLICIES, VisionTransformer, vit
+from vit_jax.models import VisionTransformer, vit
 
 MICRO = {"patch_size": 4, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "mlp_dim": 40}
 
@@ -87,19 +87,19 @@ def test_vision_transformer_without_pre_logits_has_200_arrays():
     ("variant", "count"),
     [
         ("Ti_16", 5_717_416),
-        ("S_16", 22_050_664),
-        ("S_32", 22_878_952),
-        ("B_8", 86_576_872),
+        pytest.param("S_16", 22_050_664, marks=pytest.mark.slow),
+        pytest.param("S_32", 22_878_952, marks=pytest.mark.slow),
+        pytest.param("B_8", 86_576_872, marks=pytest.mark.slow),
         ("B_16", 86_567_656),
-        ("B_32", 88_224_232),
-        ("L_16", 304_326_632),
-        ("L_32", 306_535_400),
+        pytest.param("B_32", 88_224_232, marks=pytest.mark.slow),
+        pytest.param("L_16", 304_326_632, marks=pytest.mark.slow),
+        pytest.param("L_32", 306_535_400, marks=pytest.mark.slow),
         ("H_14", 632_045_800),
-        ("R_Ti_16", 6_337_704),
-        ("R26_S_32", 36_431_912),
-        ("R26_B_32", 101_383_976),
+        pytest.param("R_Ti_16", 6_337_704, marks=pytest.mark.slow),
+        pytest.param("R26_S_32", 36_431_912, marks=pytest.mark.slow),
+        pytest.param("R26_B_32", 101_383_976, marks=pytest.mark.slow),
         ("R50_B_16", 98_659_112),
-        ("R50_L_32", 328_994_856),
+        pytest.param("R50_L_32", 328_994_856, marks=pytest.mark.slow),
     ],
 )
 def test_vision_transformer_has_published_parameter_count(variant, count):
@@ -260,7 +260,7 @@ def test_vision_transformer_without_num_classes_returns_head_inputs():
     np.testing.assert_allclose(logits, apply_plain(model, {"params": params}, images), atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", REMAT_POLICIES)
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
 def test_vision_transformer_parameters_and_gradients_match_with_remat(remat):
     plain = VisionTransformer(5, **MICRO, dropout_rate=0.1)
     with_remat = plain.clone(remat=remat)

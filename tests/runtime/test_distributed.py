@@ -185,7 +185,7 @@ def test_initialize_processes_times_out_when_other_processes_are_missing(tmp_pat
         assert result.returncode == 1
         assert result.stderr.splitlines() == [
             "error: waited 3 seconds for the other processes; "
-            "start all of them, with one --coordinator that each can reach"
+            "start all of them, with the same --coordinator, which each can reach"
         ]
 
 

@@ -43,6 +43,7 @@ def test_dry_run_matches_flops_of_layers(cost):
     assert cost().flops == pytest.approx(2 * products, rel=0.2)  # norms, softmax, GELU, optimizer: not in products
 
 
+@pytest.mark.slow
 def test_dry_run_measures_savings_of_accumulation_remat_and_sharding(cost):
     plain = cost(batch_size=64)
     accumulated = cost(batch_size=64, accumulation_steps=4)

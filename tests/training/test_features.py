@@ -63,6 +63,7 @@ def test_evaluate_applies_test_augment_as_in_training(tmp_path, features):
     assert load_run(tmp_path).evaluate() == pytest.approx(results, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_train_and_evaluate_learns_from_augmented_views(tmp_path):
     config = head_config(features="cached", feature_views=3, augment="pad_crop")
     config.dataset.train_split = "train[:640]"

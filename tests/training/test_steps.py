@@ -177,7 +177,10 @@ def test_train_step_with_accumulation_equals_large_batch(digits):
     assert float(actual["train/accuracy"]) == pytest.approx(float(expected["train/accuracy"]), abs=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"accumulation_steps": 4}, {"num_devices": 8}, {"num_devices": 8, "fsdp": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [{"accumulation_steps": 4, "num_devices": 8}, pytest.param({"num_devices": 8, "fsdp": 4}, marks=pytest.mark.slow)],
+)
 def test_train_step_samples_dropout_per_image(digits, options):
     """Accumulation and devices split the batch; neither changes the masks."""
     single = Setup(digits, num_devices=1, batch_size=32, model=NOISY)
