@@ -72,7 +72,7 @@ def test_get_config_accepts_name_or_patterns_as_trainable():
 
 
 def test_main_prints_every_key(capsys):
-    assert settings.main() == 0
+    assert settings.main([]) == 0
     printed = capsys.readouterr().out
     assert [line.split(" = ")[0] for line in printed.splitlines() if line[0] != " "] == list(KEYS)
     assert "optimizer.momentum = 0.9\n    momentum of sgd (a number in [0, 1))" in printed

@@ -52,6 +52,10 @@ def test_configs_page_lists_every_config():
             assert f"`configs/{path.name}" in PAGES[ROOT / "docs/configs.md"], path.name
 
 
+def test_configs_page_lists_every_key(run_cli):
+    assert f"```text\n{run_cli('vit_jax.config', []).stdout}```" in PAGES[ROOT / "docs/configs.md"]
+
+
 def test_readme_links_to_every_page():
     for path in (ROOT / "docs").glob("*.md"):
         assert f"(docs/{path.name})" in PAGES[ROOT / "README.md"], path.name

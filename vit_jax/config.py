@@ -1,5 +1,6 @@
 """Config keys: default, type, range and meaning of each. `python -m vit_jax.config` prints them."""
 
+import argparse
 import difflib
 import json
 import math
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
-from vit_jax.runtime.errors import UsageError, UserError, one_line, run_command
+from vit_jax.runtime.errors import UsageError, UserError, one_line, parse_arguments, run_command
 from vit_jax.runtime.files import write_atomically
 
 MODES = ("full", "head", "mlp", "attention", "bias", "lora")  # of `trainable`; patterns are in `training.optim`
@@ -252,8 +253,9 @@ def _flatten(tree: dict[str, Any], prefix: str = "", *, leaf: str = "") -> dict[
     return flat
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Prints every key with its default, meaning, unit, type and range."""
+    parse_arguments(argparse.ArgumentParser(prog="python -m vit_jax.config", description=main.__doc__), argv)
     for key in KEYS:
         text = f"{key.doc} ({key.check.expected}{'; may change on resume' if key.resumable else ''})"
         print(f"{key.name} = {key.default!r}\n{textwrap.indent(textwrap.fill(text, 96), '    ')}")
