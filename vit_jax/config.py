@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -38,8 +39,9 @@ _is_integer = partial(_is_number, high=_INT32_MAX, types=int)
 
 def _is_pattern(value: object) -> bool:
     try:
-        return isinstance(value, str) and bool(re.compile(value))
-    except (re.error, OverflowError, RecursionError):
+        with warnings.catch_warnings(action="error", category=FutureWarning):  # "[[:alpha:]]" is not supported
+            return isinstance(value, str) and bool(re.compile(value))
+    except (re.error, OverflowError, RecursionError, FutureWarning):
         return False
 
 
