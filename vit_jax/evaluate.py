@@ -1,5 +1,10 @@
 """Evaluate a fine-tuned run, or any classifier on any dataset."""
 
+from vit_jax.runtime.allocator import tune_malloc
+
+if __name__ == "__main__":
+    tune_malloc()  # before JAX is imported
+
 import argparse
 import dataclasses
 import json

@@ -1,5 +1,10 @@
 """`python -m vit_jax.predict --workdir DIR IMAGE…`: classifies images with a run or a pretrained checkpoint."""
 
+from vit_jax.runtime.allocator import tune_malloc
+
+if __name__ == "__main__":
+    tune_malloc()  # before JAX is imported
+
 import argparse
 import glob
 import json

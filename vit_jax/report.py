@@ -1,5 +1,10 @@
 """`python -m vit_jax.report --workdir DIR`: writes DIR/report.html, one page with results, settings and figures."""
 
+from vit_jax.runtime.allocator import tune_malloc
+
+if __name__ == "__main__":
+    tune_malloc()  # before JAX is imported
+
 import argparse
 import datetime
 import json

@@ -1,5 +1,10 @@
 """`python -m vit_jax.visualize --workdir DIR --out DIR`: plots metrics, attention, parameters and errors of a run."""
 
+from vit_jax.runtime.allocator import tune_malloc
+
+if __name__ == "__main__":
+    tune_malloc()  # before JAX is imported
+
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
