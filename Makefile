@@ -17,7 +17,8 @@ test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-slow: $(VENV)/installed-test $(VENV)-aot/installed $(VENV)-interop/installed
-	$(BIN)/python -m pytest -m slow --ignore tests/test_aot.py --ignore tests/pretrained/test_interop.py
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal --ignore tests/test_proofs.py --ignore tests/test_aot.py --ignore tests/pretrained/test_interop.py
+	$(BIN)/python -m pytest -m slow tests/test_proofs.py  # measures time
 	$(VENV)-aot/bin/python -m pytest -m slow -rs tests/test_aot.py
 	$(VENV)-interop/bin/python -m pytest -m slow -rs tests/pretrained/test_interop.py
 

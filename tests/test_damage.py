@@ -160,7 +160,7 @@ def problem(reader: Callable[[Run], None], changed: dict[Path, bytes | None], ru
     return ""
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 11))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 4))])
 def test_load_and_resume_detect_damaged_files(run, seed):
     problems, num_cases = [], 0
     for damage in DAMAGES:

@@ -53,12 +53,12 @@ RUNS = {
     "lora": {"trainable": "lora", "lora.rank": 2, "ema_decay": 0.9},
     "patterns": {"trainable": ATTENTION_AND_CLS, "label_smoothing": 0.1, "remat": "full"},
 }
-QUICK = ("full", "mlp", "head_views", "lora")
+QUICK = ("full", "head_views", "lora")
 every_run = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RUNS]
 )
 # In the middle of an epoch, between log steps; for some runs also at the end of an epoch and after an evaluation.
-STOPS = {name: (7, 10, 12) if name in ("full", "head_views", "lora") else (7,) for name in RUNS}
+STOPS = {name: (7, 10, 12) if name in ("full", "head_views") else (7,) for name in RUNS}
 
 
 def config_of(name, **changes):

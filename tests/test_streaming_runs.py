@@ -149,6 +149,7 @@ def test_dry_run_counts_two_batches_for_streamed_images(image_dir, capsys):
     assert ", streamed" in outputs[1] and ", streamed" not in outputs[0]
 
 
+@pytest.mark.slow
 def test_train_ends_worker_processes_after_sigterm_and_sigkill(image_dir, tmp_path):
     """Sends SIGTERM to the process group, as a cluster does, then SIGKILL to the main process alone."""
     keys = {"dataset.name": f"folder:{image_dir}", "dataset.storage": "stream", "num_steps": 100_000, "batch_size": 16}

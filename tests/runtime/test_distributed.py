@@ -276,7 +276,8 @@ def test_initialize_processes_reports_shared_error_in_each_process(tmp_path):
     assert read_logs(tmp_path / "log") == ["error: the disk is full\n"] * 2
 
 
-@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
 def test_initialize_processes_stops_waiting_process_when_other_fails_late(tmp_path, failing):
     assert wait(start_failing(tmp_path / "log", "late", failing), 60) == [1, 1]
     logs = read_logs(tmp_path / "log")
