@@ -8,8 +8,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from vit_jax.config import check_key
-from vit_jax.runtime.allocator import tune_malloc
 from vit_jax.runtime.errors import UsageError, one_line, run_command
+from vit_jax.runtime.startup import prepare_process
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,5 +93,5 @@ def default_workdir(values: flags.FlagValues) -> Path:
 
 
 if __name__ == "__main__":
-    tune_malloc()
+    prepare_process()
     sys.exit(run_command(main))

@@ -6,7 +6,7 @@
 1,437 training and 360 test images of 8 × 8 pixels, resized to 16 px, half the 32 px of pre-training: position
 embeddings are resampled from 8 × 8 to 4 × 4.
 
-Test accuracy after 10 epochs, three seeds: 0.975 ± 0.003 from the checkpoint, 0.929 ± 0.018 from scratch; 25 s on two
+Test accuracy after 10 epochs, three seeds: 0.975 ± 0.003 from the checkpoint, 0.929 ± 0.018 from scratch; 17 s on two
 CPU cores (benchmarks/RESULTS.md).
 """
 

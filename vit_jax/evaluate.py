@@ -1,9 +1,9 @@
 """Evaluate a fine-tuned run, or any classifier on any dataset."""
 
-from vit_jax.runtime.allocator import tune_malloc
+from vit_jax.runtime.startup import prepare_process
 
 if __name__ == "__main__":
-    tune_malloc()  # before JAX is imported
+    prepare_process()  # before JAX is imported
 
 import argparse
 import dataclasses

@@ -1,9 +1,9 @@
 """`python -m vit_jax.predict --workdir DIR IMAGE…`: classifies images with a run or a pretrained checkpoint."""
 
-from vit_jax.runtime.allocator import tune_malloc
+from vit_jax.runtime.startup import prepare_process
 
 if __name__ == "__main__":
-    tune_malloc()  # before JAX is imported
+    prepare_process()  # before JAX is imported
 
 import argparse
 import glob

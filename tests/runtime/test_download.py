@@ -301,17 +301,6 @@ def test_fetch_reports_timeout(path, partial_path, monkeypatch):
     assert not path.exists()
 
 
-def test_cache_dir_uses_environment_variable(monkeypatch, tmp_path):
-    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))
-    assert download.cache_dir() == tmp_path
-
-
-def test_cache_dir_defaults_to_home_directory(monkeypatch, tmp_path):
-    monkeypatch.delenv("VIT_JAX_CACHE", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert download.cache_dir() == tmp_path / ".cache" / "vit_jax"
-
-
 def test_fetch_requests_host_and_path_from_mirror(path, monkeypatch):
     with serve() as server:
         monkeypatch.setenv("VIT_JAX_MIRROR", server.url.removesuffix("file.bin"))

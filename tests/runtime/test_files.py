@@ -1,7 +1,7 @@
 import pytest
 
 from vit_jax.runtime.errors import UserError
-from vit_jax.runtime.files import atomic_path, write_atomically
+from vit_jax.runtime.files import atomic_path, cache_dir, write_atomically
 
 
 @pytest.mark.parametrize("content", ["grün\n", "grün\n".encode()])
@@ -47,3 +47,14 @@ def test_atomic_path_reports_full_disk(tmp_path):
             temporary.symlink_to("/dev/full")
             temporary.write_text("x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_cache_dir_uses_environment_variable(monkeypatch, tmp_path):
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+
+
+def test_cache_dir_defaults_to_home_directory(monkeypatch, tmp_path):
+    monkeypatch.delenv("VIT_JAX_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / ".cache" / "vit_jax"

@@ -13,6 +13,7 @@ import numpy as np
 from vit_jax.data.splits import OpenedSplits, parse_split, slice_splits
 from vit_jax.runtime import download
 from vit_jax.runtime.errors import UserError
+from vit_jax.runtime.files import cache_dir
 from vit_jax.types import Split
 
 _ADDRESS = "https://www.cs.toronto.edu/~kriz"
@@ -80,7 +81,7 @@ def _read_splits(cifar: _Cifar, data_dir: str, names: Sequence[str]) -> dict[str
         given = Path(data_dir).expanduser()
         path = next((path for path in (given / cifar.folder, given / cifar.archive) if path.exists()), given)
     else:
-        url, path = f"{_ADDRESS}/{cifar.archive}", download.cache_dir() / cifar.archive
+        url, path = f"{_ADDRESS}/{cifar.archive}", cache_dir() / cifar.archive
         path = download.fetch(url, path, sha256=cifar.sha256)
     files = [file for split in names for file in cifar.files[split]]
     contents = _read_files(path, files)

@@ -14,6 +14,7 @@ from vit_jax.pretrained.npz import load_npz
 from vit_jax.pretrained.sizes import infer_sizes
 from vit_jax.runtime import download
 from vit_jax.runtime.errors import UsageError, UserError
+from vit_jax.runtime.files import cache_dir
 
 _VARIANTS = {
     "imagenet21k": "B_16 B_32 L_16 L_32 H_14 R50+B_16 R50+L_32 R26+B_32",
@@ -83,7 +84,7 @@ def _fetch(file: str, check: Callable[[Path], object]) -> Path:
 
 
 def _cached(file: str) -> Path:
-    return download.cache_dir() / file
+    return cache_dir() / file
 
 
 def _best_augreg(variant: str) -> str:

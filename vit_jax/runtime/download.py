@@ -22,11 +22,6 @@ _BACKOFF_SECONDS = 1.0
 _NUM_REQUESTS = 20  # per file, if connections drop
 
 
-def cache_dir() -> Path:
-    """Returns the directory of downloaded files: `$VIT_JAX_CACHE`, or `~/.cache/vit_jax`. It may not exist yet."""
-    return Path(os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax").expanduser()
-
-
 def fetch(
     url: str, path: str | os.PathLike[str], *, sha256: str = "", check: Callable[[Path], object] | None = None
 ) -> Path:

@@ -1,4 +1,4 @@
-"""Atomic writes: a path has its old content or the complete new content, even after a power failure."""
+"""Atomic writes, which leave a path with its old content or the complete new one, and the cache directory."""
 
 import contextlib
 import os
@@ -7,6 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vit_jax.runtime.errors import UserError, one_line
+
+
+def cache_dir() -> Path:
+    """Returns the directory of downloads and compiled programs, which may not exist yet.
+
+    It is `$VIT_JAX_CACHE`, or `~/.cache/vit_jax`.
+    """
+    return Path(os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax").expanduser()
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
