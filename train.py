@@ -1,95 +1,131 @@
 """Trains a model: `python train.py --config configs/NAME.py[:ARG] [--config.key=value …] [--workdir DIR]`."""
 
+import argparse
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from vit_jax.config import check_key
+from vit_jax.config import KEYS, check_key, suggest_key, to_tuple
+from vit_jax.runtime.arguments import create_parser, parse_known_arguments, suggest_flag
 from vit_jax.runtime.errors import UsageError, one_line, run_command
 from vit_jax.runtime.startup import prepare_process
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the flags and trains; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        print(f"{__doc__}\n{create_flags([]).main_module_help()}")
-        return 0
-    values = parse_flags(argv)
+    arguments = parse_flags(argv)
     from vit_jax.runtime import distributed
 
     with distributed.initialize_processes(
-        values.coordinator, values.num_processes, values.process_id, wait_seconds=values.wait_seconds
+        arguments.coordinator, arguments.num_processes, arguments.process_id, wait_seconds=arguments.wait_seconds
     ):
         from vit_jax import report, trainer
         from vit_jax.training import dry_run
 
-        if values.dry_run:
-            dry_run.dry_run(values.config)
+        if arguments.dry_run:
+            dry_run.dry_run(arguments.config)
         else:
-            workdir = Path(values.workdir or default_workdir(values))
-            results = trainer.train_and_evaluate(values.config, workdir)
-            if results and values.report:
-                report.write_report_of_finished_run(workdir)
+            results = trainer.train_and_evaluate(arguments.config, arguments.workdir)
+            if results and not arguments.no_report:
+                report.write_report_of_finished_run(arguments.workdir)
     return 0
 
 
-def create_flags(argv: list[str]) -> flags.FlagValues:
-    """Defines the flags in a new `FlagValues`, so that one process can parse several command lines."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config file, such as configs/digits.py; python -m vit_jax.config prints every key.",
-        values,
-        lock_config=False,  # --config.model.NAME may set new arguments
-        accept_new_attributes=True,
-        sys_argv=argv,
-    )
-    flags.DEFINE_string("workdir", None, "Run directory; runs/NAME[-ARG] by default.", values)
-    flags.DEFINE_bool("report", True, "Write report.html when the run is finished.", values)
-    flags.DEFINE_bool("dry_run", False, "Print estimated FLOPs and memory of the run, and exit.", values)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for several processes.", values)
-    flags.DEFINE_integer("num_processes", None, "Number of processes; 1 disables detection.", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", flag_values=values)
-    wait = "Seconds to wait for the other processes."
-    flags.DEFINE_integer("wait_seconds", 300, wait, lower_bound=1, flag_values=values)
-    return values
-
-
-def parse_flags(argv: list[str]) -> flags.FlagValues:
-    """Parses the command line.
+def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line; `config` is then a ConfigDict, and `workdir` has its default.
 
     Raises:
         UsageError: a flag, key or value is invalid, or the config file fails.
     """
-    for word in argv:
-        if override := re.match(r"--?(?:no)?config\.([^=]*)", word):
-            check_key(override[1])
+    parser = create_parser(
+        "python train.py",
+        "Train a model, or resume the run in --workdir. --config.KEY=VALUE sets a key of the config, such as\n"
+        "--config.learning_rate=0.03; `python -m vit_jax.config` prints all keys.",
+        "--config configs/digits.py",
+        "--config configs/cifar100.py:lora --config.seed=1 --workdir runs/lora-1",
+    )
+    add = parser.add_argument
+    add("--config", metavar="FILE[:ARG]", help="config file, such as configs/digits.py, and its argument")
+    add("--workdir", metavar="DIR", type=Path, help="run directory (default: runs/NAME[-ARG])")
+    add("--no_report", "--noreport", action="store_true", help="do not write report.html when the run is finished")
+    add("--dry_run", action="store_true", help="print estimated FLOPs and memory of the run, and exit")
+    add("--coordinator", metavar="HOST:PORT", help="address of process 0, for several processes")
+    add("--num_processes", metavar="N", type=int, help="number of processes (default: detected); 1: no detection")
+    add("--process_id", metavar="I", type=int, help="index of this process, from 0")
+    add("--wait_seconds", metavar="S", type=int, default=300, help="time to wait for other processes (default: 300)")
+    arguments, overrides = parse_known_arguments(parser, argv)
+    if arguments.wait_seconds < 1:
+        parser.error(f"--wait_seconds is {arguments.wait_seconds}; expected a positive integer")
+    if not arguments.config:
+        raise UsageError("--config is missing; give a config file, such as --config configs/digits.py")
+    if not arguments.workdir:
+        path, _, arg = arguments.config.partition(":")
+        arguments.workdir = Path("runs") / "-".join(filter(None, (Path(path).stem, arg)))
     try:
-        values = create_flags(argv)
+        arguments.config = load_config(arguments.config, overrides)
+    except flags.UnrecognizedFlagError as error:
+        key = suggest_key(error.flagname)
+        near = f"--config.{key}" if key else suggest_flag(parser, error.flagname)
+        parser.error(f"unknown flag --{error.flagname}{f'; did you mean {near}?' if near else ''}")
+    return arguments
+
+
+def load_config(file: str, overrides: list[str]) -> ConfigDict:
+    """Loads a config file, FILE[:ARG], and sets the keys of `overrides`, --config.KEY=VALUE.
+
+    Raises:
+        absl.flags.UnrecognizedFlagError: `overrides` has a flag other than --config.
+        UsageError: a key or value is invalid, or the config file fails.
+    """
+    argv = [f"--config={file}", *set_tuples(overrides)]
+    values = flags.FlagValues()  # a new one, so that one process can parse several command lines
+    try:
+        config_flags.DEFINE_config_file(
+            "config",
+            flag_values=values,
+            lock_config=False,  # --config.model.NAME may set new arguments
+            accept_new_attributes=True,
+            sys_argv=argv,
+        )
         rest = values([sys.argv[0], *argv])[1:]
-        missing = not (values.config and values.config.to_dict())  # a missing file raises when it is first used
+        config: ConfigDict = values.config
+        missing = not (config and config.to_dict())  # a missing file raises when it is first used
+    except flags.UnrecognizedFlagError:
+        raise
     except Exception as error:  # a config file is code: it can raise anything
         # ml_collections puts a traceback before the error, or the names of all keys after it.
         reason = str(error.args[0] if error.args else "").strip()
         reason = re.sub("^'(Key .*) Other fields present.*", r"\1", reason, flags=re.DOTALL)
         reason = reason.rsplit("\n", maxsplit=1)[-1].removeprefix("ValueError: ") or type(error).__name__
+        for key in KEYS:
+            expected = rf"config.{key.name} is \1; expected {key.check.expected}"
+            reason = re.sub(f"^flag --config.{key.name}=(.*?): .*", expected, reason)
         raise UsageError(f"{one_line(reason)} (see python train.py --help)") from error
     if rest:
         raise UsageError(f"unexpected {' '.join(rest)}; keys are set as --config.key=value")
     if missing:
-        raise UsageError("--config is missing; give a config file, such as --config configs/digits.py")
-    return values
+        raise UsageError(f"{file} returns no config; expected get_config() to return a ConfigDict with keys")
+    return config
 
 
-def default_workdir(values: flags.FlagValues) -> Path:
-    """Returns `runs/NAME[-ARG]` for `--config …/NAME.py[:ARG]`."""
-    path, _, arg = config_flags.get_config_filename(values["config"]).partition(":")
-    return Path("runs") / "-".join(filter(None, (Path(path).stem, arg)))
+def set_tuples(words: Sequence[str]) -> list[str]:
+    """Checks the keys of --config.KEY=VALUE or --config.KEY VALUE, and converts comma-separated lists to tuples."""
+    joined: list[str] = []
+    for word in words:
+        if joined and re.fullmatch(r"--?config\.[^=]*", joined[-1]) and not word.startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    for i, word in enumerate(joined):
+        if override := re.fullmatch(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", word, flags=re.DOTALL):
+            name, text = override.groups()
+            check_key(name)
+            joined[i] = word if text is None else f"--config.{name}={to_tuple(name, text)}"
+    return joined
 
 
 if __name__ == "__main__":

@@ -36,9 +36,11 @@ from jax.experimental import topologies
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs import cifar100, models
+from vit_jax.config import VARIANTS
 from vit_jax.data import DatasetInfo
 from vit_jax.runtime import sharding
-from vit_jax.runtime.errors import UsageError, UserError, parse_arguments, run_command
+from vit_jax.runtime.arguments import parse_arguments
+from vit_jax.runtime.errors import UsageError, UserError, run_command
 from vit_jax.training import experiment
 
 GIB = 2**30
@@ -213,7 +215,7 @@ def failures_of(row: Measured) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compiles, prints the table and checks it."""
     parser = argparse.ArgumentParser(description="Compile the training step for H200 GPUs, which need not exist.")
-    parser.add_argument("--variants", nargs="+", default=["B_16", "H_14"], choices=models.VARIANTS, metavar="NAME")
+    parser.add_argument("--variants", nargs="+", default=["B_16", "H_14"], choices=VARIANTS, metavar="NAME")
     parser.add_argument("--devices", nargs="+", type=int, default=[1, 8, 64], metavar="N", help="up to 8, or 8 × hosts")
     parser.add_argument("--batch", type=int, default=64, help="images per device")
     args = parse_arguments(parser, argv)

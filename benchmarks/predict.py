@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import vit_jax
 from vit_jax import data, predict
 from vit_jax.classifier import Classifier
-from vit_jax.runtime.errors import UsageError, UserError, parse_arguments, run_command
+from vit_jax.runtime.arguments import parse_arguments
+from vit_jax.runtime.errors import UsageError, UserError, run_command
 from vit_jax.types import Split
 
 MIN_RATIO = 0.8

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs import digits
 from vit_jax import data
 from vit_jax.data.streaming import BatchReader, training_batches
-from vit_jax.runtime.errors import UsageError, parse_arguments, run_command
+from vit_jax.runtime.arguments import parse_arguments
+from vit_jax.runtime.errors import UsageError, run_command
 from vit_jax.training.experiment import create_experiment
 from vit_jax.types import Split
 

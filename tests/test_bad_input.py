@@ -66,8 +66,8 @@ def test_train_exits_with_one_line_of_error(run_command, tmp_path, override, cod
     [
         (["--config.batch_sise=3"], "did you mean batch_size?"),
         (["--config.optimizer.momentun=3"], "did you mean optimizer.momentum?"),
-        (["--config.batch_size=many"], "many"),
-        (["--config.learning_rate=quick"], "quick"),
+        (["--config.batch_size=many"], "config.batch_size is many; expected a positive integer"),
+        (["--config.learning_rate=quick"], "config.learning_rate is quick; expected a non-negative number"),
         (["--config.batch_size=0"], "config.batch_size is 0; expected a positive integer"),
         (["--config.num_steps=-5"], "config.num_steps is -5; expected a non-negative integer"),
         (["--config.image_size=18"], "image_size is 18; expected a multiple of the patch, 4"),
@@ -91,7 +91,7 @@ def test_train_exits_with_one_line_of_error(run_command, tmp_path, override, cod
         (["--config.dataset.train_split=train[:x]"], "unknown split 'train[:x]'"),
         (["--config.architecture=vgg"], "config.architecture is 'vgg'; expected one of vit"),
         (["--config.pretrained=imagenet21k/ViT-B_17"], "imagenet21k/ViT-B_16"),
-        (["--workdri=x"], "workdri"),
+        (["--workdri=x"], "did you mean --workdir?"),
         (["again"], "unexpected again"),
         (["--flagfile=nowhere"], "Unable to open flagfile"),
     ],
@@ -232,8 +232,8 @@ def test_train_rejects_unwritable_workdir(run_cli, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "the following arguments are required: --workdir"),
-        (["--workdir", "x", "--stp", "3"], 2, "unrecognized arguments: --stp 3"),
+        ([], 2, "one of the arguments --workdir --model is required"),
+        (["--workdir", "x", "--stp", "3"], 2, "unrecognized arguments: --stp 3; did you mean --step?"),
         (["--workdir", "x", "--step", "last"], 2, "invalid int value: 'last'"),
         (["--workdir", "{tmp}"], 1, "has no checkpoints"),
     ],

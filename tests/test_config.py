@@ -221,7 +221,15 @@ def test_check_key_accepts_keys_groups_and_model_arguments(name):
     [
         ("learning_rat", "did you mean learning_rate?"),
         ("lr", "did you mean learning_rate?"),
-        ("epochs", "did you mean num_steps?"),
+        ("LR", "did you mean learning_rate?"),
+        ("optimizer.lr", "did you mean learning_rate?"),
+        ("lr_schedule", "did you mean schedule?"),
+        ("weight_decay", "did you mean optimizer.weight_decay?"),
+        ("wd", "did you mean optimizer.weight_decay?"),
+        ("bs", "did you mean batch_size?"),
+        ("model_name", "did you mean pretrained?"),
+        ("epochs", "did you mean num_steps = epochs × (training images // batch_size)?"),
+        ("warmup_epochs", "did you mean warmup_steps = epochs × (training images // batch_size)?"),
         ("momentum", "did you mean optimizer.momentum?"),
         ("test_augment", "did you mean ablation.test_augment?"),
         ("optimizer.momentun", "did you mean optimizer.momentum?"),
@@ -233,6 +241,42 @@ def test_check_key_suggests_similar_key(name, advice):
     with pytest.raises(UsageError) as error:
         settings.check_key(name)
     assert str(error.value) == f"config.{name}: no such key; {advice}"
+
+
+def test_suggest_key_returns_keys_or_arguments_of_models():
+    assert set(settings._OTHER_NAMES) <= set(KEYS) | {"model.dropout_rate", "model.stochastic_depth_rate"}
+    words = " ".join(settings._OTHER_NAMES.values()).split()
+    assert len(words) == len(set(words)) and not set(words) & {key.rpartition(".")[2] for key in KEYS}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("dataset.classes", "cat,dog", "('cat', 'dog')"),
+        ("dataset.classes", "0, 1", "('0', '1')"),
+        ("dataset.classes", "cat", "('cat',)"),
+        ("dataset.classes", "", "()"),
+        ("dataset.classes", "('cat', 'dog')", "('cat', 'dog')"),
+        ("dataset.classes", "['cat']", "['cat']"),
+        ("dataset.classes", "'cat','dog'", "'cat','dog'"),
+        ("trainable", "head", "head"),
+        ("trainable", "cls,", "('cls',)"),
+        ("trainable", "(lora|head)/.*", "('(lora|head)/.*',)"),
+        ("trainable", r"head/.*,.*_\d{1,2}/.*", repr(("head/.*", r".*_\d{1,2}/.*"))),
+        ("lora.targets", ".*/(query,value)/[a,b]", "('.*/(query,value)/[a,b]',)"),
+        ("image_mean", "0.5,0.5,0.5", "0.5,0.5,0.5"),
+        ("pretrained", "a,b.npz", "a,b.npz"),
+    ],
+)
+def test_to_tuple_converts_lists_of_strings(name, text, expected):
+    assert settings.to_tuple(name, text) == expected
+
+
+@pytest.mark.parametrize("variant", ["B_16", "R50_B_16"])
+def test_model_sizes_returns_constructor_arguments(variant):
+    sizes = settings.model_sizes(variant)
+    models.create_model("vit", sizes, num_classes=None)
+    assert (sizes["hidden_size"], sizes.get("stem_units")) == (768, (3, 4, 9) if "R" in variant else None)
 
 
 # Saved configs
@@ -342,13 +386,17 @@ def test_parse_flags_sets_keys_and_new_model_arguments():
     ("argv", "message"),
     [
         (["--config.learning_rat=0.1"], "config.learning_rat: no such key; did you mean learning_rate?"),
-        (["--config.epochs=20"], "config.epochs: no such key; did you mean num_steps?"),
+        (["--config.epochs=20"], "config.epochs: no such key; did you mean num_steps = epochs × ("),
+        (["--epochs=20"], "unknown flag --epochs; did you mean --config.num_steps = epochs × ("),
+        (["--lr", "0.1"], "unknown flag --lr; did you mean --config.learning_rate?"),
+        (["--batch_size=3"], "unknown flag --batch_size; did you mean --config.batch_size?"),
         (["--noconfig.frozen_dropout"], "config.frozen_dropout: no such key; did you mean ablation.frozen_dropout?"),
-        (["--config.batch_size=many"], "flag --config.batch_size=many: invalid literal for int"),
+        (["--config.batch_size=many"], "config.batch_size is many; expected a positive integer"),
         (["--config.batch_size"], "Missing value for flag --config.batch_size"),
         (["--config=configs/nothing.py"], "No such file or directory: 'configs/nothing.py'"),
         (["--config=configs/digits.py:tune"], "configs/digits.py takes finetune, scratch, got 'tune' (see"),
-        (["--workdri=x"], "Unknown command line flag 'workdri'. Did you mean: workdir"),
+        (["--workdri=x"], "unknown flag --workdri; did you mean --workdir? (see"),
+        (["--wait_seconds=0"], "--wait_seconds is 0; expected a positive integer"),
         (["again"], "unexpected again; keys are set as --config.key=value"),
     ],
 )
@@ -356,6 +404,30 @@ def test_parse_flags_rejects_invalid_flags(argv, message):
     with pytest.raises(UsageError) as error:
         train.parse_flags(["--config=configs/digits.py", *argv])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@old_import
+@pytest.mark.parametrize("words", [["=cat,dog"], ["=('cat', 'dog')"], ["", "cat,dog"], ["", "('cat', 'dog')"]])
+def test_parse_flags_accepts_lists(words):
+    argv = [f"--config.dataset.classes{words[0]}", *words[1:]]
+    config = train.parse_flags(["--config=configs/digits.py", *argv, "--config.image_mean=0,0.5,1"]).config
+    assert (config.dataset.classes, config.image_mean) == (("cat", "dog"), (0, 0.5, 1))
+
+
+@old_import
+@pytest.mark.parametrize("flag", ["--no_report", "--noreport"])
+def test_parse_flags_accepts_both_spellings_of_no_report(flag):
+    assert train.parse_flags(["--config=configs/digits.py", flag]).no_report
+    assert not train.parse_flags(["--config=configs/digits.py"]).no_report
+
+
+@old_import
+@pytest.mark.parametrize(
+    ("argv", "workdir"),
+    [([], "runs/digits-scratch"), (["--workdir", "a"], "a")],
+)
+def test_parse_flags_derives_workdir_from_config(argv, workdir):
+    assert str(train.parse_flags(["--config", "configs/digits.py:scratch", *argv]).workdir) == workdir
 
 
 @old_import
@@ -376,10 +448,11 @@ def test_parse_flags_requires_config():
         ("1 / 0", "division by zero "),
         ("def (", "invalid syntax "),
         ("raise ValueError", "ValueError "),
-        ("return None", "--config is missing"),
+        ("return None", "{file} returns no config; expected get_config() to return a ConfigDict"),
     ],
 )
 def test_parse_flags_reports_error_in_config_file_in_one_line(config_file, body, message):
+    file = config_file(body)
     with pytest.raises(UsageError) as error:
-        train.parse_flags([f"--config={config_file(body)}"])
-    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+        train.parse_flags([f"--config={file}"])
+    assert str(error.value).startswith(message.format(file=file)) and "\n" not in str(error.value)

@@ -15,24 +15,31 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 
-def load(source: str | os.PathLike[str]) -> "Classifier":
+def load(source: str | os.PathLike[str], *, step: int | None = None, use_ema: bool = True) -> "Classifier":
     """Loads a classifier: `load("runs/digits").predict(images)`.
 
     Args:
         source: a run directory, an export, a pretrained checkpoint by name or path, or a directory of Hugging Face's
             `ViTForImageClassification`.
+        step: of a run's checkpoint; None: the latest.
+        use_ema: load the EMA parameters of a run that has them.
 
     Returns:
         A `vit_jax.classifier.Classifier`; for a run directory, a `vit_jax.run.Run`.
 
     Raises:
         UserError: there is no model, or it cannot be read.
+        UsageError: `step` or `use_ema` is given for a model that is not a run.
     """
     path = Path(source)
     if (path / "checkpoints").is_dir():
         from vit_jax.run import load_run
 
-        return load_run(path)
+        return load_run(path, step=step, use_ema=use_ema)
+    if step is not None or not use_ema:
+        from vit_jax.runtime.errors import UsageError
+
+        raise UsageError(f"{source} is not a run directory; step and EMA are chosen only for runs")
     from vit_jax.classifier import load_classifier
 
     return load_classifier(os.fspath(source))

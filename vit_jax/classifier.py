@@ -93,9 +93,14 @@ class Classifier:
         images, inference = self._prepare(self.model, split.images, batch_size=batch_size)
         return metrics.means(jax.device_get(inference.sum_metrics(self._placed, images, split.labels)), prefix=prefix)
 
+    @property
+    def has_trained_head(self) -> bool:
+        """False if the head is all zeros, as in Google's ImageNet-21k checkpoints."""
+        return bool(np.any(np.asarray(self.params["head"]["kernel"])))
+
     def require_trained_head(self, name: str) -> None:
-        """Raises UserError if the head is all zeros, as in ImageNet-21k checkpoints; the message names `name`."""
-        if not np.any(np.asarray(self.params["head"]["kernel"])):
+        """Raises UserError if the head is all zeros; the message names `name`."""
+        if not self.has_trained_head:
             raise UserError(f"{name} has an untrained (all-zero) head; fine-tune it first")
 
     def _apply(self, model: ImageModel, images: ImageSource, *, batch_size: int) -> np.ndarray:

@@ -1,6 +1,5 @@
 """`python -m vit_jax.compare DIR DIR …`: prints a Markdown table of finished runs."""
 
-import argparse
 import dataclasses
 import datetime
 import json
@@ -14,7 +13,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vit_jax.config import load_config
-from vit_jax.runtime.errors import UserError, parse_arguments, run_command
+from vit_jax.runtime.arguments import create_parser, parse_arguments
+from vit_jax.runtime.errors import UserError, run_command
 from vit_jax.training import writer
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.run_info import RunInfo
@@ -54,7 +54,12 @@ class Row:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m vit_jax.compare", description=__doc__)
+    parser = create_parser(
+        "python -m vit_jax.compare",
+        "Print a Markdown table of finished runs.",
+        "runs/cifar100-head runs/cifar100-full",
+        "runs/digits-seed* --join_seeds",
+    )
     parser.add_argument("workdirs", nargs="+", metavar="DIR", help="finished run directories with the same test split")
     parser.add_argument("--join_seeds", action="store_true", help="average runs that differ only in their seed")
     arguments = parse_arguments(parser, argv)

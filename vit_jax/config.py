@@ -1,6 +1,6 @@
 """Config keys: default, type, range and meaning of each. `python -m vit_jax.config` prints them."""
 
-import argparse
+import ast
 import difflib
 import json
 import math
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
-from vit_jax.runtime.errors import UsageError, UserError, one_line, parse_arguments, run_command
+from vit_jax.runtime.arguments import create_parser, parse_arguments
+from vit_jax.runtime.errors import UsageError, UserError, one_line, run_command
 from vit_jax.runtime.files import write_atomically
 
 MODES = ("full", "head", "mlp", "attention", "bias", "lora")  # of `trainable`; patterns are in `training.optim`
@@ -131,7 +132,7 @@ KEYS = (
     Key("optimizer.layer_decay", 1.0, Check("a number in (0, 1]", partial(_is_number, low=_ABOVE_0, high=1)),
         "layer-wise learning rate decay: factor from each block to the one below"),
     Key("optimizer.clip_norm", 0.0, _NUMBER, "maximum global gradient norm, before weight decay; 0: no clipping"),
-    Key("learning_rate", 0.01, _NUMBER, "peak of the schedule (lr)"),
+    Key("learning_rate", 0.01, _NUMBER, "peak of the schedule"),
     Key("schedule", "cosine", _one_of("cosine", "linear", "constant"), "cosine and linear decay to zero at num_steps"),
     Key("warmup_steps", 0, _COUNT, "updates of linear warm-up; the first update has rate 0"),
     Key("label_smoothing", 0.0, _FRACTION, "fraction of the target probability spread over all classes"),
@@ -164,6 +165,69 @@ KEYS = (
 # fmt: on
 
 
+_OTHER_NAMES = {  # key -> names in other projects
+    "pretrained": "model_name model_name_or_path checkpoint ckpt weights init_from",
+    "dataset.num_workers": "workers",
+    "image_size": "img_size input_size resolution",
+    "augment": "aug augmentation auto_augment aa",
+    "trainable": "freeze mode",
+    "optimizer.name": "opt optim",
+    "optimizer.weight_decay": "wd decay l2",
+    "optimizer.clip_norm": "clip clip_grad grad_clip grad_clip_norm max_grad_norm gradient_clip_val",
+    "learning_rate": "lr base_lr peak_lr max_lr",
+    "schedule": "lr_schedule lr_scheduler lr_scheduler_type scheduler sched decay_type",
+    "warmup_steps": "warmup warmup_epochs num_warmup_steps",
+    "label_smoothing": "smoothing",
+    "mixup_alpha": "mixup",
+    "cutmix_alpha": "cutmix",
+    "ema_decay": "ema model_ema",
+    "batch_size": "bs batch train_batch_size per_device_train_batch_size",
+    "accumulation_steps": "accum grad_accum accum_steps gradient_accumulation_steps",
+    "num_steps": "epochs num_epochs max_epochs total_epochs num_train_epochs steps total_steps max_steps",
+    "dtype": "fp16 bf16 amp precision half_precision",
+    "model.dropout_rate": "dropout drop drop_rate",
+    "model.stochastic_depth_rate": "drop_path drop_path_rate stochastic_depth",
+}
+
+VARIANTS = {
+    # name: (patch_size, hidden_size, num_layers, num_heads, mlp_dim)
+    "Ti_16": (16, 192, 12, 3, 768),
+    "S_16": (16, 384, 12, 6, 1536),
+    "S_32": (32, 384, 12, 6, 1536),
+    "B_16": (16, 768, 12, 12, 3072),
+    "B_32": (32, 768, 12, 12, 3072),
+    "B_8": (8, 768, 12, 12, 3072),
+    "L_16": (16, 1024, 24, 16, 4096),
+    "L_32": (32, 1024, 24, 16, 4096),
+    "H_14": (14, 1280, 32, 16, 5120),
+    "micro_4": (4, 96, 4, 4, 384),
+    # Hybrids: patches of the feature map of a ResNet, see STEM_UNITS; the number in the name is in pixels.
+    "R50_B_16": (1, 768, 12, 12, 3072),
+    "R50_L_32": (1, 1024, 24, 16, 4096),
+    "R26_B_32": (1, 768, 12, 12, 3072),
+    "R26_S_32": (1, 384, 12, 6, 1536),
+    "R_Ti_16": (8, 192, 12, 3, 768),  # 32 pixels: the name does not count the root's max-pool
+}
+"""Sizes of the ViT variants. Dosovitskiy et al. 2021, table 1; Ti and S: Touvron et al. 2021, table 1; micro_4: this
+project; hybrids: Steiner et al. 2021, "How to train your ViT?"."""
+
+STEM_UNITS = {
+    "R50_B_16": (3, 4, 9),
+    "R50_L_32": (3, 4, 6, 3),
+    "R26_B_32": (2, 2, 2, 2),
+    "R26_S_32": (2, 2, 2, 2),
+    "R_Ti_16": (),
+}
+"""Number of bottlenecks in each block of a hybrid's ResNet."""
+
+
+def model_sizes(variant: str) -> dict[str, Any]:
+    """Returns the sizes of a variant as constructor arguments of `vit_jax.models.VisionTransformer`."""
+    names = ("patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim")
+    stem = {"stem_units": STEM_UNITS[variant]} if variant in STEM_UNITS else {}
+    return {**dict(zip(names, VARIANTS[variant], strict=True)), **stem}
+
+
 def get_config() -> ConfigDict:
     """Returns the default config, locked against unknown keys; `model` is empty and unlocked."""
     tree: dict[str, Any] = {}
@@ -179,11 +243,38 @@ def check_key(name: str) -> None:
     """Raises UsageError unless `name` is a key, a group of keys or an argument of the model."""
     if name.startswith("model.") or any(name == key.name or key.name.startswith(f"{name}.") for key in KEYS):
         return
-    near = [key.name for key in KEYS if key.name.endswith(f".{name}")]
-    near += difflib.get_close_matches(name, [key.name for key in KEYS], n=1)
-    near += [key.name for key in KEYS if re.search(rf"\b{re.escape(name)}\b", key.doc)]
-    advice = f"did you mean {near[0]}?" if near else "`python -m vit_jax.config` prints all"
+    near = suggest_key(name)
+    advice = f"did you mean {near}?" if near else "`python -m vit_jax.config` prints all"
     raise UsageError(f"config.{name}: no such key; {advice}")
+
+
+def suggest_key(name: str) -> str:
+    """Returns the key that is most likely meant, with the formula if `name` is in epochs; "" if none is similar."""
+    keys, last = [key.name for key in KEYS], name.rpartition(".")[2].replace("-", "_")
+    near = [key for key, words in _OTHER_NAMES.items() if last.lower() in words.split()]
+    near += [key for key in keys if key.rpartition(".")[2] == last]
+    near += difflib.get_close_matches(name, keys, n=1)
+    epochs = " = epochs × (training images // batch_size)" if "epoch" in name else ""
+    return f"{near[0]}{epochs}" if near else ""
+
+
+def to_tuple(name: str, text: str) -> str:
+    """Converts a comma-separated list to Python syntax if key `name` is a tuple of strings; other text is unchanged.
+
+    Commas inside brackets do not separate: "(a,b)/.*,head/.*" has two items.
+    """
+    if not any(key.name == name and key.check in (_STRINGS, _PATTERNS, _TRAINABLE) for key in KEYS):
+        return text
+    if name == "trainable" and re.fullmatch(r"\w+", text):  # a mode
+        return text
+    try:
+        value = ast.literal_eval(text)
+        if text.startswith(("(", "[")) or _STRINGS.accepts(value):
+            return text
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        pass
+    items = re.split(r",(?![^()[\]{}]*[)\]}])", text)
+    return repr(tuple(item.strip() for item in items if item.strip()))
 
 
 def check_config(config: ConfigDict) -> None:
@@ -257,7 +348,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "", *, leaf: str = "") -> dict[
 
 def main(argv: list[str] | None = None) -> int:
     """Prints every key with its default, meaning, unit, type and range."""
-    parse_arguments(argparse.ArgumentParser(prog="python -m vit_jax.config", description=main.__doc__), argv)
+    parse_arguments(create_parser("python -m vit_jax.config", "Print every config key.", ""), argv)
     for key in KEYS:
         text = f"{key.doc} ({key.check.expected}{'; may change on resume' if key.resumable else ''})"
         print(f"{key.name} = {key.default!r}\n{textwrap.indent(textwrap.fill(text, 96), '    ')}")

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,17 +19,22 @@ import vit_jax
 from vit_jax import data, pretrained
 from vit_jax.run import load_run
 from vit_jax.runtime import sharding
-from vit_jax.runtime.errors import UserError, parse_arguments, run_command
+from vit_jax.runtime.arguments import add_model_arguments, create_parser, parse_arguments
+from vit_jax.runtime.errors import UserError, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluates a model on every test image and prints the results."""
-    parser = argparse.ArgumentParser(prog="python -m vit_jax.evaluate", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="run directory; with --dataset also a checkpoint name or path")
-    parser.add_argument("--step", type=int, help="step of the checkpoint (default: latest)")
-    parser.add_argument("--dataset", help="dataset instead of the run's, such as folder:DIR or tfds:NAME")
+    parser = create_parser(
+        "python -m vit_jax.evaluate",
+        "Evaluate a run on its test split, or a run or pretrained checkpoint on any dataset that has its classes.",
+        "--workdir runs/digits",
+        "--model imagenet21k+imagenet2012/ViT-B_16 --dataset folder:DIR --test_split test",
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--dataset", help="such as folder:DIR or tfds:NAME (default: the run's)")
     parser.add_argument("--test_split", help="split of --dataset (default: test)")
-    parser.add_argument("--data_dir", help="directory of the dataset, if it has moved since training")
+    parser.add_argument("--data_dir", metavar="DIR", help="directory of the dataset, if it has moved since training")
     parser.add_argument("--batch_size", type=int, default=256, help="images per batch, with --dataset (default: 256)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     arguments = parse_arguments(parser, argv)
@@ -36,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--batch_size is {arguments.batch_size}; expected a positive integer")
     if arguments.test_split and not arguments.dataset:
         parser.error("--test_split requires --dataset; give both, or neither for the run's own")
+    if not arguments.dataset and (pretrained.is_name(arguments.model) or Path(arguments.model).is_file()):
+        parser.error(f"{arguments.model} is a checkpoint, not a run; give --dataset as well")
     facts, results = evaluate_on_dataset(arguments) if arguments.dataset else evaluate_run(arguments)
     if arguments.json:
         print(json.dumps({**facts, **results}))
@@ -47,19 +55,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate_run(arguments: argparse.Namespace) -> tuple[dict[str, int], dict[str, float]]:
     """Evaluates a run on its test split, also without EMA if it has EMA parameters; returns step and results."""
-    run = load_run(arguments.workdir, step=arguments.step)
+    run = load_run(arguments.model, step=arguments.step)
     split = run.load_test_split(arguments.data_dir)
     results = run.evaluate(split)
     if run.config.ema_decay:
-        results |= load_run(arguments.workdir, step=run.step, use_ema=False).evaluate(split, prefix="test_raw")
+        results |= load_run(arguments.model, step=run.step, use_ema=False).evaluate(split, prefix="test_raw")
     return {"step": run.step}, results
 
 
 def evaluate_on_dataset(arguments: argparse.Namespace) -> tuple[dict[str, int], dict[str, float]]:
     """Evaluates any model on any dataset whose classes it has; returns counts and results."""
-    workdir = arguments.workdir
-    model = load_run(workdir, step=arguments.step) if arguments.step is not None else vit_jax.load(workdir)
-    model.require_trained_head(workdir)
+    model = vit_jax.load(arguments.model, step=arguments.step)
+    model.require_trained_head(arguments.model)
     split, class_names = data.load_split(
         arguments.dataset,
         data_dir=arguments.data_dir or "",

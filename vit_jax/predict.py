@@ -5,7 +5,6 @@ from vit_jax.runtime.startup import prepare_process
 if __name__ == "__main__":
     prepare_process()  # before JAX is imported
 
-import argparse
 import glob
 import json
 import os
@@ -20,7 +19,8 @@ import vit_jax
 from vit_jax.classifier import Classifier
 from vit_jax.data import IMAGE_SUFFIXES, decode_image
 from vit_jax.runtime import resources
-from vit_jax.runtime.errors import UserError, one_line, parse_arguments, run_command
+from vit_jax.runtime.arguments import add_model_arguments, create_parser, parse_arguments
+from vit_jax.runtime.errors import UserError, one_line, run_command
 from vit_jax.runtime.progress import progress_bar
 
 _BATCH_SIZE = 128
@@ -28,10 +28,13 @@ _BATCH_SIZE = 128
 
 def main(argv: list[str] | None = None) -> int:
     """Prints one line per image; returns 1 if any image cannot be read."""
-    parser = argparse.ArgumentParser(prog="python -m vit_jax.predict", description=__doc__)
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--workdir", dest="model", help="run directory, or a value of --model")
-    model.add_argument("--model", metavar="NAME_OR_PATH", help="pretrained checkpoint, by name or path, or export")
+    parser = create_parser(
+        "python -m vit_jax.predict",
+        "Classify image files with a run or a pretrained checkpoint.",
+        "--workdir runs/digits IMAGE.png DIR '*.jpg'",
+        "--model imagenet21k+imagenet2012/ViT-B_16 --top 3 --json IMAGE.jpg",
+    )
+    add_model_arguments(parser)
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="file, directory, glob pattern, or - to read paths from stdin"
     )
@@ -41,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.top < 1:
         parser.error(f"--top is {arguments.top}; expected at least 1")
     paths = list_images(arguments.images)
-    classifier = vit_jax.load(arguments.model)
+    classifier = vit_jax.load(arguments.model, step=arguments.step)
     classifier.require_trained_head(arguments.model)
     num_failed = 0
     for path, prediction in predict_files(classifier, paths):

@@ -5,7 +5,6 @@ from vit_jax.runtime.startup import prepare_process
 if __name__ == "__main__":
     prepare_process()  # before JAX is imported
 
-import argparse
 import datetime
 import json
 import platform
@@ -18,7 +17,8 @@ import numpy as np
 from vit_jax.compare import Row, read_row
 from vit_jax.data import check_split
 from vit_jax.run import Run, load_run
-from vit_jax.runtime.errors import UsageError, parse_arguments, run_command
+from vit_jax.runtime.arguments import create_parser, parse_arguments
+from vit_jax.runtime.errors import UsageError, run_command
 from vit_jax.runtime.files import write_atomically
 from vit_jax.types import Split
 from vit_jax.visualization import html
@@ -38,9 +38,13 @@ _CAPTIONS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Writes the page and prints its path."""
-    parser = argparse.ArgumentParser(prog="python -m vit_jax.report", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="directory of the finished run")
-    parser.add_argument("--data_dir", help="directory of the dataset, if it has moved since training")
+    parser = create_parser(
+        "python -m vit_jax.report",
+        "Write RUN/report.html, one page with the results, settings and figures of a finished run.",
+        "--workdir runs/digits",
+    )
+    parser.add_argument("--workdir", metavar="RUN", required=True, help="run directory")
+    parser.add_argument("--data_dir", metavar="DIR", help="directory of the dataset, if it has moved since training")
     arguments = parse_arguments(parser, argv)
     print(write_report(Path(arguments.workdir), data_dir=arguments.data_dir))
     return 0

@@ -97,9 +97,10 @@ def train_and_evaluate(
                     save(step, state, experiment.info, checkpoints, writer, accuracy=results.get("test/accuracy"))
                 if stopping and not last:
                     checkpoints.finish()
-                    print(f"stopped by {stopping.name}; saved checkpoint {step} to {workdir}; rerun to resume")
+                    message = f"stopped by {stopping.name}; saved checkpoint {step} to {workdir}; rerun to resume"
                     if stopping == signal.SIGINT:
-                        raise KeyboardInterrupt
+                        raise KeyboardInterrupt(message)
+                    print(message)
                     return {}
             if config.num_steps == 0:
                 writer.log_evaluation(0, results := experiment.evaluate(state, examples))

@@ -1,11 +1,10 @@
-"""`python -m vit_jax.visualize --workdir DIR --out DIR`: plots metrics, attention, parameters and errors of a run."""
+"""`python -m vit_jax.visualize --workdir DIR --out DIR`: plots a run, or the attention and parameters of a checkpoint."""
 
 from vit_jax.runtime.startup import prepare_process
 
 if __name__ == "__main__":
     prepare_process()  # before JAX is imported
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 
+import vit_jax
+from vit_jax.classifier import Classifier
 from vit_jax.data import decode_image
 from vit_jax.models import VisionTransformer
-from vit_jax.run import Run, load_run
-from vit_jax.runtime.errors import parse_arguments, run_command
+from vit_jax.run import Run
+from vit_jax.runtime.arguments import add_model_arguments, create_parser, parse_arguments
+from vit_jax.runtime.errors import run_command
 from vit_jax.runtime.files import write_atomically
 from vit_jax.training.writer import read_records
 from vit_jax.types import Split
@@ -26,39 +28,51 @@ from vit_jax.visualization import analysis, plotting
 
 def main(argv: list[str] | None = None) -> int:
     """Saves all figures and prints their paths."""
-    parser = argparse.ArgumentParser(prog="python -m vit_jax.visualize", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="run directory")
-    parser.add_argument("--out", required=True, help="output directory, created if missing")
-    parser.add_argument("--images", nargs="+", default=[], metavar="IMAGE", help="images to plot attention for")
-    parser.add_argument("--num_images", type=int, default=8, help="test images to plot attention for (default: 8)")
-    parser.add_argument("--layer", type=int, help="plot only the attention of this layer")
-    parser.add_argument("--head", type=int, help="plot only this head of --layer")
-    parser.add_argument("--step", type=int, help="step of the checkpoint (default: latest)")
-    parser.add_argument("--data_dir", help="directory of the dataset, if it has moved since training")
+    parser = create_parser(
+        "python -m vit_jax.visualize",
+        "Plot attention, position embeddings and patch filters; for a run also curves, confusion matrix and errors.",
+        "--workdir runs/digits --out runs/digits/figures",
+        "--model augreg/B_16 --images IMAGE.jpg --layer 11 --out figures",
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--out", metavar="DIR", required=True, help="output directory, created if missing")
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="IMAGE",
+        help="images for attention (default: test images of the run)",
+    )
+    parser.add_argument("--num_images", type=int, default=8, help="test images for attention (default: 8)")
+    parser.add_argument("--layer", type=int, help="attention of this layer only, from 0 (default: all)")
+    parser.add_argument("--head", type=int, help="attention of this head of --layer only, from 0 (default: mean)")
+    parser.add_argument("--data_dir", metavar="DIR", help="directory of the dataset, if it has moved since training")
     arguments = parse_arguments(parser, argv)
     if arguments.num_images < 1:
         parser.error(f"--num_images is {arguments.num_images}; expected at least 1")
     if arguments.head is not None and arguments.layer is None:
         parser.error("--head needs --layer: give both, or neither for all")
-    run = load_run(arguments.workdir, step=arguments.step)
+    classifier = vit_jax.load(arguments.model, step=arguments.step)
     for flag, value, attribute in (("layer", arguments.layer, "num_layers"), ("head", arguments.head, "num_heads")):
-        size = getattr(run.model, attribute, 0)  # a ResNet has no attention
+        size = getattr(classifier.model, attribute, 0)  # a ResNet has no attention
         if value is not None and not 0 <= value < size:
-            parser.error(f"--{flag} is {value}; this {type(run.model).__name__} has {size}, counted from 0")
+            parser.error(f"--{flag} is {value}; this {type(classifier.model).__name__} has {size}, counted from 0")
     options = {"num_images": arguments.num_images, "layer": arguments.layer, "head": arguments.head}
-    square = (run.image_size, run.image_size)
+    square = (classifier.image_size, classifier.image_size)
     images = {path: np.asarray(decode_image(Path(path), size=square)) for path in arguments.images}
-    test = None if run.dataset_given else run.load_test_split(arguments.data_dir)
+    test = None
+    if isinstance(classifier, Run) and not classifier.dataset_given:
+        test = classifier.load_test_split(arguments.data_dir)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    for name, figure in draw_all(run, test, images=images, **options):
+    for name, figure in draw_all(classifier, test, images=images, **options):
         write_atomically(out / f"{name}.png", plotting.to_png(figure))
         print(out / f"{name}.png", flush=True)
     return 0
 
 
 def draw_all(
-    run: Run,
+    classifier: Classifier,
     test: Split | None = None,
     *,
     images: Mapping[str, UInt8[np.ndarray, "h w 3"]] | None = None,
@@ -70,48 +84,59 @@ def draw_all(
 
     Attention is plotted for all layers (rollout) and heads, for the mean over the heads of one `layer`, or for one
     `head`: on `images`, by name, or on `num_images` random images of `test`, by default the run's test split. A dataset
-    given from Python needs `test`: without it, predictions are not plotted, and attention only for `images`.
+    given from Python needs `test`: without it, predictions are not plotted, and attention only for `images`. The same
+    holds for a `classifier` that is not a run, which also has no curves.
     """
-    if records := read_records(run.workdir / "metrics.jsonl", last_step=run.step):
+    run = classifier if isinstance(classifier, Run) else None
+    if run and (records := read_records(run.workdir / "metrics.jsonl", last_step=run.step)):
         yield "curves", plotting.plot_curves(records, title=run.workdir.name)
-    is_vit = isinstance(run.model, VisionTransformer)
+    is_vit = isinstance(classifier.model, VisionTransformer)
     if is_vit:
-        yield from draw_parameters(run)
-    if test is None and run.dataset_given:
-        print(
-            f"{run.workdir} was trained on a dataset given from Python: no predictions are plotted; for all figures, "
-            "call vit_jax.report.write_report(workdir, split=split)",
-            file=sys.stderr,
-        )
-    else:
-        test = run.load_test_split() if test is None else test
+        yield from draw_parameters(classifier)
+    if run and test is None and not run.dataset_given:
+        test = run.load_test_split()
+    if run and test is not None:
         probabilities = run.predict(test.images)
         yield from draw_predictions(run, test, probabilities)
+    else:
+        print(_omissions(run), file=sys.stderr)
     if not is_vit:
-        print(f"a {type(run.model).__name__} has no attention, position embeddings or patch filters to plot")
+        print(f"a {type(classifier.model).__name__} has no attention, position embeddings or patch filters to plot")
         return
     if images:
         names, shown = list(images), np.stack(list(images.values()))
-        predictions = run.predict(shown).argmax(axis=-1)
-    elif test is None:
-        return
-    else:
+        predictions = classifier.predict(shown).argmax(axis=-1)
+    elif run and test is not None:
         chosen = np.random.default_rng(run.config.seed).permutation(len(test))[:num_images]
         names, shown = [run.class_names[i] for i in test.labels[chosen]], np.stack([test.images[i] for i in chosen])
         predictions = probabilities[chosen].argmax(axis=-1)
-    classes = [run.class_names[i] for i in predictions]
-    titles = [f"{Path(name).name}\nclassified as {found}" for name, found in zip(names, classes, strict=True)]
-    yield from draw_attention(run, shown, titles, layer=layer, head=head)
+    else:
+        return
+    titles = [Path(name).name for name in names]
+    if classifier.has_trained_head:
+        classes = [classifier.class_names[i] for i in predictions]
+        titles = [f"{title}\nclassified as {found}" for title, found in zip(titles, classes, strict=True)]
+    yield from draw_attention(classifier, shown, titles, layer=layer, head=head)
 
 
-def draw_parameters(run: Run) -> Iterator[tuple[str, Figure]]:
+def _omissions(run: Run | None) -> str:
+    """Names the figures that cannot be plotted for a checkpoint (None), or for a run on a dataset given from Python."""
+    if run is None:
+        return "not a run: curves, confusion matrix and errors are omitted; attention is plotted for --images"
+    return (
+        f"{run.workdir} was trained on a dataset given from Python: no predictions are plotted; for all figures, "
+        "call vit_jax.report.write_report(workdir, split=split)"
+    )
+
+
+def draw_parameters(classifier: Classifier) -> Iterator[tuple[str, Figure]]:
     """Plots the position embeddings, and the filters of the patch embedding or the hybrid's root."""
-    assert isinstance(run.model, VisionTransformer)
-    embeddings = np.asarray(run.params["Transformer"]["posembed_input"]["pos_embedding"])
-    similarity = analysis.position_similarity(embeddings, class_token=run.model.pool == "cls")
+    assert isinstance(classifier.model, VisionTransformer)
+    embeddings = np.asarray(classifier.params["Transformer"]["posembed_input"]["pos_embedding"])
+    similarity = analysis.position_similarity(embeddings, class_token=classifier.model.pool == "cls")
     yield "position_similarity", plotting.plot_position_similarity(similarity)
     yield "position_matrix", plotting.plot_position_matrix(similarity)
-    filters = run.params["embedding" if run.model.stem_units is None else "conv_root"]["kernel"]
+    filters = classifier.params["embedding" if classifier.model.stem_units is None else "conv_root"]["kernel"]
     yield "patch_filters", plotting.plot_filters(*analysis.filter_components(np.asarray(filters)))
 
 
@@ -128,16 +153,23 @@ def draw_predictions(run: Run, test: Split, probabilities: Float[np.ndarray, "n 
 
 
 def draw_attention(
-    run: Run, images: UInt8[np.ndarray, "b h w 3"], titles: Sequence[str], *, layer: int | None, head: int | None
+    classifier: Classifier,
+    images: UInt8[np.ndarray, "b h w 3"],
+    titles: Sequence[str],
+    *,
+    layer: int | None,
+    head: int | None,
 ) -> Iterator[tuple[str, Figure]]:
     """Plots attention rollout and the maps of all heads, or the attention of one layer or head; see `draw_all`."""
-    assert isinstance(run.model, VisionTransformer)
-    inputs, class_token = run.preprocess(images), run.model.pool == "cls"
-    weights = analysis.attention_weights(run.model, run.params, inputs)  # [l b k n n]
+    assert isinstance(classifier.model, VisionTransformer)
+    inputs, class_token = classifier.preprocess(images), classifier.model.pool == "cls"
+    weights = analysis.attention_weights(classifier.model, classifier.params, inputs)  # [l b k n n]
     maps = analysis.attention_maps(weights, class_token=class_token)  # [l b k g g]
     query = "the class token" if class_token else "the patches (mean)"
     if layer is None:
-        rollout = analysis.attention_rollout(weights, analysis.pooling_weights(run.model, run.params, inputs))
+        rollout = analysis.attention_rollout(
+            weights, analysis.pooling_weights(classifier.model, classifier.params, inputs)
+        )
         title = "Attention through all layers (rollout)"
         yield "attention_rollout", plotting.plot_attention(images, rollout, titles, title=title)
         yield "attention_heads", plotting.plot_heads(images[0], maps[:, 0], title=f"Attention of {query}")

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from configs import models as variants
 from vit_jax import pretrained
+from vit_jax.config import STEM_UNITS, VARIANTS
 from vit_jax.models import VisionTransformer, vit
 
 MICRO = {"patch_size": 4, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "mlp_dim": 40}
@@ -123,7 +124,7 @@ def test_vision_transformer_variants_differ_only_in_patch_size():
     "variant",
     [
         pytest.param(name, marks=() if name in ("micro_4", "B_16", "R50_B_16") else pytest.mark.slow)
-        for name in variants.VARIANTS
+        for name in VARIANTS
     ],
 )
 def test_infer_sizes_recovers_arguments_from_shapes(variant):
@@ -131,7 +132,7 @@ def test_infer_sizes_recovers_arguments_from_shapes(variant):
     model = create_variant(variant, num_classes=10)
     tree = unflatten_dict(init_shapes(model, 7 * model.pixels_per_patch), sep="/")
     del arguments["dropout_rate"]
-    arguments |= {"stem_width": 64} if variant in variants.STEM_UNITS else {"stem_units": None}
+    arguments |= {"stem_width": 64} if variant in STEM_UNITS else {"stem_units": None}
     expected = {**arguments, "representation_size": None, "num_classes": 10, "pool": "cls"}
     assert pretrained.infer_sizes(tree) == ("vit", expected)
 

@@ -1,11 +1,10 @@
-import argparse
 import io
 import logging
 
 import jax.numpy as jnp
 import pytest
 
-from vit_jax.runtime.errors import UsageError, UserError, one_line, parse_arguments, run_command
+from vit_jax.runtime.errors import UsageError, UserError, one_line, run_command
 
 
 def raising(error):
@@ -22,7 +21,8 @@ def raising(error):
         (UserError("the file is damaged"), 1, "error: the file is damaged\n"),
         (MemoryError("Unable to allocate 4 PiB"), 1, "error: Unable to allocate 4 PiB\n"),
         (PermissionError(13, "Permission denied", "a"), 1, "error: [Errno 13] Permission denied: 'a'\n"),
-        (KeyboardInterrupt(), 130, "interrupted; rerun the same command to resume from the last checkpoint\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (KeyboardInterrupt("stopped by SIGINT; saved checkpoint 3"), 130, "stopped by SIGINT; saved checkpoint 3\n"),
     ],
 )
 def test_run_command_prints_one_line_and_returns_exit_code(capsys, error, code, line):
@@ -72,13 +72,6 @@ def test_run_command_hides_warnings_and_tracebacks_only_of_orbax(path, level, ha
     exception = (KeyError, KeyError(), None) if has_traceback else None
     record = logging.LogRecord("absl", level, path, 1, "message", None, exception)
     assert run_command(lambda: int(bool(logging.getLogger("absl").filter(record)))) == shown
-
-
-def test_parse_arguments_raises_usage_error():
-    parser = argparse.ArgumentParser(prog="tool")
-    parser.add_argument("--number", type=int)
-    with pytest.raises(UsageError, match="argument --number: invalid int value: 'x' .see `tool --help`."):
-        parse_arguments(parser, ["--number", "x"])
 
 
 def test_one_line_joins_lines_and_is_never_empty():

@@ -1,11 +1,10 @@
 """User errors: one line on stderr and an exit code instead of a traceback."""
 
-import argparse
 import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import absl.logging
 
@@ -40,7 +39,7 @@ def report_error(error: BaseException) -> int | None:
     """Prints a user error as one line and returns its exit code; returns None for other errors, which are bugs."""
     match error:
         case KeyboardInterrupt():
-            line, code = "interrupted; rerun the same command to resume from the last checkpoint", 130
+            line, code = str(error) or "interrupted", 130
         case UserError():
             line, code = f"error: {one_line(error)}", error.exit_code
         case BrokenPipeError():  # the reader of stdout is gone, as in `… | head`
@@ -63,16 +62,6 @@ def report_error(error: BaseException) -> int | None:
 def one_line(error: BaseException | str) -> str:
     """Returns the message of an error on one line, or its class if it is empty."""
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses a command line; raises UsageError where argparse would exit."""
-
-    def fail(message: str) -> None:
-        raise UsageError(f"{message} (see `{parser.prog} --help`)")
-
-    parser.error = fail  # type: ignore[assignment, method-assign]
-    return parser.parse_args(argv)
 
 
 def _is_not_noise(record: logging.LogRecord) -> bool:
