@@ -52,7 +52,7 @@ def expected(checkpoint, image_dir):
 
 
 def test_main_evaluates_checkpoint_on_subset_of_classes(checkpoint, image_dir, run_command):
-    argv = ["--workdir", checkpoint, "--dataset", f"folder:{image_dir}", "--test_split", "val", "--json"]
+    argv = ["--model", checkpoint, "--dataset", f"folder:{image_dir}", "--test_split", "val", "--json"]
     result = run_command("-m", "vit_jax.evaluate", *argv)
     assert result.returncode == 0, result.stderr
     results = json.loads(result.stdout.splitlines()[-1])
@@ -115,10 +115,15 @@ def test_main_with_dataset_equals_main_without_dataset(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "error", "message"),
     [
-        (["--workdir", "micro"], UserError, "micro has no checkpoints; give the --workdir of a run"),
-        (["--workdir", "FILE"], UserError, "has no checkpoints; give the --workdir of a run"),
+        ([], UsageError, "one of the arguments --workdir --model is required"),
+        (["--model", "micro"], UsageError, "micro is a checkpoint, not a run; give --dataset as well"),
+        (["--workdir", "FILE"], UsageError, "is a checkpoint, not a run; give --dataset as well"),
         (["--workdir", "a", "--test_split", "val"], UsageError, "--test_split requires --dataset"),
-        (["--workdir", "FILE", "--dataset", "digits", "--step", "3"], UserError, "has no checkpoints"),
+        (
+            ["--workdir", "FILE", "--dataset", "digits", "--step", "3"],
+            UsageError,
+            "is not a run directory; step and EMA are chosen only",
+        ),
         (["--workdir", "FILE", "--dataset", "digits", "--batch_size", "0"], UsageError, "--batch_size is 0"),
         (["--workdir", "FILE", "--dataset", "digits"], UserError, "lacks 10 of the dataset's 10 classes: 0, 1"),
         (["--workdir", "nowhere"], UserError, "nowhere has no checkpoints"),

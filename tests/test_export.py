@@ -156,6 +156,13 @@ def test_main_exports_ema_parameters_unless_no_ema(workdir, exported, images, tm
     assert np.abs(raw.logits(images) - logits_of(exported / "npz", images)).max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["npz", "orbax", "safetensors"])
+def test_main_converts_checkpoint(images, run_cli, tmp_path, name):
+    result = run_cli("vit_jax.export", ["--model", "micro", "--format", name, "--out", tmp_path / "out"])
+    assert result.code == 0, result.stderr
+    np.testing.assert_array_equal(logits_of(tmp_path / "out", images[:4]), logits_of("micro", images[:4]))
+
+
 def test_export_stablehlo_requires_only_jax_and_accepts_any_batch_size(workdir, exported, images, tmp_path):
     """Runs the documented lines in a process that cannot import this package, flax, optax or orbax."""
     np.save(tmp_path / "images.npy", np.asarray(jax.image.resize(images[:7], (7, 16, 16, 3), "nearest")))
@@ -205,11 +212,13 @@ def test_load_numbers_classes_without_names(images):
         (["--format", "npz", "--step", "7"], 1, "has no checkpoint of step 7; it has 20"),
         (["--format", "npz", "--out", "setup.cfg"], 1, "--out setup.cfg already exists"),
         (["--format", "orbax", "--out", "nowhere/out"], 1, "cannot write nowhere/out: No such file or directory"),
-        (["--format", "npz", "--workdir", "configs"], 1, "configs has no checkpoints"),
+        (["--format", "npz", "--workdir", "configs"], 1, "configs is neither a run directory nor an orbax"),
+        (["--format", "npz", "--model", "micro", "--no_ema"], 2, "micro is not a run directory"),
     ],
 )
 def test_main_reports_errors_in_one_line(workdir, run_cli, tmp_path, argv, code, message):
-    argv = ["--workdir", workdir, "--out", tmp_path / "out", *argv]
+    source = [] if "--model" in argv else ["--workdir", workdir]
+    argv = [*source, "--out", tmp_path / "out", *argv]
     result = run_cli("vit_jax.export", argv)
     assert result.code == code
     (line,) = result.stderr.splitlines()

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax import visualize
+from vit_jax import pretrained, visualize
 from vit_jax.run import load_run
 
 FIGURES = (
@@ -36,6 +36,34 @@ def test_main_plots_one_head_on_given_images(finished_run, run_cli, tmp_path):
     assert not (out / "attention_rollout.png").exists()
 
 
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_main_plots_checkpoint_on_given_images(tiny_npz, run_cli, tmp_path, monkeypatch, is_trained):
+    params = pretrained.load_npz(tiny_npz)
+    params["head"]["kernel"] *= is_trained
+    pretrained.save_npz(tmp_path / "x.npz", params)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.uint8)).save(tmp_path / "a.png")
+    titles = []
+    draw_attention = visualize.draw_attention
+    monkeypatch.setattr(
+        visualize,
+        "draw_attention",
+        lambda model, x, names, **rest: titles.append(names) or draw_attention(model, x, names, **rest),
+    )
+    argv = ["--model", tmp_path / "x.npz", "--out", tmp_path / "out", "--images", tmp_path / "a.png"]
+    result = run_cli("vit_jax.visualize", argv)
+    assert result.code == 0, result.stderr
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == set(FIGURES) - {"curves", "confusion", "errors"}
+    assert "not a run: curves, confusion matrix and errors are omitted" in result.stderr
+    assert titles[0][0].startswith("a.png\nclassified as " if is_trained else "a.png")
+    assert ("classified" in titles[0][0]) == is_trained
+
+
+def test_main_plots_parameters_of_checkpoint_without_images(tiny_npz, run_cli, tmp_path):
+    result = run_cli("vit_jax.visualize", ["--model", tiny_npz, "--out", tmp_path / "out"])
+    assert result.code == 0, result.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 3 and "attention is plotted for --images" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
@@ -46,11 +74,14 @@ def test_main_plots_one_head_on_given_images(finished_run, run_cli, tmp_path):
         (["--images", "setup.cfg"], 1, "setup.cfg"),
         (["--images", "/nowhere.png"], 1, "/nowhere.png"),
         (["--step", "7"], 1, "has no checkpoint of step 7; it has 20"),
-        (["--workdir", "configs"], 1, "configs has no checkpoints"),
+        (["--workdir", "configs"], 1, "configs is neither a run directory nor an orbax or safetensors export"),
+        (["--model", "micro", "--step", "7"], 2, "micro is not a run directory"),
+        (["--model", "micro", "--layer", "4"], 2, "--layer is 4; this VisionTransformer has 4"),
     ],
 )
 def test_main_reports_errors_in_one_line(finished_run, run_cli, tmp_path, argv, code, message):
-    result = run_cli("vit_jax.visualize", ["--workdir", finished_run, "--out", tmp_path / "out", *argv])
+    source = [] if "--model" in argv else ["--workdir", finished_run]
+    result = run_cli("vit_jax.visualize", [*source, "--out", tmp_path / "out", *argv])
     assert result.code == code
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and message in line

@@ -13,6 +13,7 @@ from vit_jax import pretrained
 from vit_jax.data import check_split, preprocess
 from vit_jax.data.batches import crop_when_decoded
 from vit_jax.data.images import EncodedImages
+from vit_jax.models import model_arguments
 from vit_jax.pretrained import ModelMetadata
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
@@ -142,6 +143,8 @@ def load_classifier(name_or_path: str) -> Classifier:
         if "head" not in params:
             raise UserError("it has no trained classification head; fine-tune it first")
         mesh = sharding.create_mesh(jax.local_devices())
-        return Classifier(model=metadata.create_model(), params=params, metadata=metadata, mesh=mesh)
+        model = metadata.create_model()
+        metadata = dataclasses.replace(metadata, model=model_arguments(model))  # with defaults, for exports
+        return Classifier(model=model, params=params, metadata=metadata, mesh=mesh)
     except UserError as error:
         raise UserError(f"{name_or_path}: {error}") from error

@@ -27,11 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_model_arguments(parser)
     parser.add_argument("--format", required=True, choices=sorted(FORMATS), help="format of the export")
+    parser.add_argument("--out", required=True, metavar="PATH", help="new file (npz) or directory (other formats)")
     parser.add_argument(
-        "--out", required=True, metavar="PATH", help="a new file (npz) or a new directory (other formats)"
-    )
-    parser.add_argument(
-        "--no_ema", action="store_true", help="export the parameters without EMA (default: with EMA, if the run has it)"
+        "--no_ema", action="store_true", help="export parameters without EMA (default: with EMA, if any)"
     )
     arguments = parse_arguments(parser, argv)
     out = Path(arguments.out)
@@ -64,9 +62,8 @@ def export_safetensors(model: Classifier, out: Path) -> None:
 
 def export_stablehlo(model: Classifier, out: Path) -> None:
     """Saves a program with its weights that needs only JAX, uint8 [b h w 3] -> float32 logits [b classes]."""
-    images = jax.export.symbolic_args_specs(
-        np.zeros((1, model.image_size, model.image_size, 3), np.uint8), "batch, ..."
-    )
+    size = model.image_size
+    images = jax.export.symbolic_args_specs(np.zeros((1, size, size, 3), np.uint8), "batch, ...")
     forward = jax.jit(functools.partial(model.forward, jax.device_get(model.params)))
     exported = jax.export.export(forward, platforms=("cpu", "cuda", "tpu"))(images)
     with atomic_path(out) as directory:

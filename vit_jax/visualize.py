@@ -1,4 +1,4 @@
-"""`python -m vit_jax.visualize --workdir DIR --out DIR`: plots a run, or the attention and parameters of a checkpoint."""
+"""`python -m vit_jax.visualize --workdir DIR --out DIR`: plots a run or a checkpoint."""
 
 from vit_jax.runtime.startup import prepare_process
 
@@ -37,11 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     add_model_arguments(parser)
     parser.add_argument("--out", metavar="DIR", required=True, help="output directory, created if missing")
     parser.add_argument(
-        "--images",
-        nargs="+",
-        default=[],
-        metavar="IMAGE",
-        help="images for attention (default: test images of the run)",
+        "--images", nargs="+", default=[], metavar="IMAGE", help="images for attention (default: the run's test images)"
     )
     parser.add_argument("--num_images", type=int, default=8, help="test images for attention (default: 8)")
     parser.add_argument("--layer", type=int, help="attention of this layer only, from 0 (default: all)")
@@ -84,8 +80,8 @@ def draw_all(
 
     Attention is plotted for all layers (rollout) and heads, for the mean over the heads of one `layer`, or for one
     `head`: on `images`, by name, or on `num_images` random images of `test`, by default the run's test split. A dataset
-    given from Python needs `test`: without it, predictions are not plotted, and attention only for `images`. The same
-    holds for a `classifier` that is not a run, which also has no curves.
+    given from Python needs `test`: without it, predictions are not plotted, and attention only for `images`. A
+    `classifier` that is not a run has only the figures of its parameters, and attention for `images`.
     """
     run = classifier if isinstance(classifier, Run) else None
     if run and (records := read_records(run.workdir / "metrics.jsonl", last_step=run.step)):
@@ -167,9 +163,8 @@ def draw_attention(
     maps = analysis.attention_maps(weights, class_token=class_token)  # [l b k g g]
     query = "the class token" if class_token else "the patches (mean)"
     if layer is None:
-        rollout = analysis.attention_rollout(
-            weights, analysis.pooling_weights(classifier.model, classifier.params, inputs)
-        )
+        pooling = analysis.pooling_weights(classifier.model, classifier.params, inputs)
+        rollout = analysis.attention_rollout(weights, pooling)
         title = "Attention through all layers (rollout)"
         yield "attention_rollout", plotting.plot_attention(images, rollout, titles, title=title)
         yield "attention_heads", plotting.plot_heads(images[0], maps[:, 0], title=f"Attention of {query}")
