@@ -1,5 +1,5 @@
 # make train                  installs into .venv, then trains CONFIG (configs/digits.py unless given)
-# make train ARGS="…"         passes flags on, such as ARGS="--config.num_steps=100 --noreport"
+# make train ARGS="…"         passes flags on, such as ARGS="--config.num_steps=100 --no_report"
 # make test, make test-slow   installs with the test extra, then runs lint and the quick tests, or the long tests
 # make … PYTHON=python3.12    uses another interpreter, with an environment of its own
 

@@ -14,7 +14,9 @@ from conftest import ROOT
 from flax.traverse_util import unflatten_dict
 from PIL import Image
 
+import train
 from vit_jax import pretrained
+from vit_jax.config import check_config
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 TEXT = "\n".join(PAGES.values())
@@ -54,6 +56,16 @@ def test_configs_page_lists_every_config():
 
 def test_configs_page_lists_every_key(run_cli):
     assert f"```text\n{run_cli('vit_jax.config', []).stdout}```" in PAGES[ROOT / "docs/configs.md"]
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # raised by ml_collections
+@pytest.mark.parametrize(
+    "argv",
+    [command[1:] for command in commands() if command[0] == "train.py" and "$" not in " ".join(command)],
+    ids=str,
+)
+def test_documented_train_commands_are_valid(argv):
+    check_config(train.parse_flags(argv).config)
 
 
 def test_readme_links_to_every_page():

@@ -1,12 +1,13 @@
 """Lists the commands: `python -m vit_jax`."""
 
 COMMANDS = {
-    "evaluate": "evaluate a run on its test images, or any model on a dataset",
-    "predict": "classify image files",
-    "visualize": "plot attention, position embeddings, patch filters, confusion matrix and errors of a run",
-    "export": "save the model of a run as .npz, Orbax, safetensors or StableHLO",
+    "evaluate": "evaluate a run on its test images, or a run or checkpoint on a dataset",
+    "predict": "classify image files with a run or checkpoint",
+    "visualize": "plot attention, position embeddings and patch filters; of a run also confusion matrix and errors",
+    "export": "save a run or checkpoint as .npz, Orbax, safetensors or StableHLO",
     "compare": "print a table of runs",
     "report": "write the HTML report of a run",
+    "pretrained": "list the pretrained checkpoints, with parameters, resolution and pretraining data",
     "config": "print every config key with its default, unit and range",
 }
 
