@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 .PHONY: train test test-slow lint install clean
 
 train: $(VENV)/installed
+	$(if $(EPOCHS),$(error EPOCHS is not a setting: pass ARGS="--config.num_steps=…"))
 	$(BIN)/python train.py --config $(CONFIG) $(if $(WORKDIR),--workdir $(WORKDIR)) $(ARGS)
 
 test: lint

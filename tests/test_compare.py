@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -40,6 +41,17 @@ def test_main_prints_aligned_markdown_table(run_command, runs):
     assert [len(line) for line in (rule, *rows)] == [len(header)] * 3
     assert [cell.strip() for cell in rows[1].split("|")[1:4]] == ["head", "head", "170"]
     assert set(rule) == set("|-: ")
+
+
+@pytest.mark.parametrize(("num_classes", "shown"), [(2, False), (5, False), (6, True)])
+def test_format_table_shows_top5_accuracy_of_more_than_five_classes(runs, num_classes, shown):
+    row = dataclasses.replace(compare.read_row(runs / "full"), num_classes=num_classes)
+    assert ("top-5 accuracy" in compare.format_table([row])) == shown
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.234, "0.2 s"), (59.9, "59.9 s"), (3725.2, "1:02:05")])
+def test_cells_shows_short_times_in_seconds(runs, seconds, text):
+    assert dataclasses.replace(compare.read_row(runs / "full"), seconds=seconds).cells()["time"] == text
 
 
 def copy_run(workdir, target, changes, **options):

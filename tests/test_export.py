@@ -184,6 +184,11 @@ np.save({str(tmp_path / "logits.npy")!r}, logits[1])
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-5)
 
 
+def test_load_rejects_stablehlo_export(exported):
+    with pytest.raises(UserError, match="stablehlo is a StableHLO export, which only jax.export runs; give another"):
+        vit_jax.load(exported / "stablehlo")
+
+
 def test_main_exports_only_metadata_of_model(workdir, exported):
     metadata = load_run(workdir).metadata.to_json()
     assert metadata["vit_jax"] == vit_jax.__version__ and metadata["class_names"] == [str(i) for i in range(10)]

@@ -137,7 +137,7 @@ def test_main_starts_quickly_without_large_packages(workdir, image_files, run_co
         (["benchmarks"], 1, "no images found in benchmarks"),
         (["nowhere/*.png"], 1, "no images found in nowhere/*.png"),
         (["a.png"], 1, "image a.png: no such file"),
-        (["configs/base.py"], 1, "image configs/base.py cannot be decoded (not an image)"),
+        (["configs/base.py"], 1, "image configs/base.py cannot be decoded (not an image that Pillow can read)"),
         (["a.png", "--workdir", "configs"], 1, "configs is neither a run directory nor an orbax or safetensors export"),
         (["a.png", "--model", "micro", "--workdir", "runs/x"], 2, "not allowed with argument"),
         (["a.png", "--model", "imagenet22k"], 2, "there is no file imagenet22k"),

@@ -101,6 +101,7 @@ def test_train_prints_table_and_next_command(finished):
     workdir, stdout, stderr = finished
     last = records(workdir)[-1]
     assert f"test accuracy         {last['test/accuracy']:.2%}" in stdout
+    assert "steps                 60 × 64 images, 2.7 epochs\n" in stdout
     assert "images/s" in stderr
     (command,) = re.findall(r"^next: (.*)$", stdout, re.M)
     again = subprocess.run([*command.split(), "--json"], cwd=ROOT, env=command_env(), capture_output=True, text=True)

@@ -27,6 +27,7 @@ class Row:
     run: str  # name of its directory
     config: ConfigDict
     test_images: tuple[str, ...]  # dataset, split and classes
+    num_classes: int
     num_trainable: int  # parameters
     results: dict[str, float]  # of the evaluation after the last step
     seconds: float  # of training, without evaluation, checkpoints, compilation and the caching of features
@@ -37,6 +38,7 @@ class Row:
     def cells(self) -> dict[str, str]:
         """Returns {column title: text}."""
         trainable = self.config.trainable
+        time = datetime.timedelta(seconds=round(self.seconds))
         return {
             "run": self.run,
             "trainable": trainable if isinstance(trainable, str) else ", ".join(trainable),
@@ -45,9 +47,9 @@ class Row:
             **({"seeds": str(self.num_seeds)} if self.num_seeds else {}),
             "test accuracy": f"{self.results['test/accuracy']:.2%}",
             **({"±": f"{self.accuracy_std:.2%}"} if self.num_seeds else {}),
-            "top-5 accuracy": f"{self.results['test/accuracy_top5']:.2%}",
+            "top-5 accuracy": f"{self.results['test/accuracy_top5']:.2%}" if self.num_classes > 5 else "–",
             "images": f"{self.config.num_steps * self.config.batch_size:,}",
-            "time": str(datetime.timedelta(seconds=round(self.seconds))),
+            "time": f"{self.seconds:.1f} s" if self.seconds < 60 else str(time),
             "images/s": f"{self.images_per_second:,.0f}",
         }
 
@@ -102,6 +104,7 @@ def read_row(workdir: Path) -> Row:
         run=workdir.name,
         config=config,
         test_images=test_images,
+        num_classes=len(info.dataset.class_names),
         num_trainable=info.num_trainable,
         results=results,
         seconds=sum(number * config.batch_size / speed for number, speed in zip(steps, speeds, strict=True)),
@@ -136,14 +139,14 @@ def _test_settings(config: ConfigDict) -> dict[str, str]:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """Formats an aligned Markdown table; columns of test settings are shown only if the rows differ."""
+    """Formats an aligned Markdown table without empty columns and without test settings that are equal in all rows."""
     settings = _test_settings(rows[0].config).keys()
     cells = [row.cells() for row in rows]
     columns = []
     for title in cells[0]:
         texts = [title, *(row[title] for row in cells)]
         width, is_text = max(map(len, texts)), title in ("run", "trainable", *settings)
-        if title in settings and len(set(texts[1:])) == 1:
+        if set(texts[1:]) == {"–"} or (title in settings and len(set(texts[1:])) == 1):
             continue
         texts.insert(1, "-" * width if is_text else "-" * (width - 1) + ":")
         columns.append([text.ljust(width) if is_text else text.rjust(width) for text in texts])

@@ -185,13 +185,14 @@ def summarize(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> di
     info = RunInfo.from_json(checkpoints.read_metadata(config.num_steps))
     records, results = read_results(workdir, config.num_steps, info.metrics_checksum)
     plotting.plot_curves(records, title=workdir.name).savefig(workdir / "curves.png", dpi=120)
+    epochs = config.num_steps / (info.dataset.num_train // config.batch_size)
     speeds = [record["images_per_second"] for record in records if "images_per_second" in record]
     rows = {
         "test accuracy": f"{results['test/accuracy']:.2%}",
-        "top-5 accuracy": f"{results['test/accuracy_top5']:.2%}",
+        **({"top-5 accuracy": f"{results['test/accuracy_top5']:.2%}"} if len(info.dataset.class_names) > 5 else {}),
         "test loss": f"{results['test/loss']:.4f}",
         **({"without EMA": f"{results['test_raw/accuracy']:.2%}"} if "test_raw/accuracy" in results else {}),
-        "steps": f"{config.num_steps:,} × {config.batch_size} images",
+        "steps": f"{config.num_steps:,} × {config.batch_size} images, {format_number(epochs)} epochs",
         "images/s, median": format_number(statistics.median_high(speeds)) if speeds else "–",
         "checkpoints": workdir / "checkpoints",
         "metrics": workdir / "metrics.jsonl",

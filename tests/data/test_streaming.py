@@ -110,7 +110,7 @@ def test_training_batches_name_undecodable_image(image_dir, tmp_path):
 
     shutil.copytree(image_dir, tmp_path / "copy")
     (tmp_path / "copy/train/1/05.png").write_bytes(b"not an image")
-    with pytest.raises(UserError, match=r"1/05.png cannot be decoded \(not an image\)"):
+    with pytest.raises(UserError, match=r"1/05.png cannot be decoded \(not an image that Pillow can read\)"):
         next(training_batches(BatchReader(load(tmp_path / "copy").train, **OPTIONS), first_step=0, num_steps=6))
 
 

@@ -125,3 +125,12 @@ def test_resolve_suggests_nearest_names():
 
 def test_resolve_finds_bundled_checkpoint():
     assert pretrained.resolve("micro").name == "ViT-micro_4.npz" and pretrained.resolve("micro").exists()
+
+
+def test_is_local_is_true_for_existing_files_and_cached_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))
+    assert pretrained.is_local("micro") and pretrained.is_local(str(tmp_path))
+    assert not any(map(pretrained.is_local, ("", "imagenet21k/ViT-B_16", f"{tmp_path}/no.npz")))
+    (tmp_path / "imagenet21k").mkdir()
+    (tmp_path / "imagenet21k/ViT-B_16.npz").touch()
+    assert pretrained.is_local("imagenet21k/ViT-B_16")

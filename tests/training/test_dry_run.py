@@ -93,3 +93,8 @@ def test_dry_run_rejects_download(monkeypatch, tmp_path):
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))
     with pytest.raises(UsageError, match="config.model has no sizes, imagenet21k/ViT-B_16 is not in the cache"):
         dry_run.dry_run(config_with(model={}, pretrained="imagenet21k/ViT-B_16"))
+
+
+def test_dry_run_rejects_checkpoint_of_other_size():
+    with pytest.raises(UsageError, match=r"config.model does not match micro: hidden_size 64 \(checkpoint: 96\)"):
+        dry_run.dry_run(config_with(pretrained="micro"))

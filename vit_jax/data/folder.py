@@ -36,7 +36,7 @@ def _list_classes(split_dir: Path) -> dict[str, list[str]]:
     if empty or not classes:
         raise UserError(
             f"{empty or split_dir}: no such directory, or no images ({', '.join(IMAGE_SUFFIXES)}) in it; "
-            f"expected {split_dir}/CLASS/IMAGE"
+            f"expected {split_dir.parent}/{{train,test}}/CLASS/IMAGE"
         )
     return classes
 

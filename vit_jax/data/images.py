@@ -151,7 +151,7 @@ def _image_errors(source: ImageFile) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"image {name}: no such file") from error
     except Exception as error:
-        reason = "not an image" if "cannot identify" in str(error) else one_line(error)
+        reason = "not an image that Pillow can read" if "cannot identify" in str(error) else one_line(error)
         raise UserError(f"image {name} cannot be decoded ({reason}); replace or remove it") from error
 
 

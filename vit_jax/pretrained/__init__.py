@@ -6,7 +6,7 @@ from vit_jax.pretrained.imagenet import canonical_name, imagenet_classes
 from vit_jax.pretrained.load import read_model, save_orbax
 from vit_jax.pretrained.metadata import ModelMetadata, save_metadata
 from vit_jax.pretrained.npz import load_npz, read_metadata, save_npz
-from vit_jax.pretrained.released import RELEASED, is_name, needs_download, resolve
+from vit_jax.pretrained.released import RELEASED, is_local, is_name, needs_download, resolve
 from vit_jax.pretrained.sizes import infer_sizes
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "canonical_name",
     "imagenet_classes",
     "infer_sizes",
+    "is_local",
     "is_name",
     "load_npz",
     "needs_download",

@@ -36,6 +36,8 @@ def read_model(name_or_path: str) -> tuple[Params, ModelMetadata | None]:
     elif path.is_dir():
         if (path / "checkpoints").is_dir():
             raise UserError(f"{path} is a run directory; give an export of it (python -m vit_jax.export)")
+        if (path / "model.stablehlo").exists():
+            raise UserError(f"{path} is a StableHLO export, which only jax.export runs; give another export")
         expected = "checkpoints/, params/ or model.safetensors in it"
         raise UserError(f"{path} is neither a run directory nor an orbax or safetensors export; expected {expected}")
     else:

@@ -49,6 +49,13 @@ def needs_download(name_or_path: str) -> bool:
     return is_name(name_or_path) and name_or_path != "micro" and not _cached(f"{name_or_path}.npz").exists()
 
 
+def is_local(name_or_path: str) -> bool:
+    """Returns True if the checkpoint exists on disk."""
+    if is_name(name_or_path):
+        return not needs_download(name_or_path)
+    return name_or_path != "" and Path(name_or_path).expanduser().exists()
+
+
 def resolve(name_or_path: str) -> Path:
     """Returns the path of a checkpoint; downloads it if necessary.
 

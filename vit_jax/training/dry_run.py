@@ -37,7 +37,7 @@ class Cost:
 def dry_run(config: ConfigDict) -> None:
     """Prints trainable parameters, FLOPs and memory of a run; raises UserError if a device has too little memory.
 
-    The pretrained checkpoint is loaded only if `config.model` lacks sizes.
+    The pretrained checkpoint is loaded only if it is on disk; `config.model` must have sizes if it is not.
     """
     mesh = sharding.create_mesh(**config.mesh)
     info = describe_dataset(config)
@@ -47,7 +47,7 @@ def dry_run(config: ConfigDict) -> None:
             f"config.model has no sizes, {config.pretrained} is not in the cache, and a dry run downloads nothing; set "
             "config.model, for example to configs.models.get_config('B_16')"
         )
-    source = load_pretrained(config.pretrained) if needs_file else None
+    source = load_pretrained(config.pretrained) if needs_file or pretrained.is_local(config.pretrained) else None
     model = create_model(config, source, num_classes=len(info.class_names))
     plan = plan_experiment(config, model, mesh, info)
     print("compiling the training step and the evaluation …", flush=True)
