@@ -130,6 +130,7 @@ def create_step(variant: str, *, data: int, fsdp: int, batch: int, num_layers: i
     devices = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=topology).devices
     config = cifar100.get_config("full")
     config.pretrained = ""
+    config.dtype = "bfloat16"
     config.model = models.get_config(variant)
     if num_layers:
         config.model.num_layers = num_layers

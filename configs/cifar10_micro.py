@@ -20,6 +20,7 @@ def get_config(arg: str = "all") -> ConfigDict:
     steps_per_epoch = base.steps_per_epoch(50_000 if arg == "all" else 40_000, 128)
     config = base.get_config()
     config.model = models.get_config("micro_4")
+    config.dtype = "auto"
     config.dataset.name = "cifar10"
     config.dataset.classes = EIGHT if arg == "eight" else ()
     config.image_size = 32

@@ -24,7 +24,7 @@ def get_config(arg: str = "sgd") -> ConfigDict:
     base.check_argument(arg, ARGUMENTS, __file__)
     config = base.get_config()
     config.dataset.name = "cifar10"
-    config.dtype = "bfloat16"
+    config.dtype = "auto"
     config.reference_results = PUBLISHED.get(arg, ())
     config.batch_size = 128 if arg == "small" else 64
     steps_per_epoch = base.steps_per_epoch(50_000, config.batch_size)

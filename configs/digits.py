@@ -22,6 +22,7 @@ def get_config(arg: str = "finetune") -> ConfigDict:
     config = base.get_config()
     config.model = models.get_config("micro_4")
     config.pretrained = "micro" if arg == "finetune" else ""
+    config.dtype = "auto"
     config.dataset.name = "digits"
     config.image_size = 16
     config.optimizer.name = "adamw"

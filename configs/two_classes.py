@@ -42,6 +42,7 @@ def get_config(arg: str = "full") -> ConfigDict:
     config = base.get_config()
     config.model = models.get_config("micro_4")
     config.pretrained = "" if mode == "scratch" else "runs/ViT-micro_4-eight.npz"
+    config.dtype = "auto"
     config.dataset.name = "cifar10"
     config.dataset.classes = ("cat", "dog")
     config.image_size = 32

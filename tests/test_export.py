@@ -131,7 +131,7 @@ def test_load_defaults_to_float32_for_exports_without_dtype(exported, tmp_path):
 def test_create_model_uses_dtype_of_config(bfloat16_workdir, tmp_path):
     export.export_npz(load_run(bfloat16_workdir), tmp_path / "bfloat16.npz")
     config = digits.get_config()
-    config.pretrained = str(tmp_path / "bfloat16.npz")
+    config.update(pretrained=str(tmp_path / "bfloat16.npz"), dtype="float32")
     source = load_pretrained(config.pretrained)
     assert source.metadata.dtype == "bfloat16"
     assert create_model(config, source, num_classes=10).dtype == "float32"

@@ -12,6 +12,7 @@ from vit_jax import data, trainer
 from vit_jax.run import load_run
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UsageError, UserError
+from vit_jax.training import device_fit
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.types import Dataset, Split
 
@@ -94,6 +95,14 @@ def test_train_and_evaluate_restores_missing_config_json(interrupted_copy):
     assert json.dumps(run.config.to_dict(), indent=2) + "\n" == before
     trainer.train_and_evaluate(small_config(**INTERVALS), interrupted_copy)
     assert (interrupted_copy / "config.json").read_text() == before
+
+
+def test_train_and_evaluate_keeps_dtype_of_run(interrupted_copy, monkeypatch):
+    assert json.loads((interrupted_copy / "config.json").read_text())["dtype"] == "float32"
+    monkeypatch.setattr(device_fit, "auto_dtype", lambda device: "bfloat16")
+    trainer.train_and_evaluate(config := small_config(**INTERVALS), interrupted_copy)
+    assert load_run(interrupted_copy).config.dtype == "float32"
+    assert config.dtype == "auto"  # the caller's config is not changed
 
 
 def test_train_and_evaluate_resumes_on_different_number_of_devices(finished, interrupted_copy, monkeypatch):

@@ -90,7 +90,9 @@ KEYS = (
     Key("architecture", "vit", _one_of("vit", "resnet50"), "Vision Transformer, or ResNet-50 (BiT)"),
     Key("model", {}, Check("a ConfigDict", lambda value: isinstance(value, dict)),
         "constructor arguments of the model; missing sizes are read from the pretrained checkpoint"),
-    Key("dtype", "float32", _DTYPE, "dtype of activations and matrix products; parameters are always float32"),
+    Key("dtype", "float32", _one_of("auto", "float32", "bfloat16"),
+        "dtype of activations and matrix products; parameters are always float32; auto: bfloat16 on TPUs and on GPUs "
+        "of compute capability 8.0 or higher, float32 elsewhere"),
     Key("pretrained", "", _STRING,
         'checkpoint such as "imagenet21k/ViT-B_16", "augreg/B_16" or "micro", or a path; "" trains from scratch'),
 
@@ -303,6 +305,13 @@ def _complaints(config: ConfigDict) -> Iterator[str]:
     if 0 < config.ablation.schedule_steps <= config.warmup_steps:
         steps = config.ablation.schedule_steps
         yield f"config.ablation.schedule_steps is {steps}; expected more than warmup_steps, {config.warmup_steps}"
+
+
+def adopt_choices(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | None = None) -> None:
+    """Replaces "auto" by what was chosen when the run was started, in place; for `saved`, see `load_config`."""
+    run_config = load_config(workdir, saved=saved)
+    if config.dtype == "auto":
+        config.dtype = run_config.dtype
 
 
 def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | None = None) -> None:

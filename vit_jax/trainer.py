@@ -13,7 +13,7 @@ import filelock
 import jax
 from ml_collections import ConfigDict
 
-from vit_jax.config import check_config, check_same, save_config
+from vit_jax.config import adopt_choices, check_config, check_same, save_config
 from vit_jax.data.preprocess import Augment
 from vit_jax.runtime import distributed
 from vit_jax.runtime.errors import UserError
@@ -55,6 +55,7 @@ def train_and_evaluate(
     """
     workdir = Path(workdir)
     check_config(config)
+    config = config.copy_and_resolve_references()
     with lock_workdir(workdir), Checkpoints(workdir) as checkpoints:
         saved = check_resumable(config, workdir, checkpoints)
         step = checkpoints.latest_step() or 0
@@ -64,6 +65,7 @@ def train_and_evaluate(
         experiment, state = create_experiment(
             config, dataset=dataset, augment=augment, optimizer=optimizer, saved=saved
         )
+        config = experiment.config
         if saved:
             print(f"resuming from step {step:,}")
             state = checkpoints.restore(step, state)
@@ -125,10 +127,14 @@ def fetch(tree: Any) -> Any:
 
 
 def check_resumable(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> RunInfo | None:
-    """Returns the `RunInfo` of the run to resume, None for a new run; raises UserError if config or files differ."""
+    """Returns the `RunInfo` of the run to resume, None for a new run; raises UserError if config or files differ.
+
+    Values of `config` that are chosen for the device, such as dtype "auto", are replaced by those of the run.
+    """
     step, metrics = checkpoints.latest_step(), workdir / "metrics.jsonl"
     saved = None if step is None else RunInfo.from_json(checkpoints.read_metadata(step))
     if saved or (workdir / "config.json").exists():
+        adopt_choices(config, workdir, saved=saved.config if saved else None)
         check_same(config, workdir, saved=saved.config if saved else None)
     read_records(metrics)  # raises here, before compilation, if a line is damaged
     if saved and checksum_of(read_records(metrics, last_step=step)) != saved.metrics_checksum:

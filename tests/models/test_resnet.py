@@ -182,6 +182,7 @@ def test_train_and_evaluate_rejects_options_unsupported_by_resnet(tmp_path, chan
 @pytest.mark.parametrize("arg", ["scratch", "pretrained", "head"])
 def test_create_model_returns_resnet50_for_config(arg):
     config = cifar100_resnet50.get_config(arg)
+    config.dtype = "bfloat16"
     assert create_model(config, None, num_classes=100) == ResNet(100, dtype=jnp.bfloat16)
     assert not initialize.needs_pretrained(config.model, config.architecture)
     assert config.pretrained in ("", *pretrained.RELEASED)

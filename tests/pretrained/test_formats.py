@@ -255,7 +255,7 @@ def config_from(file, **changes):
     config = digits.get_config()
     config.model = {}
     config.update(pretrained=str(file), num_steps=3, warmup_steps=1, eval_every_steps=3, checkpoint_every_steps=3)
-    config.update(dict(batch_size=16) | changes)
+    config.update(dict(batch_size=16, dtype="float32") | changes)
     config.dataset.update(train_split="train[:64]", test_split="test[:32]")
     return config
 

@@ -20,6 +20,7 @@ SIZES = {"patch_size": 4, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "m
 
 def config_with(**changes):
     config = digits.get_config("scratch")
+    config.dtype = "float32"
     config.model = SIZES
     return set_keys(config, changes)
 

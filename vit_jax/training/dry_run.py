@@ -14,7 +14,7 @@ from vit_jax.data.batches import Batch
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.training import steps
-from vit_jax.training.experiment import Plan, create_model, describe_dataset, plan_experiment
+from vit_jax.training.experiment import Plan, create_model, describe_dataset, plan_experiment, resolve_config
 from vit_jax.training.inference import Inference
 from vit_jax.training.initialize import load_pretrained, needs_pretrained
 from vit_jax.training.writer import format_number
@@ -40,6 +40,7 @@ def dry_run(config: ConfigDict) -> None:
     The pretrained checkpoint is loaded only if it is on disk; `config.model` must have sizes if it is not.
     """
     mesh = sharding.create_mesh(**config.mesh)
+    config = resolve_config(config, mesh)
     info = describe_dataset(config)
     needs_file = needs_pretrained(config.model, config.architecture)
     if needs_file and pretrained.needs_download(config.pretrained):

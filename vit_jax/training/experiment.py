@@ -24,7 +24,7 @@ from vit_jax.data.streaming import BatchReader
 from vit_jax.pretrained import ModelMetadata
 from vit_jax.runtime import distributed, rng, sharding
 from vit_jax.runtime.errors import UsageError, UserError
-from vit_jax.training import initialize, lora, metrics, optim, steps
+from vit_jax.training import device_fit, initialize, lora, metrics, optim, steps
 from vit_jax.training.features import abstract_batch, compute_features
 from vit_jax.training.inference import FeatureForward, ImageForward, Inference
 from vit_jax.training.initialize import Pretrained
@@ -179,6 +179,7 @@ def create_experiment(
     if augment is not None and not callable(augment):
         raise UsageError(f"augment is {augment!r}; expected a function (key, image) -> image; config.augment has names")
     mesh = sharding.create_mesh(**config.mesh)
+    config = resolve_config(config, mesh)
     with distributed.main_process_first():
         storage = saved.storage if saved else config.dataset.storage
         dataset = load_dataset(config, storage=storage) if dataset is None else data.check_dataset(dataset)
@@ -281,6 +282,16 @@ def plan_experiment(
         image_forward=forward,
         init_state=jax.jit(init_state, out_shardings=state_shardings, donate_argnums=0),
     )
+
+
+def resolve_config(config: ConfigDict, mesh: Mesh) -> ConfigDict:
+    """Returns a copy of the config in which dtype "auto" is replaced by the dtype for the devices, and prints it."""
+    config = config.copy_and_resolve_references()
+    if config.dtype == "auto":
+        device = mesh.devices.flat[0]
+        config.dtype = device_fit.auto_dtype(device)
+        print(f"dtype: {config.dtype}, for {device.device_kind}")
+    return config
 
 
 def create_optimizer(
