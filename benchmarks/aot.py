@@ -42,6 +42,7 @@ from vit_jax.runtime import sharding
 from vit_jax.runtime.arguments import parse_arguments
 from vit_jax.runtime.errors import UsageError, UserError, run_command
 from vit_jax.training import experiment
+from vit_jax.training.plan import Plan
 
 GIB = 2**30
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
@@ -122,7 +123,7 @@ def meshes_of(num_devices: int) -> list[tuple[int, int]]:
     return list(dict.fromkeys([(num_devices, 1), (1, num_devices), *both]))
 
 
-def create_step(variant: str, *, data: int, fsdp: int, batch: int, num_layers: int | None = None) -> experiment.Plan:
+def create_step(variant: str, *, data: int, fsdp: int, batch: int, num_layers: int | None = None) -> Plan:
     """Plans the training step of a variant, optionally with fewer layers, for one GPU to many hosts of eight."""
     num_devices = data * fsdp
     # Partitions joined by NVLink × hosts in each × GPUs in each.
@@ -130,7 +131,7 @@ def create_step(variant: str, *, data: int, fsdp: int, batch: int, num_layers: i
     devices = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=topology).devices
     config = cifar100.get_config("full")
     config.pretrained = ""
-    config.dtype = "bfloat16"
+    config.update(dtype="bfloat16", accumulation_steps=1)
     config.model = models.get_config(variant)
     if num_layers:
         config.model.num_layers = num_layers

@@ -6,7 +6,7 @@
     python train.py --config configs/cifar100.py:lora         LoRA weights of queries and values, and the head
     python train.py --config configs/cifar100.py:head         only the head, on cached features
 
-Hardware: one GPU; on less than 24 GB add `--config.accumulation_steps=4`; on a CPU expect days (minutes for the head).
+Hardware: one GPU; the batch is split into as many parts as fit its memory; on a CPU expect days (minutes for the head).
 The first run downloads 413 MB of weights and 169 MB of images.
 Time: not yet measured. Test accuracy: not yet measured; results of other work with similar settings are in `PUBLISHED`.
 The head trains for 50 epochs × 256, the others for 5,000 steps × 128.
@@ -41,6 +41,7 @@ def get_config(arg: str = "full") -> ConfigDict:
     config.model = models.get_config("B_16")
     config.pretrained = "imagenet21k/ViT-B_16"
     config.dtype = "auto"
+    config.accumulation_steps = 0
     config.dataset.name = "cifar100"
     config.image_size = 224
     config.trainable = arg

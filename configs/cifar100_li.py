@@ -61,6 +61,7 @@ def get_config(arg: str = "full") -> ConfigDict:
     config.image_std = (0.2675, 0.2565, 0.2761)
     config.augment = "square_crop"
     config.trainable = trainable
+    config.accumulation_steps = 0
     config.optimizer.name = optimizer
     config.optimizer.weight_decay = 1e-4
     config.learning_rate = learning_rate

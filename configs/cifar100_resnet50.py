@@ -30,6 +30,7 @@ def get_config(arg: str = "scratch") -> ConfigDict:
     config.model = ConfigDict({"units": (3, 4, 6, 3), "width": 64})
     config.dataset.name = "cifar100"
     config.dtype = "auto"
+    config.accumulation_steps = 0
     config.image_size = 128
     if arg == "scratch":
         steps_per_epoch = base.steps_per_epoch(50_000, 128)

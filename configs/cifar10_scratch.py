@@ -41,6 +41,7 @@ def get_config(arg: str = "sgd") -> ConfigDict:
         config.eval_every_steps = config.checkpoint_every_steps = 5 * steps_per_epoch
         return config
     config.model = models.get_config("B_16", dropout_rate=0.1)
+    config.accumulation_steps = 0
     config.image_size = 224
     config.augment = "square_crop"
     config.optimizer.name = arg

@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import pytest
+from conftest import edit_run
 
 import vit_jax
 from configs import digits
@@ -103,6 +104,22 @@ def test_train_and_evaluate_keeps_dtype_of_run(interrupted_copy, monkeypatch):
     trainer.train_and_evaluate(config := small_config(**INTERVALS), interrupted_copy)
     assert load_run(interrupted_copy).config.dtype == "float32"
     assert config.dtype == "auto"  # the caller's config is not changed
+
+
+def test_train_and_evaluate_saves_accumulation_steps_that_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(device_fit, "smallest_fitting", lambda divisors, measure, **bytes: measure(2) and 2)
+    trainer.train_and_evaluate(small_config(num_steps=0, warmup_steps=0, accumulation_steps=0), tmp_path / "run")
+    assert json.loads((tmp_path / "run/config.json").read_text())["accumulation_steps"] == 2
+    assert load_run(tmp_path / "run").config.accumulation_steps == 2
+
+
+def test_train_and_evaluate_keeps_accumulation_steps_of_run(interrupted_copy, monkeypatch):
+    edit_run(interrupted_copy, {"accumulation_steps": 2})
+    monkeypatch.delattr(device_fit, "fit_accumulation")
+    trainer.train_and_evaluate(small_config(**INTERVALS, accumulation_steps=0), interrupted_copy)
+    assert load_run(interrupted_copy).config.accumulation_steps == 2
+    with pytest.raises(UsageError, match="accumulation_steps: 2 → 1"):
+        trainer.train_and_evaluate(small_config(**INTERVALS), interrupted_copy)
 
 
 def test_train_and_evaluate_resumes_on_different_number_of_devices(finished, interrupted_copy, monkeypatch):

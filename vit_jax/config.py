@@ -144,7 +144,8 @@ KEYS = (
 
     Key("batch_size", 128, _POSITIVE, "images per update, over all devices and processes"),
     Key("eval_batch_size", 256, _POSITIVE, "images; rounded up to a multiple of the device count", resumable=True),
-    Key("accumulation_steps", 1, _POSITIVE, "microbatches per update, to save memory; same update"),
+    Key("accumulation_steps", 1, _COUNT,
+        "microbatches per update, to save memory; same update; 0: the smallest number that fits the device's memory"),
     Key("remat", "none", _one_of("none", "dots", "full"),
         "activations recomputed in the backward pass; dots: all but matrix products; full: all", resumable=True),
     Key("mesh.fsdp", 1, _POSITIVE, "devices that shard parameters and optimizer state", resumable=True),
@@ -298,7 +299,7 @@ def _complaints(config: ConfigDict) -> Iterator[str]:
             yield f"config.{key.name} is {values[key.name]!r}; expected {key.check.expected}"
     if "head_init" in config.model:
         yield "config.model.head_init: set config.ablation.head_init instead"
-    if config.batch_size % config.accumulation_steps:
+    if config.batch_size % (config.accumulation_steps or 1):
         yield f"config.accumulation_steps is {config.accumulation_steps}; it must divide batch_size {config.batch_size}"
     if config.warmup_steps > config.num_steps:
         yield f"config.warmup_steps is {config.warmup_steps}; expected at most num_steps, {config.num_steps}"
@@ -308,10 +309,15 @@ def _complaints(config: ConfigDict) -> Iterator[str]:
 
 
 def adopt_choices(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | None = None) -> None:
-    """Replaces "auto" by what was chosen when the run was started, in place; for `saved`, see `load_config`."""
+    """Replaces dtype "auto" and accumulation_steps 0 by the choices of the run, in place.
+
+    For `saved`, see `load_config`.
+    """
     run_config = load_config(workdir, saved=saved)
     if config.dtype == "auto":
         config.dtype = run_config.dtype
+    if config.accumulation_steps == 0:
+        config.accumulation_steps = run_config.accumulation_steps
 
 
 def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | None = None) -> None:

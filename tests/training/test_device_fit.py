@@ -2,8 +2,14 @@ import types
 
 import jax
 import pytest
+from conftest import set_keys
 
-from vit_jax.training import device_fit
+from configs import digits
+from vit_jax.data import DatasetInfo
+from vit_jax.runtime import sharding
+from vit_jax.runtime.errors import UserError
+from vit_jax.training import device_fit, experiment
+from vit_jax.training.plan import memory_of
 
 
 @pytest.mark.parametrize(
@@ -27,3 +33,91 @@ def test_auto_dtype_depends_on_compute_capability(platform, compute_capability, 
 
 def test_auto_dtype_returns_float32_for_cpu():
     assert device_fit.auto_dtype(jax.devices()[0]) == "float32"
+
+
+def needed(number):
+    """2 GiB of state, 16 GiB of activations of the full batch, and 1 GiB more for two or more microbatches."""
+    return 2 + 16 / number + (number > 1)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected", "measured"),
+    [
+        (18, 1, [1]),
+        (17, 2, [1, 2]),
+        (11, 2, [1, 2]),
+        (10.9, 4, [1, 4]),
+        (4, 16, [1, 16]),
+        (3.2, None, [1, 64]),
+    ],
+)
+def test_smallest_fitting_measures_two_numbers(limit, expected, measured):
+    calls = []
+    number = device_fit.smallest_fitting(
+        (1, 2, 4, 8, 16, 32, 64), lambda n: calls.append(n) or needed(n), limit=limit, fixed=2, added=1
+    )
+    assert (number, calls) == (expected, measured)
+
+
+@pytest.mark.parametrize(("fixed", "measured"), [(4, [1, 4]), (5, [1, 8, 4]), (-20, [1, 2, 4])])
+def test_smallest_fitting_corrects_wrong_prediction(fixed, measured):
+    calls = []
+    number = device_fit.smallest_fitting(
+        (1, 2, 4, 8, 16), lambda n: calls.append(n) or 4 + 12 / n, limit=7.5, fixed=fixed, added=0
+    )
+    assert (number, calls) == (4, measured)
+
+
+def plan(**changes):
+    """Plans a tiny model on one device with batches of 64 images."""
+    config = digits.get_config("scratch")
+    config.model = dict(patch_size=4, hidden_size=64, num_layers=2, num_heads=4, mlp_dim=256)
+    config = set_keys(config, {"accumulation_steps": 0, "dtype": "float32", **changes})
+    info = DatasetInfo(1437, 360, (8, 8, 3), tuple("0123456789"), in_memory=True)
+    model = experiment.create_model(config, None, num_classes=10)
+    return experiment.plan_experiment(config, model, sharding.create_mesh(jax.devices()[:1]), info)
+
+
+@pytest.fixture
+def set_memory(monkeypatch):
+    """Returns a function that sets the usable memory of a device in bytes."""
+
+    def limit(usable):
+        available = round(usable / device_fit._USABLE) + 2**20
+        monkeypatch.setattr(sharding, "device_memory", lambda device: (available, "reported by the device"))
+
+    return limit
+
+
+def test_fit_accumulation_compiles_once_if_the_batch_fits(capsys):
+    planned = plan()
+    assert planned.config.accumulation_steps == planned.train_step.accumulation_steps == 1
+    assert planned.compile_train_step() is planned.compiled
+    assert capsys.readouterr().out.count("compiling") == 1
+
+
+def test_fit_accumulation_chooses_smallest_number_that_fits(set_memory, capsys):
+    needed = {
+        n: sum(memory_of(planned.compile_train_step())) + planned.example_bytes
+        for n in (1, 2, 4)
+        for planned in [plan(accumulation_steps=n)]
+    }
+    assert needed[1] > needed[2] + 2**20 > needed[4] + 2**21
+    capsys.readouterr()
+    for number in (2, 4):
+        set_memory((needed[number] + needed[number // 2]) / 2)
+        planned = plan()
+        assert planned.config.accumulation_steps == planned.train_step.accumulation_steps == number
+        assert sum(memory_of(planned.compiled)) + planned.example_bytes == needed[number]
+        assert capsys.readouterr().out.endswith(f"accumulation_steps: {number}\n")
+
+
+def test_fit_accumulation_suggests_remat_if_nothing_fits(set_memory):
+    set_memory(2**20)
+    with pytest.raises(UserError) as error:
+        plan(batch_size=4)
+    assert str(error.value) == (
+        "the training step needs more than 85% of 0.00 GiB (reported by the device) with any accumulation_steps; set "
+        "remat to 'full' (now 'none'), shard the parameters over devices with mesh.fsdp (now 1), or set "
+        "accumulation_steps (now 0) to 4 to try all the same"
+    )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -14,9 +13,10 @@ from vit_jax.data.batches import Batch
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.training import steps
-from vit_jax.training.experiment import Plan, create_model, describe_dataset, plan_experiment, resolve_config
+from vit_jax.training.experiment import create_model, describe_dataset, plan_experiment, resolve_config
 from vit_jax.training.inference import Inference
 from vit_jax.training.initialize import load_pretrained, needs_pretrained
+from vit_jax.training.plan import Plan, bytes_per_device, memory_of
 from vit_jax.training.writer import format_number
 
 
@@ -51,12 +51,13 @@ def dry_run(config: ConfigDict) -> None:
     source = load_pretrained(config.pretrained) if needs_file or pretrained.is_local(config.pretrained) else None
     model = create_model(config, source, num_classes=len(info.class_names))
     plan = plan_experiment(config, model, mesh, info)
-    print("compiling the training step and the evaluation …", flush=True)
-    training = measure(plan.lower().compile(), mesh.size, config.batch_size // config.accumulation_steps)
+    config = plan.config
+    training = measure(plan.compile_train_step(), mesh.size, config.batch_size // config.accumulation_steps)
+    print("compiling the evaluation …", flush=True)
     eval_batch_size = sharding.pad_to_devices(config.eval_batch_size, info.num_test, mesh)
     evaluation = measure(lower_evaluation(plan, eval_batch_size).compile(), mesh.size, eval_batch_size)
 
-    examples = bytes_of_examples(plan)
+    examples = plan.example_bytes
     needed = training.arguments + examples + max(training.temporaries, evaluation.temporaries)
     storage = {"features": ", as cached features", "stream": ", two batches", "memory": ""}
     device = mesh.devices.flat[0]
@@ -65,7 +66,7 @@ def dry_run(config: ConfigDict) -> None:
 training, per image    {training}
 evaluation, per image  {evaluation}
 memory per device      {_gib(needed)} of {_gib(available)} ({origin}); {mesh.size} × {device.device_kind}
-  training state       {_gib(training.arguments - _bytes_per_device(plan.abstract_batch))}
+  training state       {_gib(training.arguments - bytes_per_device(plan.abstract_batch))}
   images               {_gib(examples)}{storage[plan.storage]}
   temporaries          {_gib(training.temporaries)} to train, {_gib(evaluation.temporaries)} to evaluate
 estimated by the compiler for {device.platform}, jax {jax.__version__}; other backends need other temporaries""")
@@ -83,13 +84,13 @@ def measure(compiled: jax.stages.Compiled, num_devices: int, num_images: int) ->
     The compiler counts one device and each loop body once; `num_images` are processed by one loop body.
     """
     cost: Any = compiled.cost_analysis()
-    memory: Any = compiled.memory_analysis()
+    arguments, temporaries = memory_of(compiled)
     per_image = num_devices / num_images
     return Cost(
         flops=cost["flops"] * per_image,
         bytes_moved=cost["bytes accessed"] * per_image,
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        arguments=arguments,
+        temporaries=temporaries,
     )
 
 
@@ -104,21 +105,6 @@ def lower_evaluation(plan: Plan, batch_size: int) -> jax.stages.Lowered:
         sharding.with_sharding(params, sharding.param_shardings(params, mesh)),
         sharding.with_sharding(batch, sharding.batch_sharding(mesh)),
     )
-
-
-def bytes_of_examples(plan: Plan) -> int:
-    """Returns the bytes per device of all images or features, or of two streamed batches."""
-    info, inputs = plan.dataset_info, plan.abstract_batch.inputs
-    if plan.storage == "stream":
-        return 2 * _bytes_per_device(plan.abstract_batch)
-    views = plan.config.feature_views if plan.storage == "features" else 1
-    example = math.prod(inputs.shape[1:]) * inputs.dtype.itemsize
-    return (views * info.num_train + info.num_test) * example + 4 * (info.num_train + info.num_test)  # int32 labels
-
-
-def _bytes_per_device(batch: Batch) -> int:
-    leaves = jax.tree.leaves(batch)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _gib(num_bytes: float) -> str:

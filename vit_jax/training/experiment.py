@@ -28,14 +28,15 @@ from vit_jax.training import device_fit, initialize, lora, metrics, optim, steps
 from vit_jax.training.features import abstract_batch, compute_features
 from vit_jax.training.inference import FeatureForward, ImageForward, Inference
 from vit_jax.training.initialize import Pretrained
+from vit_jax.training.plan import Plan
 from vit_jax.training.run_info import RunInfo
-from vit_jax.training.steps import TrainState, TrainStep, run_train_steps
+from vit_jax.training.steps import TrainState, TrainStep
 from vit_jax.types import Dataset, ImageModel, ImageSource, Params, Split
 
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[[optax.Schedule], optax.GradientTransformation]
 """An optax transformation, or a function from the config's learning-rate schedule to one."""
 
-_STEP_OPTIONS = ("batch_size", "accumulation_steps", "label_smoothing", "mixup_alpha", "cutmix_alpha", "ema_decay")
+_STEP_OPTIONS = ("batch_size", "label_smoothing", "mixup_alpha", "cutmix_alpha", "ema_decay")
 """Keys of the config that are attributes of `TrainStep`."""
 
 
@@ -46,39 +47,6 @@ class Examples(NamedTuple):
     train_labels: jax.Array | np.ndarray
     test_inputs: jax.Array | ImageSource
     test_labels: jax.Array | np.ndarray
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """An experiment without data: model, functions and shapes."""
-
-    config: ConfigDict
-    mesh: Mesh
-    dataset_info: DatasetInfo
-    storage: str  # of the training examples: "memory", "stream" or "features"
-    abstract_state: TrainState  # shapes, dtypes and shardings; likewise below
-    abstract_batch: Batch
-    train_step: TrainStep
-    image_forward: ImageForward
-    init_state: Callable[[Params], TrainState]  # jitted
-
-    @property
-    def max_updates(self) -> int:
-        """Maximum number of updates per batch."""
-        return len(self.abstract_batch.labels) // self.train_step.batch_size
-
-    def compile_train_step(self) -> jax.stages.Compiled:
-        """Compiles `train_step` ahead of time; the state is donated."""
-        print("compiling the training step …", flush=True)
-        return self.lower().compile()
-
-    def lower(self) -> jax.stages.Lowered:
-        """Lowers `train_step` for the devices of the mesh, which need not exist."""
-        step = self.train_step if self.max_updates == 1 else functools.partial(run_train_steps, self.train_step)
-        state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        out_shardings = (state_shardings, sharding.replicated(self.mesh))
-        jitted = jax.jit(step, out_shardings=out_shardings, donate_argnums=0)
-        return jitted.lower(self.abstract_state, self.abstract_batch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,7 +172,7 @@ def create_experiment(
             image_mean=config.image_mean,
             image_std=config.image_std,
         ),
-        config=config.to_dict(),
+        config=plan.config.to_dict(),
         dataset=fingerprint,
         storage="memory" if dataset.train.in_memory else "stream",
         num_trainable=sum(leaf.size for leaf in jax.tree.leaves(plan.abstract_state.trainable)),
@@ -227,7 +195,11 @@ def plan_experiment(
     augment: Augment | None = None,
     optimizer: Optimizer | None = None,
 ) -> Plan:
-    """Builds an experiment from shapes: nothing is loaded, and the devices of the mesh need not exist."""
+    """Builds an experiment from shapes: nothing is loaded, and the devices of the mesh need not exist.
+
+    With accumulation_steps 0, the training step is compiled to find the smallest number that fits the devices' memory;
+    raises UserError if none does.
+    """
     check_batch(config, num_shards=mesh.size, num_images=info.num_train)
     patterns = optim.trainable_patterns(config.trainable)
     tx, schedule = create_optimizer(config, model, optimizer)
@@ -264,7 +236,7 @@ def plan_experiment(
         storage, max_updates = "features", min(config.log_every_steps, max(1, config.num_steps))
         batch = abstract_batch(forward, params, images, max_updates=max_updates)
     batch_sharding = batches.train_batch_sharding(mesh, max_updates=len(batch.labels) // config.batch_size)
-    return Plan(
+    plan = Plan(
         config=config,
         mesh=mesh,
         dataset_info=info,
@@ -277,11 +249,13 @@ def plan_experiment(
             schedule=schedule,
             mesh=mesh,
             lora_alpha=config.lora.alpha,
+            accumulation_steps=config.accumulation_steps or 1,
             **{name: config[name] for name in _STEP_OPTIONS},
         ),
         image_forward=forward,
         init_state=jax.jit(init_state, out_shardings=state_shardings, donate_argnums=0),
     )
+    return plan if config.accumulation_steps else device_fit.fit_accumulation(plan)
 
 
 def resolve_config(config: ConfigDict, mesh: Mesh) -> ConfigDict:
@@ -384,11 +358,12 @@ def create_model(
 
 def check_batch(config: ConfigDict, *, num_shards: int, num_images: int) -> None:
     """Raises UsageError if the batch size is not divisible by devices × accumulation steps, or above `num_images`."""
-    parts = num_shards * config.accumulation_steps
+    accumulation_steps = config.accumulation_steps or 1
+    parts = num_shards * accumulation_steps
     if config.batch_size % parts:
         raise UsageError(
             f"config.batch_size is {config.batch_size}, which is not divisible by {num_shards} devices × "
-            f"{config.accumulation_steps} accumulation steps; use {-(-config.batch_size // parts) * parts}"
+            f"{accumulation_steps} accumulation steps; use {-(-config.batch_size // parts) * parts}"
         )
     if config.batch_size > num_images:
         raise UsageError(f"config.batch_size is {config.batch_size}, of {num_images} training images; lower it")
