@@ -8,6 +8,7 @@ Use a separate environment: with the plugin, JAX warns at every start on a machi
 `configs/cifar100.py`: momentum SGD, all parameters, bfloat16, 224 px. Per mesh of devices the table has
 
     arguments, state, temporaries   GiB per device; the state is the part of the arguments that is updated in place
+    matmuls, fused                  calls of cuBLAS, and of cuDNN's attention, forward + backward
     all-gather … all-to-all         instructions of the compiled program, after XLA has combined small ones
     per block                       gathers + reduce-scatters + all-reduces that a block adds, not combined
 
@@ -15,7 +16,11 @@ and the program exits with 1 and names the failed checks unless
     there is no all-to-all: activations stay on the devices of their images;
     the state per device is the device's fraction of the large arrays plus the small arrays, within 2 %;
     a block adds the same collectives at every depth, not more than its parameters need;
-    ViT-B/16 with 64 images on one device takes at most 7 GiB of temporaries.
+    ViT-B/16 with 64 images on one device takes at most 7 GiB of temporaries, 4.8 GiB with cuDNN's attention;
+    cuDNN's attention is called once per block forward and backward, and ViT-B/16 has at most 225 matmuls with it.
+
+`--attention cudnn` compiles cuDNN's attention: JAX's checks of the cuDNN version and of the device, which are absent,
+are replaced by assumptions.
 """
 
 import argparse
@@ -96,6 +101,8 @@ class Measured:
         state: part of the arguments that is updated in place.
         expected_state: expected value of `state`.
         temporaries: of the compiled program.
+        matmuls: calls of cuBLAS.
+        fused: calls of cuDNN's attention, forward and backward.
         counts: instructions of each kind.
         per_block: instructions of each kind that a block adds, from each depth of `DEPTHS` to the next.
         most_per_block: maximum that its parameters need.
@@ -110,6 +117,8 @@ class Measured:
     state: int
     expected_state: int
     temporaries: int
+    matmuls: int
+    fused: tuple[int, int]
     counts: dict[str, int]
     per_block: list[dict[str, float]]
     most_per_block: dict[str, int]
@@ -123,7 +132,25 @@ def meshes_of(num_devices: int) -> list[tuple[int, int]]:
     return list(dict.fromkeys([(num_devices, 1), (1, num_devices), *both]))
 
 
-def create_step(variant: str, *, data: int, fsdp: int, batch: int, num_layers: int | None = None) -> Plan:
+def assume_cudnn() -> None:
+    """Replaces JAX's checks of the cuDNN version and of the device by those of an H200 with cuDNN 9.10."""
+    from jax._src.cudnn import fused_attention_stablehlo as checks
+
+    checks.check_cudnn_version = lambda: 91000
+    checks.check_compute_capability = lambda capability: float(capability) <= 9.0
+    checks.is_cuda_compute_capability_equal = lambda capability: capability == "9.0"
+
+
+def create_step(
+    variant: str,
+    *,
+    data: int,
+    fsdp: int,
+    batch: int,
+    attention: str = "xla",
+    image_size: int = 224,
+    num_layers: int | None = None,
+) -> Plan:
     """Plans the training step of a variant, optionally with fewer layers, for one GPU to many hosts of eight."""
     num_devices = data * fsdp
     # Partitions joined by NVLink × hosts in each × GPUs in each.
@@ -131,8 +158,9 @@ def create_step(variant: str, *, data: int, fsdp: int, batch: int, num_layers: i
     devices = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=topology).devices
     config = cifar100.get_config("full")
     config.pretrained = ""
-    config.update(dtype="bfloat16", accumulation_steps=1)
+    config.update(dtype="bfloat16", accumulation_steps=1, image_size=image_size)
     config.model = models.get_config(variant)
+    config.model.attention = attention
     if num_layers:
         config.model.num_layers = num_layers
     config.batch_size = batch * num_devices
@@ -148,7 +176,7 @@ def count_collectives(text: str | None) -> dict[str, int]:
     return {kind: found[kind] for kind in KINDS}
 
 
-def count_per_block(variant: str, **sizes: int) -> list[dict[str, float]]:
+def count_per_block(variant: str, **sizes: Any) -> list[dict[str, float]]:
     """Counts the instructions of each kind that a block adds, from each depth to the next, not combined."""
     counts = []
     for depth in DEPTHS:
@@ -160,13 +188,16 @@ def count_per_block(variant: str, **sizes: int) -> list[dict[str, float]]:
     ]
 
 
-def measure(variant: str, *, data: int, fsdp: int, batch: int) -> Measured:
+def measure(variant: str, *, data: int, fsdp: int, batch: int, attention: str, image_size: int) -> Measured:
     """Compiles one configuration, and shallower versions of it."""
-    step = create_step(variant, data=data, fsdp=fsdp, batch=batch)
+    options: dict[str, Any] = {"data": data, "fsdp": fsdp, "batch": batch}
+    options |= {"attention": attention, "image_size": image_size}
+    step = create_step(variant, **options)
     started = time.monotonic()
     compiled = step.lower().compile(UNTIMED)
     seconds = time.monotonic() - started
     memory: Any = compiled.memory_analysis()
+    text = compiled.as_text() or ""
 
     def is_split(leaf: jax.ShapeDtypeStruct) -> bool:
         return fsdp > 1 and leaf.size >= 4096
@@ -183,8 +214,10 @@ def measure(variant: str, *, data: int, fsdp: int, batch: int) -> Measured:
         state=memory.alias_size_in_bytes,
         expected_state=sum(leaf.size * leaf.dtype.itemsize // (fsdp if is_split(leaf) else 1) for leaf in leaves),
         temporaries=memory.temp_size_in_bytes,
-        counts=count_collectives(compiled.as_text()),
-        per_block=count_per_block(variant, data=data, fsdp=fsdp, batch=batch) if data * fsdp > 1 else [],
+        matmuls=text.count('custom_call_target="__cublas'),
+        fused=(text.count('"__cudnn$fmhaSoftmax"'), text.count('"__cudnn$fmhaSoftmaxBackward"')),
+        counts=count_collectives(text),
+        per_block=count_per_block(variant, **options) if data * fsdp > 1 else [],
         # Each gradient is reduced once; sharded arrays also enter two norms, for clipping and for the finite check.
         most_per_block={
             "all-gather": num_split,
@@ -209,8 +242,14 @@ def failures_of(row: Measured) -> list[str]:
             failed.append(f"a block adds {' then '.join(f'{n:g}' for n in added)} {kind}, expected one number")
         elif added and added[0] > row.most_per_block[kind]:
             failed.append(f"a block adds {added[0]:g} {kind}, its parameters need {row.most_per_block[kind]}")
-    if row.variant == "B_16" and row.data * row.fsdp == 1 and row.batch <= 64 and row.temporaries > 7 * GIB:
-        failed.append(f"temporaries {row.temporaries / GIB:.2f} GiB, expected at most 7")
+    most = 4.8 if any(row.fused) else 7
+    if row.variant == "B_16" and row.data * row.fsdp == 1 and row.batch <= 64 and row.temporaries > most * GIB:
+        failed.append(f"temporaries {row.temporaries / GIB:.2f} GiB, expected at most {most}")
+    num_layers = VARIANTS[row.variant][2]
+    if any(row.fused) and row.fused != (num_layers, num_layers):
+        failed.append(f"{row.fused[0]} + {row.fused[1]} calls of fused attention, expected {num_layers} each")
+    if any(row.fused) and row.variant == "B_16" and row.matmuls > 225:
+        failed.append(f"{row.matmuls} matmuls, expected at most 225")
     return failed
 
 
@@ -220,6 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", nargs="+", default=["B_16", "H_14"], choices=VARIANTS, metavar="NAME")
     parser.add_argument("--devices", nargs="+", type=int, default=[1, 8, 64], metavar="N", help="up to 8, or 8 × hosts")
     parser.add_argument("--batch", type=int, default=64, help="images per device")
+    parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="implementation of attention")
+    parser.add_argument("--image_size", type=int, default=224, help="pixels")
     args = parse_arguments(parser, argv)
     for num_devices in args.devices:
         if num_devices < 1 or (num_devices > 8 and num_devices % 8):
@@ -233,16 +274,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     jax.config.update("jax_platforms", "cpu")  # the plugin is only used as a compiler
     jax.config.update("jax_enable_compilation_cache", False)
+    if args.attention == "cudnn":
+        assume_cudnn()
     print(f"jax {jax.__version__}, jax-cuda12-plugin {plugin}, {args.batch} images per device\n")
-    heads = ("variant", "data × fsdp", "arguments", "state", "temporaries", *KINDS, "per block".rjust(11), "seconds")
+    heads = (
+        "variant",
+        "data × fsdp",
+        "arguments",
+        "state",
+        "temporaries",
+        "matmuls",
+        "fused",
+        *KINDS,
+        "per block".rjust(11),
+        "seconds",
+    )
     print("| " + " | ".join(heads) + " |\n|" + "|".join("-" * (len(head) + 2) for head in heads) + "|")
     failed = []
     for variant in args.variants:
         for data, fsdp in (mesh for num_devices in args.devices for mesh in meshes_of(num_devices)):
-            row = measure(variant, data=data, fsdp=fsdp, batch=args.batch)
+            options = {"attention": args.attention, "image_size": args.image_size}
+            row = measure(variant, data=data, fsdp=fsdp, batch=args.batch, **options)
             added = " + ".join(f"{row.per_block[-1][kind]:g}" for kind in KINDS[:3]) if row.per_block else "-"
             sizes = [f"{size / GIB:.3f}" for size in (row.arguments, row.state, row.temporaries)]
-            cells = [variant, f"{data} × {fsdp}", *sizes, *map(str, row.counts.values()), added, f"{row.seconds:.0f}"]
+            fused = f"{row.fused[0]} + {row.fused[1]}"
+            cells = [variant, f"{data} × {fsdp}", *sizes, str(row.matmuls), fused]
+            cells += [*map(str, row.counts.values()), added, f"{row.seconds:.0f}"]
             print("| " + " | ".join(c.rjust(len(h)) for c, h in zip(cells, heads, strict=True)) + " |", flush=True)
             failed += [f"{variant}, data {data} × fsdp {fsdp}: {what}" for what in failures_of(row)]
     if failed:

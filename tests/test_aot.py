@@ -15,6 +15,8 @@ GOOD = aot.Measured(
     state=aot.GIB,
     expected_state=aot.GIB,
     temporaries=6 * aot.GIB,
+    matmuls=245,
+    fused=(0, 0),
     counts=NONE,
     per_block=[{**NONE, "all-gather": 6.0}, {**NONE, "all-gather": 6.0}],
     most_per_block={**NONE, "all-gather": 6},
@@ -38,6 +40,10 @@ GOOD = aot.Measured(
         ({"most_per_block": {**NONE, "all-gather": 5}}, ["a block adds 6 all-gather, its parameters need 5"]),
         ({"temporaries": 8 * aot.GIB}, []),
         ({"fsdp": 1, "temporaries": 8 * aot.GIB}, ["temporaries 8.00 GiB, expected at most 7"]),
+        ({"fused": (12, 12), "matmuls": 225}, []),
+        ({"fused": (12, 12), "fsdp": 1, "matmuls": 225}, ["temporaries 6.00 GiB, expected at most 4.8"]),
+        ({"fused": (12, 12), "matmuls": 226}, ["226 matmuls, expected at most 225"]),
+        ({"fused": (12, 11), "matmuls": 225}, ["12 + 11 calls of fused attention, expected 12 each"]),
     ],
 )
 def test_failures_of_returns_failed_checks(changes, expected):
@@ -90,8 +96,10 @@ def installed(package: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # five and a half minutes on two shared cores
 @pytest.mark.skipif(not installed("jax-cuda12-plugin"), reason="needs JAX's CUDA plugin: pip install '.[aot]' (Linux)")
-def test_main_compiles_train_step_for_absent_gpus(run_command):
-    result = run_command("benchmarks/aot.py", "--variants", "B_16", "--devices", "1", "8", timeout=1800)
+@pytest.mark.parametrize("attention", ["xla", "cudnn"])
+def test_main_compiles_train_step_for_absent_gpus(run_command, attention):
+    options = ["--variants", "B_16", "--devices", "1", "8", "--attention", attention]
+    result = run_command("benchmarks/aot.py", *options, timeout=1800)
     assert result.returncode == 0, result.stderr
     rows = [line.split("|")[1:3] for line in result.stdout.splitlines() if line.startswith("|") and "B_16" in line]
     assert [mesh.strip() for _, mesh in rows] == ["1 × 1", "8 × 1", "1 × 8", "2 × 4"]

@@ -89,7 +89,8 @@ KEYS = (
     Key("seed", 0, _COUNT, "seed of initialization, image order, augmentation and dropout"),
     Key("architecture", "vit", _one_of("vit", "resnet50"), "Vision Transformer, or ResNet-50 (BiT)"),
     Key("model", {}, Check("a ConfigDict", lambda value: isinstance(value, dict)),
-        "constructor arguments of the model; missing sizes are read from the pretrained checkpoint"),
+        "constructor arguments of the model; missing sizes are read from the pretrained checkpoint; attention is auto, "
+        "xla or cudnn: auto, the default, takes the faster one on a GPU in bfloat16"),
     Key("dtype", "float32", _one_of("auto", "float32", "bfloat16"),
         "dtype of activations and matrix products; parameters are always float32; auto: bfloat16 on TPUs and on GPUs "
         "of compute capability 8.0 or higher, float32 elsewhere"),
@@ -308,21 +309,13 @@ def _complaints(config: ConfigDict) -> Iterator[str]:
         yield f"config.ablation.schedule_steps is {steps}; expected more than warmup_steps, {config.warmup_steps}"
 
 
-def adopt_choices(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | None = None) -> None:
-    """Replaces dtype "auto" and accumulation_steps 0 by the choices of the run, in place.
+def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | None = None) -> None:
+    """Raises UsageError if keys that must not change on resume differ; for `saved`, see `load_config`.
 
-    For `saved`, see `load_config`.
+    First replaces "auto" and accumulation_steps 0 in `config` by the choices of the run.
     """
     run_config = load_config(workdir, saved=saved)
-    if config.dtype == "auto":
-        config.dtype = run_config.dtype
-    if config.accumulation_steps == 0:
-        config.accumulation_steps = run_config.accumulation_steps
-
-
-def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | None = None) -> None:
-    """Raises UsageError if keys that must not change on resume differ; for `saved`, see `load_config`."""
-    run_config = load_config(workdir, saved=saved)
+    _adopt_choices(config, run_config)
     old, new = (_flatten(json.loads(json.dumps(each.to_dict()))) for each in (run_config, config))
     fixed = sorted((old.keys() | new.keys()) - {key.name for key in KEYS if key.resumable})
     changes = [f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in fixed if old.get(name) != new.get(name)]
@@ -330,6 +323,15 @@ def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | Non
         raise UsageError(
             f"{workdir} was started with another config ({'; '.join(changes)}); delete it or give another --workdir"
         )
+
+
+def _adopt_choices(config: ConfigDict, run_config: ConfigDict) -> None:
+    if config.dtype == "auto":
+        config.dtype = run_config.dtype
+    if config.accumulation_steps == 0:
+        config.accumulation_steps = run_config.accumulation_steps
+    if config.model.get("attention", "auto") == "auto" and "attention" in run_config.model:
+        config.model.attention = run_config.model.attention
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:

@@ -1,5 +1,6 @@
 """`python -m vit_jax.export --workdir DIR --format FORMAT --out PATH`: exports a run, or converts a checkpoint."""
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -64,6 +65,7 @@ def export_stablehlo(model: Classifier, out: Path) -> None:
     """Saves a program with its weights that needs only JAX, uint8 [b h w 3] -> float32 logits [b classes]."""
     size = model.image_size
     images = jax.export.symbolic_args_specs(np.zeros((1, size, size, 3), np.uint8), "batch, ...")
+    model = dataclasses.replace(model, model=model.metadata.create_model())  # without cuDNN's attention
     forward = jax.jit(functools.partial(model.forward, jax.device_get(model.params)))
     exported = jax.export.export(forward, platforms=("cpu", "cuda", "tpu"))(images)
     with atomic_path(out) as directory:

@@ -9,7 +9,7 @@ from vit_jax.classifier import Classifier
 from vit_jax.config import load_config
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
-from vit_jax.training import experiment, lora
+from vit_jax.training import device_fit, experiment, lora
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.run_info import RunInfo
 from vit_jax.types import Split
@@ -79,8 +79,11 @@ def load_run(workdir: str | Path, *, step: int | None = None, use_ema: bool = Tr
     config = load_config(workdir, saved=info.config)
     params = lora.merge_lora_weights(params, alpha=config.lora.alpha)
     info.model.validate(params)
+    model = info.model.create_model()
+    if config.model.get("attention") == "cudnn" and device_fit.can_use_cudnn(mesh.devices.flat[0], model.dtype):
+        model = model.clone(attention="cudnn")
     return Run(
-        model=info.model.create_model(),
+        model=model,
         params=params,
         metadata=info.model,
         mesh=mesh,

@@ -13,7 +13,7 @@ import filelock
 import jax
 from ml_collections import ConfigDict
 
-from vit_jax.config import adopt_choices, check_config, check_same, save_config
+from vit_jax.config import check_config, check_same, save_config
 from vit_jax.data.preprocess import Augment
 from vit_jax.runtime import distributed
 from vit_jax.runtime.errors import UserError
@@ -134,7 +134,6 @@ def check_resumable(config: ConfigDict, workdir: Path, checkpoints: Checkpoints)
     step, metrics = checkpoints.latest_step(), workdir / "metrics.jsonl"
     saved = None if step is None else RunInfo.from_json(checkpoints.read_metadata(step))
     if saved or (workdir / "config.json").exists():
-        adopt_choices(config, workdir, saved=saved.config if saved else None)
         check_same(config, workdir, saved=saved.config if saved else None)
     read_records(metrics)  # raises here, before compilation, if a line is damaged
     if saved and checksum_of(read_records(metrics, last_step=step)) != saved.metrics_checksum:

@@ -51,8 +51,8 @@ class ImageModel(Hashable, Protocol):
     def apply(self, variables: Mapping[str, Params], images: Any, **options: Any) -> Any:
         """Maps preprocessed images [b h w 3] to logits [b num_classes]."""
 
-    def clone(self, *, num_classes: int | None) -> "ImageModel":
-        """Returns a copy of the module with another head, or none."""
+    def clone(self, **changes: object) -> "ImageModel":
+        """Returns a copy of the module with other attributes."""
 
     def layer_index(self, path: str) -> int:
         """Returns the layer of a parameter, for layer-wise learning rate decay; raises UsageError if undefined."""

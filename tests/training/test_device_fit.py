@@ -1,11 +1,15 @@
+import functools
+import re
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 from conftest import set_keys
 
 from configs import digits
 from vit_jax.data import DatasetInfo
+from vit_jax.models import attention
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
 from vit_jax.training import device_fit, experiment
@@ -121,3 +125,62 @@ def test_fit_accumulation_suggests_remat_if_nothing_fits(set_memory):
         "remat to 'full' (now 'none'), shard the parameters over devices with mesh.fsdp (now 1), or set "
         "accumulation_steps (now 0) to 4 to try all the same"
     )
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "expected"),
+    [("gpu", "bfloat16", True), ("gpu", "float32", False), ("cpu", "bfloat16", False)],
+)
+def test_can_use_cudnn_requires_gpu_and_16_bits(platform, dtype, expected):
+    assert device_fit.can_use_cudnn(types.SimpleNamespace(platform=platform), dtype) == expected
+
+
+@pytest.fixture
+def trial(monkeypatch):
+    """Returns a function that runs the trial with another function in place of cuDNN, whose time is given."""
+    measure = device_fit.time_attention
+
+    def run(attend, *, seconds):
+        def time_attention(function, shape):
+            is_xla = function is attention.xla_attention
+            outputs = measure(function if is_xla else attend, shape)[1]
+            return (1.0 if is_xla else seconds), outputs
+
+        monkeypatch.setattr(device_fit, "time_attention", time_attention)
+        device_fit.choose_attention.cache_clear()
+        return device_fit.choose_attention((2, 17, 2, 8))
+
+    yield run
+    device_fit.choose_attention.cache_clear()
+
+
+padded = functools.partial(attention.padded_attention, implementation="xla")
+
+
+def ignore_lengths(query, key, value):
+    """Attends to the padding."""
+    query, key, value = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (query, key, value))
+    return jax.nn.dot_product_attention(query, key, value)[:, :-1]
+
+
+@pytest.mark.parametrize(
+    ("attend", "seconds", "expected", "printed"),
+    [
+        (padded, 0.5, "cudnn", r"attention: cudnn \(xla 1000.00 ms, cudnn 500.00 ms, deviation 0.0\d+\)"),
+        (padded, 1.5, "xla", r"attention: xla \(xla 1000.00 ms, cudnn 1500.00 ms, deviation 0.0\d+\)"),
+        (ignore_lengths, 0.5, "xla", r"attention: xla \(.*, deviation 0.[1-9]\d+\)"),
+        (lambda q, k, v: v * jnp.nan, 0.5, "xla", r"attention: xla \(.*, deviation nan\)"),
+        (lambda q, k, v: 1 // 0, 0.5, "xla", r"attention: xla \(the trial of cudnn failed: integer division .*\)"),
+    ],
+)
+def test_choose_attention_takes_faster_that_agrees(trial, capsys, attend, seconds, expected, printed):
+    assert trial(attend, seconds=seconds) == expected
+    assert re.fullmatch(printed, capsys.readouterr().out.strip())
+
+
+def test_choose_attention_stays_with_xla_without_cudnn(capsys):
+    device_fit.choose_attention.cache_clear()
+    assert device_fit.choose_attention((2, 17, 2, 8)) == "xla"
+    assert "attention: xla (the trial of cudnn failed: " in capsys.readouterr().out
+    device_fit.choose_attention((2, 17, 2, 8))  # once per process
+    assert capsys.readouterr().out == ""

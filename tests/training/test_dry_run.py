@@ -7,7 +7,7 @@ from conftest import set_keys
 from configs import digits
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UsageError, UserError
-from vit_jax.training import dry_run
+from vit_jax.training import device_fit, dry_run
 
 
 def config_with(**changes):
@@ -70,6 +70,12 @@ def test_dry_run_names_options_that_save_memory(monkeypatch, capsys):
         str(error.value),
     )
     assert "estimated by the compiler for cpu, jax" in capsys.readouterr().out
+
+
+def test_dry_run_shows_accumulation_steps_that_fit(monkeypatch, capsys):
+    monkeypatch.setattr(device_fit, "smallest_fitting", lambda divisors, measure, **bytes: measure(4) and 4)
+    dry_run.dry_run(config_with(accumulation_steps=0))
+    assert re.search(r"microbatches of 16: 0\.\d\d GiB .* usable\naccumulation_steps: 4\n", capsys.readouterr().out)
 
 
 def test_dry_run_reports_cached_features(capsys):

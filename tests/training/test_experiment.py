@@ -224,6 +224,17 @@ def test_create_experiment_rejects_dataset_changed_since_start_of_run(image_dir,
         experiment.create_experiment(config, saved=saved)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, {}), ({"attention": "auto"}, {"attention": "xla"}), ({"attention": "cudnn"},) * 2]
+)
+def test_fit_attention_uses_xla_on_cpu(given, expected):
+    config = config_with(model={**SIZES, **given}, dtype="bfloat16")
+    model = experiment.create_model(config, None, num_classes=10)
+    fitted, model = experiment.fit_attention(config, model, sharding.create_mesh())
+    assert (fitted.model.to_dict(), model.attention) == ({**SIZES, **expected}, "xla")
+    assert config.model.to_dict() == {**SIZES, **given}
+
+
 def test_create_experiment_resumes_without_pretrained_checkpoint(tmp_path):
     config = set_keys(digits.get_config(), {"mesh.data": 1})
     created, state = experiment.create_experiment(config)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
+from vit_jax.models.attention import IMPLEMENTATIONS
 from vit_jax.models.common import HEAD_INITS, REMAT_POLICIES
 from vit_jax.models.resnet import ResNet
 from vit_jax.models.vit import POOLS, VisionTransformer
@@ -26,7 +27,7 @@ __all__ = [
 
 ARCHITECTURES: dict[str, type[VisionTransformer] | type[ResNet]] = {"vit": VisionTransformer, "resnet50": ResNet}
 
-_CHOICES = {"head_init": HEAD_INITS, "pool": POOLS}
+_CHOICES = {"attention": IMPLEMENTATIONS, "head_init": HEAD_INITS, "pool": POOLS}
 _NOT_ARGUMENTS = ("num_classes", "dtype", "remat", "parent", "name")
 _MAX_SIZE = 2**16
 
@@ -61,9 +62,10 @@ def create_model(
 
 
 def model_arguments(model: ImageModel) -> dict[str, typing.Any]:
-    """Returns the constructor arguments of a module, except `dtype` and `remat`."""
+    """Returns the constructor arguments of a module, except `dtype`, `remat` and `attention`."""
     names = [field.name for field in dataclasses.fields(typing.cast(typing.Any, model))]
-    return {name: getattr(model, name) for name in names if name not in ("dtype", "remat", "parent", "name")}
+    excluded = (*_NOT_ARGUMENTS[1:], "attention")
+    return {name: getattr(model, name) for name in names if name not in excluded}
 
 
 def _expected(name: str, annotation: object, value: object) -> str:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
+from vit_jax.models.attention import cudnn_attention, weigh_values
 from vit_jax.models.common import NUM_GROUPS, HeadMixin, float32_or_wider, reduction, remat_module, shard_batch
 from vit_jax.models.hybrid import apply_stem
 from vit_jax.runtime.errors import UsageError
@@ -33,6 +34,7 @@ class BlockConfig:
     gelu_approximate: bool = True
     layer_norm_epsilon: float = 1e-6
     dtype: DTypeLike = jnp.float32
+    attention: str = "xla"
 
     def create_norm(self, name: str) -> nn.LayerNorm:
         """Creates a LayerNorm with statistics in at least float32."""
@@ -48,14 +50,10 @@ class BlockConfig:
             kernel_init=nn.initializers.xavier_uniform(),
             force_fp32_for_softmax=jnp.dtype(self.dtype).itemsize < 4,
             qk_attn_weights_einsum_cls=lambda: jnp.einsum,
-            attn_weights_value_einsum_cls=lambda: _weigh,
+            attn_weights_value_einsum_cls=lambda: weigh_values,
+            attention_fn=cudnn_attention if self.attention == "cudnn" else nn.dot_product_attention,
             name=name,
         )
-
-
-def _weigh(subscripts: str, weights: Array, value: Array) -> Array:
-    """Sums values in their own dtype: float32 weights would double the time and memory of this product."""
-    return jnp.einsum(subscripts, weights.astype(value.dtype), value)
 
 
 class MlpBlock(nn.Module):
@@ -175,6 +173,7 @@ class VisionTransformer(HeadMixin, nn.Module):
         stem_units: units of each block of a hybrid's ResNet, see `hybrid.apply_stem`; None: no ResNet.
         stem_width: channels of the root of the ResNet, a multiple of 32.
         pool: one of `POOLS`; only "cls" has a class token.
+        attention: "xla", or "cudnn" on NVIDIA GPUs, see `attention.cudnn_attention`; "auto", of configs, is "xla" here.
 
     Source:
         Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section 3.1.
@@ -201,6 +200,7 @@ class VisionTransformer(HeadMixin, nn.Module):
     stem_units: tuple[int, ...] | None = None
     stem_width: int = 64
     pool: str = "cls"
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, images: Float[ArrayLike, "b h w 3"], *, train: bool = False) -> Float[Array, "b d"]:

@@ -1,15 +1,22 @@
-"""Choices that depend on the device: the dtype of the computation, and microbatches that fit its memory."""
+"""Choices that depend on the device: dtype, implementation of attention, and microbatches that fit its memory."""
 
 import dataclasses
+import functools
+import time
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
+from vit_jax.models import VisionTransformer, attention
 from vit_jax.runtime import distributed, sharding
-from vit_jax.runtime.errors import UserError
+from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.training.plan import Plan, bytes_per_device, memory_of
 
+_TOLERANCE = 0.02  # relative error of cuDNN's attention and its gradients, in the Euclidean norm
+_MAX_TRIAL = 64  # images; XLA's attention stores all weights of the trial
 _USABLE = 0.85  # fraction of a device's memory; the rest is for fragmentation, and on a CPU for the host's copies
 
 
@@ -21,6 +28,72 @@ def auto_dtype(device: jax.Device) -> str:
     major = str(getattr(device, "compute_capability", "")).partition(".")[0]
     has_bfloat16 = device.platform == "tpu" or (major.isdecimal() and int(major) >= 8)
     return "bfloat16" if has_bfloat16 else "float32"
+
+
+def can_use_cudnn(device: jax.Device, dtype: DTypeLike) -> bool:
+    """Returns True if cuDNN's attention, which is for GPUs and 16-bit dtypes, may work on the device."""
+    return device.platform == "gpu" and jnp.dtype(dtype).itemsize == 2
+
+
+def find_attention(
+    requested: str, model: VisionTransformer, device: jax.Device, *, image_size: int, batch_size: int
+) -> str:
+    """Returns the attention for a device and images per device: as requested if the device has it, "auto" resolved."""
+    if not can_use_cudnn(device, model.dtype):
+        return "xla"
+    if requested != "auto":
+        return requested
+    num_tokens = (image_size // model.pixels_per_patch) ** 2 + (model.pool == "cls")
+    batch_size = max(1, min(batch_size, _MAX_TRIAL))
+    return choose_attention((batch_size, num_tokens, model.num_heads, model.hidden_size // model.num_heads))
+
+
+@functools.cache
+def choose_attention(shape: tuple[int, int, int, int]) -> str:
+    """Returns the faster attention in bfloat16, "xla" or "cudnn", and prints it; runs both once per shape [b n k c].
+
+    It is "xla" if cuDNN's fails or deviates by more than `_TOLERANCE`, also if it does so only in another process; a
+    collective call.
+    """
+    try:
+        seconds, expected = time_attention(attention.xla_attention, shape)
+        cudnn_seconds, found = time_attention(
+            functools.partial(attention.padded_attention, implementation="cudnn"), shape
+        )
+        deviation = max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, expected, strict=True))
+        measured = f"xla {1e3 * seconds:.2f} ms, cudnn {1e3 * cudnn_seconds:.2f} ms, deviation {deviation:.4f}"
+        choice = "cudnn" if deviation <= _TOLERANCE and cudnn_seconds < seconds else "xla"
+    except Exception as error:  # whatever a version of cuDNN may raise: the trial must not end the run
+        choice, measured = "xla", f"the trial of cudnn failed: {one_line(error)[:200]}"
+    if set(distributed.gather_strings(choice)) != {choice}:
+        choice, measured = "xla", "cudnn is slower, fails or deviates in another process"
+    print(f"attention: {choice} ({measured})")
+    return choice
+
+
+def time_attention(
+    attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], shape: tuple[int, ...]
+) -> tuple[float, list[np.ndarray]]:
+    """Returns the seconds of attention and its gradients in bfloat16, the best of 10, and these in float32.
+
+    The scores of the random inputs are negative, so that a padded token, whose score is 0, would change the output.
+    """
+
+    @jax.jit
+    def run(query: jax.Array, key: jax.Array, value: jax.Array, cotangent: jax.Array) -> list[jax.Array]:
+        output, vjp = jax.vjp(attend, query, key, value)
+        return [output, *vjp(cotangent)]
+
+    keys = jax.random.split(jax.random.PRNGKey(0), 4)
+    query, key, value, cotangent = (jax.random.normal(each, shape, jnp.bfloat16) for each in keys)
+    inputs = abs(query), -abs(key), value, cotangent
+    outputs = jax.block_until_ready(run(*inputs))
+    times = []
+    for _ in range(10):
+        started = time.perf_counter()
+        jax.block_until_ready(run(*inputs))
+        times.append(time.perf_counter() - started)
+    return min(times), [np.asarray(output, np.float32) for output in outputs]
 
 
 def fit_accumulation(plan: Plan) -> Plan:

@@ -36,7 +36,7 @@ from vit_jax.types import Dataset, ImageModel, ImageSource, Params, Split
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[[optax.Schedule], optax.GradientTransformation]
 """An optax transformation, or a function from the config's learning-rate schedule to one."""
 
-_STEP_OPTIONS = ("batch_size", "label_smoothing", "mixup_alpha", "cutmix_alpha", "ema_decay")
+_STEP_OPTIONS = ("batch_size", "accumulation_steps", "label_smoothing", "mixup_alpha", "cutmix_alpha", "ema_decay")
 """Keys of the config that are attributes of `TrainStep`."""
 
 
@@ -163,6 +163,7 @@ def create_experiment(
             "or give another --workdir to start a new run"
         )
     model = create_model(config, source, num_classes=len(dataset.class_names), saved=saved)
+    config, model = fit_attention(config, model, mesh)
     plan = plan_experiment(config, model, mesh, DatasetInfo.from_dataset(dataset), augment=augment, optimizer=optimizer)
     info = RunInfo(
         model=ModelMetadata.from_model(
@@ -197,8 +198,7 @@ def plan_experiment(
 ) -> Plan:
     """Builds an experiment from shapes: nothing is loaded, and the devices of the mesh need not exist.
 
-    With accumulation_steps 0, the training step is compiled to find the smallest number that fits the devices' memory;
-    raises UserError if none does.
+    With accumulation_steps 0, compiles the training step to find the smallest number that fits; see `device_fit`.
     """
     check_batch(config, num_shards=mesh.size, num_images=info.num_train)
     patterns = optim.trainable_patterns(config.trainable)
@@ -249,7 +249,6 @@ def plan_experiment(
             schedule=schedule,
             mesh=mesh,
             lora_alpha=config.lora.alpha,
-            accumulation_steps=config.accumulation_steps or 1,
             **{name: config[name] for name in _STEP_OPTIONS},
         ),
         image_forward=forward,
@@ -262,10 +261,22 @@ def resolve_config(config: ConfigDict, mesh: Mesh) -> ConfigDict:
     """Returns a copy of the config in which dtype "auto" is replaced by the dtype for the devices, and prints it."""
     config = config.copy_and_resolve_references()
     if config.dtype == "auto":
-        device = mesh.devices.flat[0]
-        config.dtype = device_fit.auto_dtype(device)
-        print(f"dtype: {config.dtype}, for {device.device_kind}")
+        config.dtype = device_fit.auto_dtype(mesh.devices.flat[0])
+        print(f"dtype: {config.dtype}, for {mesh.devices.flat[0].device_kind}")
     return config
+
+
+def fit_attention(config: ConfigDict, model: ImageModel, mesh: Mesh) -> tuple[ConfigDict, ImageModel]:
+    """Replaces model.attention "auto", the default, by the choice for the devices, in copies of config and model."""
+    if not isinstance(model, models.VisionTransformer):
+        return config, model
+    config, device = config.copy_and_resolve_references(), mesh.devices.flat[0]
+    requested = config.model.get("attention", "auto")
+    batch_size = config.batch_size // (mesh.size * (config.accumulation_steps or 1))
+    choice = device_fit.find_attention(requested, model, device, image_size=config.image_size, batch_size=batch_size)
+    if requested == "auto" and ("attention" in config.model or device_fit.can_use_cudnn(device, model.dtype)):
+        config.model.attention = choice
+    return config, model.clone(attention=choice)
 
 
 def create_optimizer(
@@ -358,12 +369,11 @@ def create_model(
 
 def check_batch(config: ConfigDict, *, num_shards: int, num_images: int) -> None:
     """Raises UsageError if the batch size is not divisible by devices × accumulation steps, or above `num_images`."""
-    accumulation_steps = config.accumulation_steps or 1
-    parts = num_shards * accumulation_steps
+    parts = num_shards * (config.accumulation_steps or 1)
     if config.batch_size % parts:
         raise UsageError(
             f"config.batch_size is {config.batch_size}, which is not divisible by {num_shards} devices × "
-            f"{accumulation_steps} accumulation steps; use {-(-config.batch_size // parts) * parts}"
+            f"{parts // num_shards} accumulation steps; use {-(-config.batch_size // parts) * parts}"
         )
     if config.batch_size > num_images:
         raise UsageError(f"config.batch_size is {config.batch_size}, of {num_images} training images; lower it")

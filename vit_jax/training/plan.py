@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -73,6 +72,6 @@ def bytes_per_device(tree: PyTree) -> int:
 
 def memory_of(compiled: jax.stages.Compiled) -> tuple[int, int]:
     """Returns the bytes per device of arguments, and of temporaries and outputs that do not reuse donated arguments."""
-    memory: Any = compiled.memory_analysis()
-    temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes, temporaries
+    memory, kinds = compiled.memory_analysis(), ("argument", "temp", "output", "alias")
+    arguments, temporaries, outputs, donated = (getattr(memory, f"{kind}_size_in_bytes") for kind in kinds)
+    return arguments, temporaries + outputs - donated
