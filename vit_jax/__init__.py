@@ -30,6 +30,11 @@ def load(source: str | os.PathLike[str], *, step: int | None = None, use_ema: bo
     Raises:
         UserError: there is no model, or it cannot be read.
         UsageError: `step` or `use_ema` is given for a model that is not a run.
+
+    Examples:
+        >>> import vit_jax
+        >>> vit_jax.load("micro")
+        Classifier(VisionTransformer, 32 px, 10 classes: 0, 1, 2, …)
     """
     path = Path(source)
     if (path / "checkpoints").is_dir():

@@ -26,13 +26,21 @@ _create_inference = functools.lru_cache(maxsize=8)(Inference)  # compiled once f
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Classifier:
-    """A pretrained or fine-tuned classifier, as `vit_jax.load` returns it."""
+    """A pretrained or fine-tuned classifier, as `vit_jax.load` returns it.
+
+    Attributes:
+        model: a Linen module, such as `models.VisionTransformer`.
+        params: nested dictionary of float32 arrays; its joined keys are those of the pretrained checkpoints.
+        metadata: class names, image size, normalization.
+        mesh: batches are sharded over its devices.
+        test_augment: augmentation of test images, set only in ablations.
+    """
 
     model: ImageModel
     params: Params
-    metadata: ModelMetadata  # class names, image size, normalization
-    mesh: Mesh  # batches are sharded over its devices
-    test_augment: str = "none"  # augmentation of test images, set only in ablations
+    metadata: ModelMetadata
+    mesh: Mesh
+    test_augment: str = "none"
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -62,6 +70,16 @@ class Classifier:
 
         Raises:
             ValueError: the images have another shape or dtype.
+
+        Examples:
+            >>> import numpy as np
+            >>> import vit_jax
+            >>> classifier = vit_jax.load("micro")
+            >>> probabilities = classifier.predict(np.zeros((2, 32, 32, 3), np.uint8))
+            >>> probabilities.shape
+            (2, 10)
+            >>> classifier.class_names[probabilities[0].argmax()]
+            '0'
         """
         return np.asarray(jax.nn.softmax(self.logits(images, batch_size=batch_size)))
 
@@ -70,7 +88,14 @@ class Classifier:
         return self._apply(self.model, images, batch_size=batch_size)
 
     def features(self, images: ImageSource, *, batch_size: int = 256) -> Float32[np.ndarray, "*n d"]:
-        """Returns the inputs of the head, float32 [n d]; arguments as in `predict`."""
+        """Returns the inputs of the head, float32 [n d]; arguments as in `predict`.
+
+        Examples:
+            >>> import numpy as np
+            >>> import vit_jax
+            >>> vit_jax.load("micro").features(np.zeros((2, 32, 32, 3), np.uint8)).shape
+            (2, 96)
+        """
         return self._apply(self.model.clone(num_classes=None), images, batch_size=batch_size)
 
     def preprocess(self, images: UInt8[np.ndarray | Array, "n h w 3"]) -> Float32[Array, "n s s 3"]:

@@ -233,7 +233,16 @@ def model_sizes(variant: str) -> dict[str, Any]:
 
 
 def get_config() -> ConfigDict:
-    """Returns the default config, locked against unknown keys; `model` is empty and unlocked."""
+    """Returns the default config, locked against unknown keys; `model` is empty and unlocked.
+
+    Examples:
+        >>> from vit_jax import config
+        >>> settings = config.get_config()
+        >>> settings.optimizer.name = "adamw"
+        >>> settings.update(learning_rate=1e-3, model={"dropout_rate": 0.1})
+        >>> settings.batch_size
+        128
+    """
     tree: dict[str, Any] = {}
     for key in KEYS:
         group, _, name = key.name.rpartition(".")

@@ -17,11 +17,18 @@ from vit_jax.types import Split
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Run(Classifier):
-    """A finished or interrupted run: a classifier with its config."""
+    """A finished or interrupted run: a classifier with its config.
+
+    Attributes:
+        workdir: run directory.
+        config: the config that the run was trained with.
+        step: of the checkpoint.
+        info: what else the checkpoint contains, such as the fingerprint of the dataset.
+    """
 
     workdir: Path
     config: ConfigDict
-    step: int  # of the checkpoint
+    step: int
     info: RunInfo
 
     def evaluate(

@@ -52,6 +52,18 @@ def train_and_evaluate(
         UsageError: the config is invalid, or differs from the config of the run in `workdir`.
         UserError: another run uses `workdir`; data, checkpoint or disk failed; or the loss is not finite.
         KeyboardInterrupt: Ctrl-C; the state was saved first.
+
+    Examples:
+        >>> from vit_jax import config, trainer
+        >>> settings = config.get_config()
+        >>> settings.dataset.name = "digits"
+        >>> settings.update(pretrained="micro", image_size=16)
+        >>> settings.update(trainable="head", learning_rate=0.1, num_steps=100)
+        >>> results = trainer.train_and_evaluate(settings, "runs/head")
+        digits: 1,437 training and 360 test images of 8 × 8 pixels, 10 classes
+        ...
+        >>> results["test/accuracy"] > 0.8
+        True
     """
     workdir = Path(workdir)
     check_config(config)

@@ -91,7 +91,21 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Training split, test split, and the name of each label."""
+    """Training and test images.
+
+    Attributes:
+        train: training split.
+        test: test split.
+        class_names: name of each label.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vit_jax.types import Dataset, Split
+        >>> images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 1, 0, 1])
+        >>> dataset = Dataset(Split(images[:2], labels[:2]), Split(images[2:], labels[2:]), ("cat", "dog"))
+        >>> len(dataset.train), dataset.test.images.shape
+        (2, (2, 8, 8, 3))
+    """
 
     train: Split
     test: Split

@@ -60,14 +60,23 @@ READERS: dict[str, Reader] = {  # DIR and NAME are placeholders
 
 
 class DatasetOptions(TypedDict, total=False):
-    """Options shared by the functions that open a dataset."""
+    """Options shared by the functions that open a dataset.
 
-    image_size: Required[int]  # height and width of the model's input, pixels
-    data_dir: str  # archive or directory of CIFAR, or data_dir of TFDS; "" downloads CIFAR, or is the default of TFDS
-    classes: Sequence[str]  # to keep, in label order, after slicing the splits; all if empty
-    crops: bool  # images will be cropped, and so keep their resolution
-    storage: str  # "memory" | "stream" | "auto", the default: see `choose_storage`
-    device_bytes: int | None  # memory of a device; None sets no limit
+    Attributes:
+        image_size: height and width of the model's input, pixels; required.
+        data_dir: archive or directory of CIFAR, or data_dir of TFDS; "" downloads CIFAR, or is the default of TFDS.
+        classes: class names to keep, in label order, after slicing the splits; all if empty.
+        crops: images will be cropped, and so keep their resolution.
+        storage: "memory", "stream" or "auto", the default: memory if the images take at most half of it.
+        device_bytes: memory of a device; None sets no limit.
+    """
+
+    image_size: Required[int]
+    data_dir: str
+    classes: Sequence[str]
+    crops: bool
+    storage: str
+    device_bytes: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +110,7 @@ def load_dataset(
     """Loads a dataset into host memory, or opens it for streaming.
 
     Args:
-        name: a key of `READERS`.
+        name: "cifar10", "cifar100", "digits", "folder:DIR" or "tfds:NAME".
         train_split: name of a split, or a slice in TFDS syntax, such as "train[:90%]".
         test_split: the same; must not overlap with `train_split`.
         **options: see `DatasetOptions`.
@@ -109,6 +118,12 @@ def load_dataset(
     Raises:
         UsageError: an unknown name, split or class, empty or overlapping slices, or a storage that is not possible.
         UserError: missing, damaged or inconsistent files.
+
+    Examples:
+        >>> from vit_jax import data
+        >>> digits = data.load_dataset("digits", train_split="train[:10%]", image_size=16)
+        >>> digits.train.images.shape, digits.train.images.dtype, len(digits.test)
+        ((144, 8, 8, 3), dtype('uint8'), 360)
     """
     (train, test), class_names = _load(name, [train_split, test_split], **options)
     return Dataset(train, test, class_names)

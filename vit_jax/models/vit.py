@@ -177,6 +177,18 @@ class VisionTransformer(HeadMixin, nn.Module):
 
     Source:
         Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section 3.1.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from vit_jax.models import VisionTransformer
+        >>> model = VisionTransformer(num_classes=10, patch_size=8, hidden_size=48, num_layers=1)
+        >>> images = jnp.zeros((1, 32, 32, 3))
+        >>> params = model.init(jax.random.key(0), images)["params"]
+        >>> params["Transformer"]["posembed_input"]["pos_embedding"].shape
+        (1, 17, 48)
+        >>> model.apply({"params": params}, images, train=False).shape
+        (1, 10)
     """
 
     SIZES: ClassVar[tuple[str, ...]] = ("patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim")

@@ -78,6 +78,20 @@ def adapt_params(
 
     Source:
         Dosovitskiy et al. 2021, section 3.2: a zero head, and interpolated position embeddings.
+
+    Examples:
+        >>> import jax
+        >>> import numpy as np
+        >>> import vit_jax
+        >>> from vit_jax import pretrained
+        >>> classifier = vit_jax.load("micro")
+        >>> model = classifier.model.clone(num_classes=3)
+        >>> target = model.init(jax.random.key(0), np.zeros((1, 16, 16, 3)))["params"]
+        >>> params, report = pretrained.adapt_params(classifier.params, target)
+        >>> report.resampled, report.old_grid, report.new_grid
+        (('Transformer/posembed_input/pos_embedding',), (8, 8), (4, 4))
+        >>> report.new, report.dropped
+        (('head/kernel', 'head/bias'), ('head/bias', 'head/kernel'))
     """
     source, wanted = flatten_dict(pretrained, sep="/"), flatten_dict(target, sep="/")
     new = tuple(key for key in wanted if key.startswith("head/") and not keep_head)

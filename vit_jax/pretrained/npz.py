@@ -29,6 +29,13 @@ def load_npz(path: str | os.PathLike[str]) -> Params:
     Raises:
         UserError: the file cannot be read, is truncated, damaged or not an .npz file, or has arrays that are not real
             numbers.
+
+    Examples:
+        >>> from vit_jax import pretrained
+        >>> params = pretrained.load_npz(pretrained.resolve("micro"))
+        >>> params["embedding"]["kernel"].shape
+        (4, 4, 3, 96)
+        >>> pretrained.save_npz("copy.npz", params)
     """
     path = Path(path)
     name = ""

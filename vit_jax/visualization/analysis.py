@@ -116,7 +116,15 @@ def filter_components(
 def confusion_matrix(
     labels: Int[np.ndarray, " b"], predictions: Int[np.ndarray, " b"], *, num_classes: int
 ) -> Int[np.ndarray, "c c"]:
-    """Returns numbers of images, int64; rows are true classes, columns predicted classes."""
+    """Returns numbers of images, int64; rows are true classes, columns predicted classes.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vit_jax.visualization import analysis
+        >>> analysis.confusion_matrix(np.array([0, 1, 1]), np.array([0, 1, 0]), num_classes=2)
+        array([[1, 0],
+               [1, 1]])
+    """
     return np.bincount(labels * num_classes + predictions, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
