@@ -1,6 +1,7 @@
 # make train                  installs into .venv, then trains CONFIG (configs/digits.py unless given)
 # make train ARGS="…"         passes flags on, such as ARGS="--config.num_steps=100 --no_report"
 # make test, make test-slow   installs with the test extra, then runs lint and the quick tests, or the long tests
+# make docs                   builds the pages of docs/ and the API reference into build/docs/site
 # make … PYTHON=python3.12    uses another interpreter, with an environment of its own
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ CONFIG ?= configs/digits.py
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow lint install clean
+.PHONY: train test test-slow docs lint install clean
 
 train: $(VENV)/installed
 	$(if $(EPOCHS),$(error EPOCHS is not a setting: pass ARGS="--config.num_steps=…"))
@@ -17,11 +18,19 @@ train: $(VENV)/installed
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-test-slow: $(VENV)/installed-test $(VENV)-aot/installed $(VENV)-interop/installed
+test-slow: docs $(VENV)/installed-test $(VENV)-aot/installed $(VENV)-interop/installed
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal --ignore tests/test_proofs.py --ignore tests/test_aot.py --ignore tests/pretrained/test_interop.py
 	$(BIN)/python -m pytest -m slow tests/test_proofs.py  # measures time
 	$(VENV)-aot/bin/python -m pytest -m slow -rs tests/test_aot.py
 	$(VENV)-interop/bin/python -m pytest -m slow -rs tests/pretrained/test_interop.py
+
+# The pages link to files beside docs/, so the site is built from a copy of all of them.
+docs: $(VENV)-docs/installed
+	rm -rf build/docs
+	mkdir -p build/docs/pages
+	tar -cf - *.md LICENSE benchmarks docs notebooks vit_jax/assets | tar -xf - -C build/docs/pages
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet --config-file docs/mkdocs.yml
+	@echo "docs: build/docs/site/index.html"
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -55,6 +64,12 @@ $(VENV)-interop/installed: $(VENV)/installed
 	@$(VENV)-interop/bin/python -m pip install -qq --upgrade pip
 	@$(VENV)-interop/bin/python -m pip install -qq torch==2.13.0
 	@$(VENV)-interop/bin/python -m pip install -qq --editable '.[interop,test]'
+	@touch $@
+
+$(VENV)-docs/installed: $(VENV)/installed
+	$(PYTHON) -m venv $(VENV)-docs
+	@$(VENV)-docs/bin/python -m pip install -qq --upgrade pip
+	@$(VENV)-docs/bin/python -m pip install -qq --editable '.[docs]'
 	@touch $@
 
 clean:

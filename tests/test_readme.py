@@ -15,6 +15,7 @@ from flax.traverse_util import unflatten_dict
 from PIL import Image
 
 import train
+import vit_jax
 from vit_jax import pretrained
 from vit_jax.config import check_config
 
@@ -42,7 +43,7 @@ def scripts(text: str = TEXT) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_pages_link_to_existing_files(page):
-    for name in re.findall(r"(?<![\w/])(?:configs|benchmarks|notebooks|vit_jax)/[\w/]+\.\w+", PAGES[page]):
+    for name in re.findall(r"(?<![\w/])(?:configs|benchmarks|notebooks|tests|vit_jax)/[\w/]+\.\w+", PAGES[page]):
         assert (ROOT / name).exists(), name
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", PAGES[page]):
         assert (page.parent / link).exists(), link
@@ -68,9 +69,26 @@ def test_documented_train_commands_are_valid(argv):
     check_config(train.parse_flags(argv).config)
 
 
-def test_readme_links_to_every_page():
-    for path in (ROOT / "docs").glob("*.md"):
-        assert f"(docs/{path.name})" in PAGES[ROOT / "README.md"], path.name
+def test_readme_and_index_link_to_every_page():
+    for name in {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}:
+        assert f"(docs/{name})" in PAGES[ROOT / "README.md"], name
+        assert f"({name})" in PAGES[ROOT / "docs/README.md"], name
+
+
+def test_site_has_every_page():
+    site = (ROOT / "docs/mkdocs.yml").read_text()
+    for path in PAGES:
+        assert f"{path.relative_to(ROOT)}\n" in site, path.name
+
+
+def test_api_page_lists_public_api():
+    listed = {name.rpartition(".")[2] for name in re.findall(r"^::: (.+)", PAGES[ROOT / "docs/api.md"], re.M)}
+    public = {name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", vit_jax.__doc__)}
+    assert public - {"npz"} <= listed
+
+
+def test_readme_is_short():
+    assert len(PAGES[ROOT / "README.md"].splitlines()) <= 200
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +172,9 @@ def test_train_reaches_documented_accuracy_on_digits(run_command, tmp_path):
         workdir = tmp_path / config.rpartition("/")[2]
         result = run_command("train.py", "--config", config, "--workdir", workdir, timeout=600)
         assert result.returncode == 0, result.stderr
+        if config == "configs/digits.py":
+            (printed,) = re.findall(r"```text\n(digits: .*?)```", PAGES[ROOT / "docs/quickstart.md"], re.S)
+            assert printed in result.stdout
         evaluation = [
             word.replace("runs/digits", str(workdir)) for word in command_with("vit_jax.evaluate", "runs/digits")
         ]
