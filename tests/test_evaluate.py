@@ -122,7 +122,7 @@ def test_main_with_dataset_equals_main_without_dataset(tmp_path, capsys):
         (
             ["--workdir", "FILE", "--dataset", "digits", "--step", "3"],
             UsageError,
-            "is not a run directory; step and EMA are chosen only",
+            "is not a run directory; step and EMA apply only",
         ),
         (["--workdir", "FILE", "--dataset", "digits", "--batch_size", "0"], UsageError, "--batch_size is 0"),
         (["--workdir", "FILE", "--dataset", "digits"], UserError, "lacks 10 of the dataset's 10 classes: 0, 1"),

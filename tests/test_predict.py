@@ -132,7 +132,7 @@ def test_main_starts_quickly_without_large_packages(workdir, image_files, run_co
     [
         (["a.png", "--top", "0"], 2, "--top is 0; expected at least 1"),
         (["a.png", "--step", "7"], 1, "has no checkpoint of step 7; it has 20"),
-        (["a.png", "--model", "micro", "--step", "7"], 2, "micro is not a run directory; step and EMA are chosen only"),
+        (["a.png", "--model", "micro", "--step", "7"], 2, "micro is not a run directory; step and EMA apply only"),
         ([], 2, "the following arguments are required: IMAGE"),
         (["benchmarks"], 1, "no images found in benchmarks"),
         (["nowhere/*.png"], 1, "no images found in nowhere/*.png"),

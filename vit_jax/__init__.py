@@ -21,7 +21,7 @@ def load(source: str | os.PathLike[str], *, step: int | None = None, use_ema: bo
     Args:
         source: a run directory, an export, a pretrained checkpoint by name or path, or a directory of Hugging Face's
             `ViTForImageClassification`.
-        step: of a run's checkpoint; None: the latest.
+        step: training step of the run's checkpoint to load; None: the latest.
         use_ema: load the EMA parameters of a run that has them.
 
     Returns:
@@ -44,7 +44,7 @@ def load(source: str | os.PathLike[str], *, step: int | None = None, use_ema: bo
     if step is not None or not use_ema:
         from vit_jax.runtime.errors import UsageError
 
-        raise UsageError(f"{source} is not a run directory; step and EMA are chosen only for runs")
+        raise UsageError(f"{source} is not a run directory; step and EMA apply only to runs")
     from vit_jax.classifier import load_classifier
 
     return load_classifier(os.fspath(source))

@@ -121,7 +121,7 @@ class Classifier:
 
     @property
     def has_trained_head(self) -> bool:
-        """False if the head is all zeros, as in Google's ImageNet-21k checkpoints."""
+        """True unless the head is all zeros, as in Google's ImageNet-21k checkpoints."""
         return bool(np.any(np.asarray(self.params["head"]["kernel"])))
 
     def require_trained_head(self, name: str) -> None:

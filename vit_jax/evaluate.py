@@ -64,7 +64,7 @@ def evaluate_run(arguments: argparse.Namespace) -> tuple[dict[str, int], dict[st
 
 
 def evaluate_on_dataset(arguments: argparse.Namespace) -> tuple[dict[str, int], dict[str, float]]:
-    """Evaluates any model on any dataset whose classes it has; returns counts and results."""
+    """Evaluates a model on a dataset whose classes are a subset of the model's; returns counts and results."""
     model = vit_jax.load(arguments.model, step=arguments.step)
     model.require_trained_head(arguments.model)
     split, class_names = data.load_split(

@@ -22,8 +22,8 @@ class Run(Classifier):
     Attributes:
         workdir: run directory.
         config: the config that the run was trained with.
-        step: of the checkpoint.
-        info: what else the checkpoint contains, such as the fingerprint of the dataset.
+        step: training step of the checkpoint.
+        info: metadata of the checkpoint, such as the fingerprint of the dataset.
     """
 
     workdir: Path

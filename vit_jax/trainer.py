@@ -37,7 +37,7 @@ def train_and_evaluate(
     """Trains, evaluates and saves checkpoints; resumes where an earlier run in `workdir` stopped.
 
     Args:
-        config: see `vit_jax.config`.
+        config: config of the run; `python -m vit_jax.config` prints all keys.
         workdir: run directory, for config.json, metrics.jsonl, TensorBoard events, checkpoints and curves.png.
         dataset: your own images and labels, instead of the config's dataset.
         augment: your own augmentation of training images, (key, uint8 image [h w 3]) -> uint8 image [h' w' 3].

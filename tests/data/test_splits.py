@@ -21,7 +21,7 @@ def test_parse_split_suggests_nearest_names():
 
 @pytest.mark.parametrize("split", ["train[:2000]", "train[-1438:]", "train[:101%]"])
 def test_select_rows_rejects_slice_past_end(split):
-    with pytest.raises(UsageError, match=r"selects the images -?\d+ to \d+ of 1,437 in 'train'"):
+    with pytest.raises(UsageError, match=r"selects images -?\d+ to \d+ of 1,437 in 'train'"):
         rows(split)
 
 

@@ -28,7 +28,7 @@ class SplitSlice:
         start, stop = (_parse_bound(bound, num_images) for bound in (self.start, self.stop))
         if not 0 <= start < stop <= num_images:
             raise UsageError(
-                f"split {self.text!r} selects the images {start} to {stop} of {num_images:,} in {self.name!r}; "
+                f"split {self.text!r} selects images {start} to {stop} of {num_images:,} in {self.name!r}; "
                 "select at least one image"
             )
         return range(start, stop)

@@ -158,14 +158,14 @@ class _Backbone(nn.Module):
 
 
 class ResNet(HeadMixin, nn.Module):
-    """Images to class logits; ResNet-50 (BiT) by default.
+    """ResNet: maps images to class logits; ResNet-50 (BiT) by default.
 
     Attributes:
         num_classes: number of logits; None: no head, the outputs are features.
         units: number of units of each block; from the second block on, the first unit halves height and width.
         width: channels of the root and of the 3 × 3 convolutions of the first block, a multiple of 32; doubled from
             block to block.
-        dtype: of the computation; parameters are always float32, logits at least float32.
+        dtype: dtype of the computation; parameters are always float32, logits at least float32.
         remat: "none", or a key of `REMAT_POLICIES`: which intermediates of a unit are kept for the backward pass.
         head_init: a key of `HEAD_INITS`: initializer of the head's kernel; its bias is zero.
 

@@ -152,27 +152,28 @@ class MAPHead(nn.Module):
 
 
 class VisionTransformer(HeadMixin, nn.Module):
-    """Images to class logits.
+    """Vision Transformer: maps images to class logits.
 
     Attributes:
         num_classes: number of logits; None: no head, the outputs are features.
         patch_size: height and width of a patch in pixels, or in positions of the stem's output.
         hidden_size: width of the tokens.
-        num_layers: encoder blocks.
-        num_heads: attention heads per block; divides `hidden_size`.
+        num_layers: number of encoder blocks.
+        num_heads: number of attention heads per block; must divide `hidden_size`.
         mlp_dim: hidden width of each MLP.
         representation_size: width of the tanh layer `pre_logits` before the head; None, as in fine-tuning: no layer.
-        dropout_rate: after the position embeddings, the attention output and in the MLP.
-        attention_dropout_rate: of the attention weights.
-        dtype: of the computation; parameters are always float32, logits at least float32.
-        stochastic_depth_rate: of the last block; increases linearly from 0 at the first. A single block is the last.
+        dropout_rate: dropout rate after the position embeddings, after attention and in the MLPs.
+        attention_dropout_rate: dropout rate of the attention weights.
+        dtype: dtype of the computation; parameters are always float32, logits at least float32.
+        stochastic_depth_rate: probability of skipping the branches of the last block; increases linearly from 0 at the
+            first block. A single block is the last.
         remat: "none", or a key of `REMAT_POLICIES`: which intermediates of a block are kept for the backward pass.
         gelu_approximate: use the tanh approximation of the GELU, as in Google's checkpoints, or the exact GELU.
         head_init: a key of `HEAD_INITS`: initializer of the head's kernel; its bias is zero.
-        layer_norm_epsilon: added to the variance; 1e-6 in Google's checkpoints.
+        layer_norm_epsilon: constant added to the variance in LayerNorm; 1e-6 in Google's checkpoints.
         stem_units: units of each block of a hybrid's ResNet, see `hybrid.apply_stem`; None: no ResNet.
         stem_width: channels of the root of the ResNet, a multiple of 32.
-        pool: one of `POOLS`; only "cls" has a class token.
+        pool: pooling of the tokens, one of `POOLS`; only "cls" has a class token.
         attention: "xla", or "cudnn" on NVIDIA GPUs, see `attention.cudnn_attention`; "auto", of configs, is "xla" here.
 
     Source:

@@ -91,7 +91,7 @@ def save_npz(path: str | os.PathLike[str], params: Params, metadata: ModelMetada
     Args:
         path: file to write; its directory must exist.
         params: nested dictionary of NumPy or JAX arrays; the joined keys become the file's keys.
-        metadata: of the model; `read_metadata` returns it.
+        metadata: metadata of the model, which `read_metadata` returns.
 
     Raises:
         UserError: the file cannot be written, or the metadata is too long. An existing file at `path` is unchanged.

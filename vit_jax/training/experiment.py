@@ -376,7 +376,7 @@ def check_batch(config: ConfigDict, *, num_shards: int, num_images: int) -> None
             f"{parts // num_shards} accumulation steps; use {-(-config.batch_size // parts) * parts}"
         )
     if config.batch_size > num_images:
-        raise UsageError(f"config.batch_size is {config.batch_size}, of {num_images} training images; lower it")
+        raise UsageError(f"config.batch_size is {config.batch_size}; expected at most {num_images} (training images)")
 
 
 def caches_features(config: ConfigDict, *, head_only: bool, dropout: bool, own_augment: bool) -> bool:
@@ -393,7 +393,7 @@ def caches_features(config: ConfigDict, *, head_only: bool, dropout: bool, own_a
         raise UsageError(f"config.features is 'cached', but {obstacle}; set it to 'auto'")
     if config.feature_views > 1 and not (cached and augmented):
         raise UsageError(
-            f"config.feature_views is {config.feature_views}, which needs features 'cached' and an augment; "
-            f"they are {config.features!r} and {config.augment!r}"
+            f"config.feature_views is {config.feature_views}, which needs features='cached' and an augment; "
+            f"got features={config.features!r}, augment={config.augment!r}"
         )
     return cached or (config.features == "auto" and not obstacle and not augmented)

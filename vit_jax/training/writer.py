@@ -78,7 +78,7 @@ class Writer:
     Args:
         workdir: run directory; exists.
         step: finished updates; 0 starts a run.
-        num_steps: of the whole run, for the progress bar.
+        num_steps: number of steps of the whole run, for the progress bar.
         silent: write nothing, as another process does.
     """
 
