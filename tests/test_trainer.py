@@ -128,14 +128,14 @@ def test_train_and_evaluate_keeps_attention_of_run(tmp_path, monkeypatch):
     monkeypatch.setattr(device_fit, "can_use_cudnn", lambda device, dtype: True)
     monkeypatch.setattr(device_fit, "choose_attention", lambda shape: choices.pop())
     config = small_config(num_steps=0, warmup_steps=0)
+    config.model.lock()
     trainer.train_and_evaluate(config, tmp_path / "run")
     run = load_run(tmp_path / "run")
     assert run.config.model.attention == run.model.attention == "cudnn"
     assert "attention" not in run.info.model.model
-    config.num_steps = 0
     trainer.train_and_evaluate(config, tmp_path / "run")  # does not choose again
     with pytest.raises(UsageError, match="model.attention: 'cudnn' → 'xla'"):
-        config.model.attention = "xla"
+        config.model.unlock().attention = "xla"
         trainer.train_and_evaluate(config, tmp_path / "run")
     monkeypatch.undo()
     assert load_run(tmp_path / "run").model.attention == "xla"  # a CPU

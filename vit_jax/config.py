@@ -340,7 +340,7 @@ def _adopt_choices(config: ConfigDict, run_config: ConfigDict) -> None:
     if config.accumulation_steps == 0:
         config.accumulation_steps = run_config.accumulation_steps
     if config.model.get("attention", "auto") == "auto" and "attention" in run_config.model:
-        config.model.attention = run_config.model.attention
+        config.model.unlock().attention = run_config.model.attention
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:

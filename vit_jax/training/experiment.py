@@ -275,7 +275,7 @@ def fit_attention(config: ConfigDict, model: ImageModel, mesh: Mesh) -> tuple[Co
     batch_size = config.batch_size // (mesh.size * (config.accumulation_steps or 1))
     choice = device_fit.find_attention(requested, model, device, image_size=config.image_size, batch_size=batch_size)
     if requested == "auto" and ("attention" in config.model or device_fit.can_use_cudnn(device, model.dtype)):
-        config.model.attention = choice
+        config.model.unlock().attention = choice
     return config, model.clone(attention=choice)
 
 
