@@ -10,10 +10,10 @@ from conftest import ROOT
 def docstrings() -> dict[str, str]:
     """Returns the docstrings that contain examples, by file and name."""
     nodes = [
-        (f"{path.relative_to(ROOT)}:{node.name}", ast.get_docstring(node))
+        (f"{path.relative_to(ROOT)}:{getattr(node, 'name', '')}", ast.get_docstring(node))
         for path in sorted((ROOT / "vit_jax").rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
     ]
     return {name: text for name, text in nodes if text and ">>>" in text}
 

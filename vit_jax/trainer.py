@@ -1,4 +1,17 @@
-"""The training loop."""
+"""The training loop.
+
+Examples:
+    >>> from vit_jax import config, trainer
+    >>> settings = config.get_config()
+    >>> settings.dataset.name = "digits"
+    >>> settings.update(pretrained="micro", image_size=16)
+    >>> settings.update(trainable="head", learning_rate=0.1, num_steps=100)
+    >>> results = trainer.train_and_evaluate(settings, "runs/head")
+    digits: 1,437 training and 360 test images of 8 × 8 pixels, 10 classes
+    ...
+    >>> results["test/accuracy"] > 0.8
+    True
+"""
 
 import contextlib
 import dataclasses
@@ -52,18 +65,6 @@ def train_and_evaluate(
         UsageError: the config is invalid, or differs from the config of the run in `workdir`.
         UserError: another run uses `workdir`; data, checkpoint or disk failed; or the loss is not finite.
         KeyboardInterrupt: Ctrl-C; the state was saved first.
-
-    Examples:
-        >>> from vit_jax import config, trainer
-        >>> settings = config.get_config()
-        >>> settings.dataset.name = "digits"
-        >>> settings.update(pretrained="micro", image_size=16)
-        >>> settings.update(trainable="head", learning_rate=0.1, num_steps=100)
-        >>> results = trainer.train_and_evaluate(settings, "runs/head")
-        digits: 1,437 training and 360 test images of 8 × 8 pixels, 10 classes
-        ...
-        >>> results["test/accuracy"] > 0.8
-        True
     """
     workdir = Path(workdir)
     check_config(config)
@@ -111,10 +112,7 @@ def train_and_evaluate(
                     save(step, state, experiment.info, checkpoints, writer, accuracy=results.get("test/accuracy"))
                 if stopping and not last:
                     checkpoints.finish()
-                    message = f"stopped by {stopping.name}; saved checkpoint {step} to {workdir}; rerun to resume"
-                    if stopping == signal.SIGINT:
-                        raise KeyboardInterrupt(message)
-                    print(message)
+                    report_stop(stopping, f"saved checkpoint {step} to {workdir}; rerun to resume")
                     return {}
             if config.num_steps == 0:
                 writer.log_evaluation(0, results := experiment.evaluate(state, examples))
@@ -152,6 +150,14 @@ def check_resumable(config: ConfigDict, workdir: Path, checkpoints: Checkpoints)
         print(f"warning: {metrics} was changed since step {step}", file=sys.stderr)
     distributed.sync_processes("checked what to resume")
     return saved
+
+
+def report_stop(stopping: signal.Signals, message: str) -> None:
+    """Prints why a run stops; after SIGINT, raises KeyboardInterrupt instead."""
+    message = f"stopped by {stopping.name}; {message}"
+    if stopping == signal.SIGINT:
+        raise KeyboardInterrupt(message)
+    print(message)
 
 
 def describe_nonfinite(step: int, checkpoints: Checkpoints) -> str:
