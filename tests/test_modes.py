@@ -258,8 +258,8 @@ def test_load_run_merges_lora_weights_and_keeps_checkpoint_keys(uninterrupted):
     adapted = {path.removesuffix("/a") for path in lora if path.endswith("/a")}
     assert adapted == {path for path in frozen if path.endswith(("query/kernel", "value/kernel"))} and len(adapted) == 2
     for path, leaf in frozen.items():
-        # [d r] · [r k h], scaled by alpha / rank = 16 / 2
-        product = 8 * np.einsum("dr,rkh->dkh", lora[f"{path}/a"], lora[f"{path}/b"]) if path in adapted else 0.0
+        # [d r] · [r k h], scaled by alpha / rank = 8 / 2
+        product = 4 * np.einsum("dr,rkh->dkh", lora[f"{path}/a"], lora[f"{path}/b"]) if path in adapted else 0.0
         np.testing.assert_allclose(actual[path], leaf + product, atol=1e-6, rtol=0, err_msg=path)
         assert np.array_equal(actual[path], leaf) == (path not in adapted), path
 

@@ -123,7 +123,7 @@ KEYS = (
         "auto: caches the features of a frozen backbone unless images are augmented; cached: even if they are"),
     Key("feature_views", 1, _POSITIVE, "cached augmented views of each image; an epoch uses one of them"),
     Key("lora.rank", 8, _POSITIVE, "rank of the LoRA weights"),
-    Key("lora.alpha", 16.0, Check("a positive number", partial(_is_number, low=_ABOVE_0)), "LoRA scale, alpha / rank"),
+    Key("lora.alpha", 8.0, Check("a positive number", partial(_is_number, low=_ABOVE_0)), "LoRA scale, alpha / rank"),
     Key("lora.targets", (".*/query/kernel", ".*/value/kernel"), _PATTERNS, "paths of kernels that get LoRA weights"),
 
     Key("optimizer.name", "sgd", _one_of("sgd", "adam", "adamw"), "optimizer; only sgd has momentum"),

@@ -34,6 +34,13 @@ def test_add_lora_weights_matches_kernel_shapes():
     }
 
 
+def test_add_lora_weights_samples_a_uniformly_with_variance_of_a_third_of_inputs():
+    a = add({"head": {"kernel": np.ones((400, 5), np.float32)}}, rank=8, targets=("head/kernel",))["lora"]["head"]
+    samples = np.asarray(a["kernel"]["a"])
+    assert samples.var() == pytest.approx(1 / (3 * 400), rel=0.1)
+    assert 0.98 / 20 < np.abs(samples).max() <= 1 / 20  # the bound of a uniform distribution of that variance
+
+
 def test_merge_lora_weights_is_identity_at_initialization():
     merged = lora.merge_lora_weights(add(), alpha=16.0)
     jax.tree.map(np.testing.assert_array_equal, merged, PARAMS)
