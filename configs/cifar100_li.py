@@ -2,9 +2,9 @@
 
 Li, "Fine-tuning of ViT-B16 on CIFAR-10 and CIFAR-100", github.com/ZipperLii/ViT-B16-on-CIFAR100.
 
-    python train.py --config configs/cifar100_li.py:head           published: 0.7726 (elsewhere in the text: 0.7266)
-    python train.py --config configs/cifar100_li.py:mlp            published: 0.9248
-    python train.py --config configs/cifar100_li.py:full           published: 0.6691 (the default)
+    python train.py --config configs/cifar100_li.py:head           Li: 0.7726 (elsewhere in its text: 0.7266)
+    python train.py --config configs/cifar100_li.py:mlp            Li: 0.9248
+    python train.py --config configs/cifar100_li.py:full           Li: 0.6691 (the default)
     python train.py --config configs/cifar100_li.py:readme_head    the head, first configuration of its README
     python train.py --config configs/cifar100_li.py:readme_full    listed in its README without a result
 

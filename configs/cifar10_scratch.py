@@ -6,7 +6,7 @@
 
 sgd, adam: after Li, "Fine-tuning of ViT-B16 on CIFAR-10 and CIFAR-100", github.com/ZipperLii/ViT-B16-on-CIFAR100, which
 reached 0.6327 with SGD and overfitted after 20 epochs with Adam. Its batch size and learning rates are not given; these
-are those of its fine-tuning. small: a common setup for small datasets, with an expected accuracy of 0.90.
+are those of its fine-tuning. small: a common setup for small datasets.
 
 Hardware: one GPU. Time and test accuracy: not yet measured.
 """
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from configs import base, models
 
 ARGUMENTS = ("sgd", "adam", "small")
-PUBLISHED = {"sgd": (("cifar10", "Li: ViT-B/16 from scratch, SGD, 50 epochs", 0.6327),)}
+PUBLISHED = {"sgd": (("cifar10", "Li: ViT-B/16 from scratch, SGD, 50 epochs; batch size unknown", 0.6327),)}
 
 
 def get_config(arg: str = "sgd") -> ConfigDict:

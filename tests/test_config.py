@@ -9,7 +9,7 @@ from conftest import ROOT, set_keys
 from ml_collections import ConfigDict
 
 import train
-from configs import base, digits
+from configs import base, cifar100, digits
 from vit_jax import config as settings
 from vit_jax import models
 from vit_jax.data import preprocess
@@ -138,6 +138,17 @@ def test_base_config_equals_get_config():
 )
 def test_steps_per_epoch_counts_full_batches(num_images, batch_size, steps):
     assert base.steps_per_epoch(num_images, batch_size) == steps
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_cifar100_config_of_bwconrad_differs_in_head_clipping_and_model(mode):
+    ours, theirs = (cifar100.get_config(arg).to_dict() for arg in (mode, f"{mode}_bwconrad"))
+    ours["optimizer"]["clip_norm"] = 0.0
+    ours["ablation"]["head_init"] = "xavier"
+    ours["model"] |= {"gelu_approximate": False, "layer_norm_epsilon": 1e-12}
+    assert set(theirs["reference_results"]) <= set(ours.pop("reference_results"))
+    theirs.pop("reference_results")
+    assert theirs == ours
 
 
 def test_reference_results_match_dataset_of_config():
