@@ -38,7 +38,7 @@ def test_write_report_creates_self_contained_page(workdir, page):
 
 def test_write_report_counts_images(page):
     page = page.read_text()
-    assert "<th>training images</th><td>1,437</td>" in page
+    assert "<th>training images</th><td>1,437; 137 to 153 per class</td>" in page
     assert "<th>test images</th><td>360; 28 to 44 per class</td>" in page
 
 

@@ -9,10 +9,10 @@ import datetime
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from vit_jax.compare import Row, read_row
 from vit_jax.data import check_split
@@ -24,14 +24,14 @@ from vit_jax.types import Split
 from vit_jax.visualization import html
 
 _CAPTIONS = {
-    "curves": "Curves. Overfitting: the test loss rises while the training loss falls.",
-    "confusion": "Confusion matrix. Rows are the true classes, columns the predicted ones.",
-    "errors": "Most confident errors. Ambiguous images and wrong labels are often among them.",
-    "attention_rollout": "Attention rollout. Bright patches contribute most to the prediction.",
-    "attention_heads": "Attention heads. The attention of each head of each layer on one image.",
-    "position_similarity": "Position embeddings. Similar for nearby patches and for patches of one row or column.",
-    "position_matrix": "Position embeddings, all pairs. Each block is a row of patches.",
-    "patch_filters": "Patch filters. Smooth in a well-trained model, noisy in others.",
+    "curves": "Curves. Loss and accuracy of single training batches and of all test images, and the learning rate.",
+    "confusion": "Confusion matrix. Numbers of test images by true class (rows) and predicted class (columns).",
+    "errors": "Most confident errors. Misclassified test images with the highest predicted probability.",
+    "attention_rollout": "Attention rollout. Attention accumulated over all layers, beside random test images.",
+    "attention_heads": "Attention heads. Attention of each head of each layer on one test image.",
+    "position_similarity": "Position embeddings. Cosine similarity of each patch's position embedding to all others.",
+    "position_matrix": "Position embeddings, all pairs. The same similarities as a matrix, patches row by row.",
+    "patch_filters": "Patch filters. Principal components of the patch embedding and the variance they explain.",
 }
 """Name of a figure -> title and caption, in the order of the page."""
 
@@ -74,7 +74,7 @@ def write_report(workdir: str | Path, *, data_dir: str | None = None, split: Spl
     test = run.load_test_split(data_dir) if split is None else check_split(split, num_classes=len(run.class_names))
     if len(test) != run.info.dataset.num_test:
         raise UsageError(f"split has {len(test):,} images; expected the {run.info.dataset.num_test:,} of {workdir}")
-    figures = {name: plotting.to_png(figure, dpi=100) for name, figure in visualize.draw_all(run, test)}
+    figures = {name: plotting.to_png(figure) for name, figure in visualize.draw_all(run, test)}
     accuracy = f"{row.results['test/accuracy']:.2%}"
     texts = {
         "title": workdir.name,
@@ -92,23 +92,22 @@ def write_report(workdir: str | Path, *, data_dir: str | None = None, split: Spl
         references = [row for row in run.config.reference_results if row[0] == run.config.dataset.name]
         results += [(label, f"{value:.2%}") for _, label, value in references]
     captioned = {caption: figures[name] for name, caption in _CAPTIONS.items() if name in figures}
-    page = html.format_report(texts, results=results, settings=describe_run(run, row, test), figures=captioned)
+    page = html.format_report(texts, results=results, settings=describe_run(run, row), figures=captioned)
     write_atomically(workdir / "report.html", page)
     return workdir / "report.html"
 
 
-def describe_run(run: Run, row: Row, test: Split) -> list[tuple[str, str]]:
+def describe_run(run: Run, row: Row) -> list[tuple[str, str]]:
     """Returns (name, value) pairs of the settings, duration and versions of a run."""
-    config, names = run.config, run.class_names
+    config, names, counts = run.config, run.class_names, run.info.dataset
     dataset = f"{config.dataset.name}, {config.dataset.train_split} → {config.dataset.test_split}"
-    per_class = np.bincount(test.labels, minlength=len(names))
     model = ", ".join(f"{key} {value}" for key, value in config.model.to_dict().items())
     finished = datetime.datetime.fromtimestamp((run.workdir / "metrics.jsonl").stat().st_mtime)
     cells = row.cells()
     return [
         ("dataset", "given from Python" if run.dataset_given else dataset),
-        ("training images", f"{run.info.dataset.num_train:,}"),
-        ("test images", f"{len(test):,}; {per_class.min():,} to {per_class.max():,} per class"),
+        ("training images", _format_counts(counts.train_counts)),
+        ("test images", _format_counts(counts.test_counts)),
         ("classes", f"{len(names)}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"),
         ("model", f"{config.architecture}: {model or 'sizes of the checkpoint'}"),
         ("pretrained", config.pretrained or "none"),
@@ -118,6 +117,13 @@ def describe_run(run: Run, row: Row, test: Split) -> list[tuple[str, str]]:
         ("finished", f"{finished:%Y-%m-%d %H:%M}"),
         ("versions", f"vit_jax {run.metadata.vit_jax}, jax {jax.__version__}, Python {platform.python_version()}"),
     ]
+
+
+def _format_counts(counts: Sequence[int]) -> str:
+    """Formats numbers of images of each class, such as "360; 28 to 44 per class"."""
+    least, most = min(counts), max(counts)
+    per_class = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+    return f"{sum(counts):,}; {per_class} per class"
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--images", nargs="+", default=[], metavar="IMAGE", help="images for attention (default: the run's test images)"
     )
-    parser.add_argument("--num_images", type=int, default=8, help="test images for attention (default: 8)")
+    parser.add_argument("--num_images", type=int, default=9, help="test images for attention (default: 9)")
     parser.add_argument("--layer", type=int, help="attention of this layer only, from 0 (default: all)")
     parser.add_argument("--head", type=int, help="attention of this head of --layer only, from 0 (default: mean)")
     parser.add_argument("--data_dir", metavar="DIR", help="directory of the dataset, if it has moved since training")
@@ -72,7 +72,7 @@ def draw_all(
     test: Split | None = None,
     *,
     images: Mapping[str, UInt8[np.ndarray, "h w 3"]] | None = None,
-    num_images: int = 8,
+    num_images: int = 9,
     layer: int | None = None,
     head: int | None = None,
 ) -> Iterator[tuple[str, Figure]]:
@@ -100,18 +100,18 @@ def draw_all(
         print(f"a {type(classifier.model).__name__} has no attention, position embeddings or patch filters to plot")
         return
     if images:
-        names, shown = list(images), np.stack(list(images.values()))
+        titles, shown = [Path(path).name for path in images], np.stack(list(images.values()))
         predictions = classifier.predict(shown).argmax(axis=-1)
     elif run and test is not None:
         chosen = np.random.default_rng(run.config.seed).permutation(len(test))[:num_images]
-        names, shown = [run.class_names[i] for i in test.labels[chosen]], np.stack([test.images[i] for i in chosen])
+        titles = [f"true: {run.class_names[i]}" for i in test.labels[chosen]]
+        shown = np.stack([test.images[i] for i in chosen])
         predictions = probabilities[chosen].argmax(axis=-1)
     else:
         return
-    titles = [Path(name).name for name in names]
     if classifier.has_trained_head:
         classes = [classifier.class_names[i] for i in predictions]
-        titles = [f"{title}\nclassified as {found}" for title, found in zip(titles, classes, strict=True)]
+        titles = [f"{title}\npredicted: {found}" for title, found in zip(titles, classes, strict=True)]
     yield from draw_attention(classifier, shown, titles, layer=layer, head=head)
 
 
@@ -137,13 +137,16 @@ def draw_parameters(classifier: Classifier) -> Iterator[tuple[str, Figure]]:
 
 
 def draw_predictions(run: Run, test: Split, probabilities: Float[np.ndarray, "n c"]) -> Iterator[tuple[str, Figure]]:
-    """Plots the confusion matrix and the most confident errors."""
+    """Plots the confusion matrix and, if there are any, the most confident errors."""
     names, predictions = run.class_names, probabilities.argmax(axis=-1)
     counts = analysis.confusion_matrix(test.labels, predictions, num_classes=len(names))
-    title = f"{run.workdir.name}: test accuracy {np.trace(counts) / counts.sum():.2%} ({len(test):,} images)"
+    accuracy = np.trace(counts) / counts.sum()
+    title = f"Confusion matrix of {run.workdir.name}: test accuracy {accuracy:.2%} ({len(test):,} images)"
     pairs = analysis.most_frequent_confusions(counts)
     yield "confusion", plotting.plot_confusion(counts, pairs, names, title=title)
     wrong = analysis.most_confident_errors(probabilities, test.labels)
+    if not len(wrong):
+        return
     labels, predicted = [names[i] for i in test.labels[wrong]], [names[i] for i in predictions[wrong]]
     yield "errors", plotting.plot_errors(test.images[wrong], labels, predicted, probabilities[wrong].max(axis=-1))
 
@@ -165,9 +168,10 @@ def draw_attention(
     if layer is None:
         pooling = analysis.pooling_weights(classifier.model, classifier.params, inputs)
         rollout = analysis.attention_rollout(weights, pooling)
-        title = "Attention through all layers (rollout)"
+        title = "Attention rollout"
         yield "attention_rollout", plotting.plot_attention(images, rollout, titles, title=title)
-        yield "attention_heads", plotting.plot_heads(images[0], maps[:, 0], title=f"Attention of {query}")
+        title = f"Attention of {query} (above each map: the largest)"
+        yield "attention_heads", plotting.plot_heads(images[0], maps[:, 0], title=title)
         return
     shown = maps[layer].mean(axis=1) if head is None else maps[layer][:, head]
     title = f"Attention of {query}: layer {layer}, " + ("mean of its heads" if head is None else f"head {head}")

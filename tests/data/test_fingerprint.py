@@ -27,7 +27,8 @@ def digest(image_dir, **options):
 def test_fingerprint_returns_class_names_counts_and_digest(image_dir):
     actual = fingerprint(data.load_dataset(f"folder:{image_dir}", image_size=4, test_split="test[:50%]"))
     assert actual.digest.isalnum()
-    assert (actual.class_names, actual.num_train, actual.num_test) == (("cat", "dog"), 4, 2)
+    assert (actual.class_names, actual.train_counts, actual.test_counts) == (("cat", "dog"), (2, 2), (0, 2))
+    assert (actual.num_train, actual.num_test) == (4, 2)
 
 
 def test_from_json_inverts_to_json(image_dir):
@@ -41,12 +42,12 @@ def test_from_json_inverts_to_json(image_dir):
         ({}, ""),
         ({"class_names": ("cat", "cow")}, "other classes (new: dog; missing: cow)"),
         ({"class_names": ("dog", "cat")}, "other classes (new: none; missing: none)"),
-        ({"num_test": 3}, "1,000 training and 2 test images instead of 1,000 training and 3 test images"),
+        ({"test_counts": (1, 2)}, "1,000 training and 2 test images instead of 1,000 training and 3 test images"),
         ({"digest": "b"}, "the same number of images, but other files or labels"),
     ],
 )
 def test_difference_describes_changes(changes, expected):
-    original = DatasetFingerprint(("cat", "dog"), 1000, 2, "a")
+    original = DatasetFingerprint(("cat", "dog"), (600, 400), (1, 1), "a")
     assert original.difference(dataclasses.replace(original, **changes)) == expected
 
 

@@ -10,7 +10,7 @@ from vit_jax.training.run_info import RunInfo
 INFO = RunInfo(
     model=ModelMetadata("resnet50", {"units": (1, 2), "width": 32}, image_size=8, class_names=("cat", "dog")),
     config={"seed": 1, "trainable": ["head/.*"]},
-    dataset=DatasetFingerprint(("cat", "dog"), num_train=6, num_test=4, digest="00ff"),
+    dataset=DatasetFingerprint(("cat", "dog"), train_counts=(4, 2), test_counts=(3, 1), digest="00ff"),
     storage="memory",
     num_trainable=10,
     command="python train.py",

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from vit_jax.visualization import plotting
 
@@ -19,8 +20,9 @@ def test_plot_curves_plots_each_record_at_its_step():
 
 def test_plot_curves_labels_axes_and_lines():
     loss, accuracy, rate = plotting.plot_curves(RECORDS, title="digits").axes
-    assert [axes.get_title() for axes in (loss, accuracy, rate)] == ["Loss", "Accuracy", "Learning rate"]
-    assert all(axes.get_xlabel() == "step" and axes.get_ylabel() for axes in (loss, accuracy, rate))
+    labels = [axes.get_ylabel() for axes in (loss, accuracy, rate)]
+    assert labels == ["loss (cross-entropy)", "accuracy", "learning rate"]
+    assert all(axes.get_xlabel() == "step" for axes in (loss, accuracy, rate))
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["train (single batches)", "test"]
 
 
@@ -36,11 +38,9 @@ def test_plot_accuracies_plots_each_run_and_labels_its_final_accuracy():
 def test_plot_attention_of_single_image_fits_titles_into_figure():
     image, weights = np.zeros((1, 32, 32, 3), np.uint8), np.ones((1, 8, 8))
     title = "Attention of the patches, on average: layer 11, mean of its heads"
-    figure = plotting.plot_attention(
-        image, weights, ["a_long_name_of_a_file.jpg\nclassified as something"], title=title
-    )
+    figure = plotting.plot_attention(image, weights, ["a_long_name_of_a_file.jpg\npredicted: something"], title=title)
     figure.draw_without_rendering()
-    texts = [figure._suptitle, *(axes.title for axes in figure.axes)]
+    texts = [figure._suptitle, *(axes._left_title for axes in figure.axes)]
     for box in (text.get_window_extent() for text in texts):
         assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
 
@@ -50,14 +50,35 @@ def test_plot_attention_scales_each_map_to_its_own_range():
     figure = plotting.plot_attention(images, maps, ["a", "b"], title="rollout")
     heat = [axes.images[1] for axes in figure.axes if len(axes.images) == 2]
     assert [image.get_clim() for image in heat] == [(0.1, 0.4), (0.0, 0.9)]
-    assert [axes.get_title() for axes in figure.axes[2:4]] == ["10.00% to 40.00%", "0.00% to 90.00%"]
+    assert [axes.get_xlabel() for axes in figure.axes[1:4:2]] == ["10.00% to 40.00%", "0.00% to 90.00%"]
+
+
+def test_plot_heads_plots_layers_in_rows_and_maximum_of_each_head():
+    weights = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2) / 100
+    figure = plotting.plot_heads(np.zeros((8, 8, 3), np.uint8), weights, title="heads")
+    panels = [axes for axes in figure.axes if len(axes.images) == 2]
+    assert [axes.get_title() for axes in panels] == ["3%", "7%", "11%", "15%", "19%", "23%"]
+    np.testing.assert_array_equal(panels[4].images[1].get_array(), weights[1, 1])
 
 
 def test_plot_confusion_masks_rows_of_classes_without_images():
     counts = np.array([[3, 1], [0, 0]])
     matrix, table, _ = plotting.plot_confusion(counts, [(0, 1, 1)], ["cat", "dog"], title="").axes
     np.testing.assert_array_equal(matrix.images[0].get_array().filled(-1), [[0.75, 0.25], [-1, -1]])
-    assert table.texts[0].get_text() == "1 × cat classified as dog"
+    assert table.texts[0].get_text() == "1 × cat → dog"
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 20, 100])
+def test_plot_confusion_fits_labels_into_figure(num_classes):
+    names = [f"a_rather_long_name_{i}" for i in range(num_classes)]
+    pairs = [(i, 0, 1234) for i in range(1, min(11, num_classes))]
+    figure = plotting.plot_confusion(np.eye(num_classes, dtype=int), pairs, names, title="Confusion matrix")
+    figure.draw_without_rendering()
+    assert figure.bbox.width == plotting.WIDTH * figure.dpi
+    box = figure.get_tightbbox()  # inches
+    assert min(box.x0, box.y0) >= -0.01 and box.x1 <= plotting.WIDTH and box.y1 <= figure.get_figheight()
+    ticks = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert ("a rather long n…" in ticks) == (num_classes <= 20)
 
 
 def test_plot_position_similarity_arranges_maps_by_patch():

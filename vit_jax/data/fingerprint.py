@@ -13,12 +13,22 @@ from vit_jax.types import Dataset, Json
 
 @dataclasses.dataclass(frozen=True)
 class DatasetFingerprint:
-    """Class names, numbers of images and a SHA-256; see `fingerprint`."""
+    """Class names, numbers of images of each class and a SHA-256; see `fingerprint`."""
 
     class_names: tuple[str, ...]
-    num_train: int
-    num_test: int
+    train_counts: tuple[int, ...]
+    test_counts: tuple[int, ...]
     digest: str
+
+    @property
+    def num_train(self) -> int:
+        """Number of training images."""
+        return sum(self.train_counts)
+
+    @property
+    def num_test(self) -> int:
+        """Number of test images."""
+        return sum(self.test_counts)
 
     def __str__(self) -> str:
         """Returns the numbers of images as text."""
@@ -26,12 +36,13 @@ class DatasetFingerprint:
 
     def to_json(self) -> dict[str, Json]:
         """Returns the fields as JSON values."""
-        return {**dataclasses.asdict(self), "class_names": list(self.class_names)}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "DatasetFingerprint":
         """Inverts `to_json`."""
-        return cls(**{**value, "class_names": tuple(value["class_names"])})
+        tuples: dict[str, Any] = {key: tuple(item) for key, item in value.items() if isinstance(item, list)}
+        return cls(**{**value, **tuples})
 
     def difference(self, other: "DatasetFingerprint") -> str:
         """Describes how this dataset differs from the other; "" if they are equal."""
@@ -56,4 +67,8 @@ def fingerprint(dataset: Dataset) -> DatasetFingerprint:
         digest.update(np.asarray(split.labels, "<i4").tobytes())
         if split.ids is not None:
             digest.update(np.asarray(split.ids, "<u8").tobytes())
-    return DatasetFingerprint(tuple(dataset.class_names), len(dataset.train), len(dataset.test), digest.hexdigest())
+    train, test = (
+        tuple(np.bincount(split.labels, minlength=len(dataset.class_names)).tolist())
+        for split in (dataset.train, dataset.test)
+    )
+    return DatasetFingerprint(tuple(dataset.class_names), train, test, digest.hexdigest())

@@ -1,26 +1,33 @@
 """Plots metrics, predictions, attention and parameters with Matplotlib, without pyplot's windows and state."""
 
 import io
-import textwrap
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, PowerNorm
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 Records = Sequence[Mapping[str, float]]
 """The lines of a metrics.jsonl."""
+
+WIDTH = 8.0
+"""Width of every figure in inches: at 800 pixels, text of 8 points and more is readable."""
 
 # Okabe and Ito's palette, which color-blind readers can tell apart.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _TRAIN, _TEST = _COLORS[:2]
 _MARKERS = "os^Dv<>"
+_SMALL = 8  # points
 
 
-def to_png(figure: Figure, *, dpi: int = 120) -> bytes:
+def to_png(figure: Figure, *, dpi: int = 150) -> bytes:
     """Returns a figure as the content of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi, format="png")
@@ -29,23 +36,22 @@ def to_png(figure: Figure, *, dpi: int = 120) -> bytes:
 
 def plot_curves(records: Records, *, title: str = "") -> Figure:
     """Plots loss, accuracy and learning rate over the steps."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = _create_figure(3.0, title)
     loss, accuracy, rate = figure.subplots(1, 3)
     for axes, metric in ((loss, "loss"), (accuracy, "accuracy")):
         _plot_metric(axes, records, f"train/{metric}", label="train (single batches)", color=_TRAIN)
         _plot_metric(axes, records, f"test/{metric}", label="test", color=_TEST, marker="o")
-        axes.legend()
+        axes.legend(fontsize=_SMALL)
     _plot_metric(rate, records, "learning_rate", label="learning rate", color=_TRAIN)
-    loss.set(title="Loss", ylabel="cross-entropy (nats)", ylim=(0, None))
-    accuracy.set(title="Accuracy", ylabel="fraction of images", ylim=(0, 1.02))
-    rate.set(title="Learning rate", ylabel="learning rate", ylim=(0, None))
-    figure.suptitle(title)
+    loss.set(ylabel="loss (cross-entropy)", ylim=(0, None))
+    accuracy.set(ylabel="accuracy", ylim=(0, 1.02))
+    rate.set(ylabel="learning rate", ylim=(0, None))
     return figure
 
 
 def plot_accuracies(runs: Mapping[str, Records], *, title: str = "") -> Figure:
     """Plots test accuracy over the steps, one line per run."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = _create_figure(4.5, title)
     axes = figure.subplots()
     for i, (name, records) in enumerate(runs.items()):
         last = [f": {record['test/accuracy']:.1%}" for record in records if "test/accuracy" in record][-1:]
@@ -53,7 +59,6 @@ def plot_accuracies(runs: Mapping[str, Records], *, title: str = "") -> Figure:
         _plot_metric(axes, records, "test/accuracy", label="".join([name, *last]), color=color, marker=marker)
     axes.set(ylabel="test accuracy", ylim=(0, 1.02))
     axes.legend(loc="lower right")
-    figure.suptitle(title)
     return figure
 
 
@@ -62,52 +67,70 @@ def _plot_metric(axes: Axes, records: Records, key: str, *, label: str, color: s
     steps, values = [step for step, _ in points], [value for _, value in points]
     axes.plot(steps, values, label=label, color=color, marker=marker, markersize=3, linewidth=1)
     axes.set_xlabel("step")
+    axes.tick_params(labelsize=_SMALL)
     axes.grid(alpha=0.3)
 
 
 def plot_attention(
     images: UInt8[np.ndarray, "b h w 3"], maps: Float[np.ndarray, "b g g"], titles: Sequence[str], *, title: str
 ) -> Figure:
-    """Plots each image above its attention map on a grey version of it; each map has its own color scale."""
-    columns = min(8, len(images))
+    """Plots each image beside its attention map, a heat map on its own color scale over a grey copy of the image."""
+    columns = min(3, math.ceil(math.sqrt(len(images))))
     rows = -(-len(images) // columns)
-    figure, panels = _create_panels(2 * rows, columns, size=(1.7, 1.85), title=title)
-    for i, (image, weights, name) in enumerate(zip(images, maps, titles, strict=True)):
-        above, below = panels[2 * (i // columns) : 2 * (i // columns) + 2, i % columns]
-        above.imshow(image)
-        above.set_title("\n".join(_shorten(line, 26) for line in name.splitlines()), fontsize=8)
-        grey, extent = image.mean(axis=-1), (0, image.shape[1], image.shape[0], 0)
-        below.imshow(grey, cmap="gray", vmin=-200, vmax=455, extent=extent)  # faint, so that the colors stand out
-        below.imshow(weights, cmap="inferno", alpha=0.65, extent=extent, interpolation="bilinear")
-        below.set_title(f"{weights.min():.2%} to {weights.max():.2%}", fontsize=7)
-    bar = figure.colorbar(ScalarMappable(Normalize(), "inferno"), ax=panels, aspect=40, label="attention to a patch")
-    bar.set_ticks([0, 1], labels=["min", "max"])
+    figure, panels = _create_panels(rows, 2 * columns, title=title, captions=2)
+    for pair, image, weights, name in zip(panels.reshape(-1, 2), images, maps, titles, strict=False):
+        pair[0].imshow(image)
+        pair[0].set_title("\n".join(_shorten(line, 34) for line in name.splitlines()), **_LEFT)  # above both
+        _plot_heat_map(pair[1], image, weights)
+        pair[1].set_xlabel(f"{weights.min():.2%} to {weights.max():.2%}", fontsize=_SMALL)
+    _add_heat_bar(figure, panels, label="attention to a patch")
     return figure
 
 
 def plot_heads(
     image: UInt8[np.ndarray, "h w 3"], weights: Float[np.ndarray, "layers heads g g"], *, title: str
 ) -> Figure:
-    """Plots an image and the attention maps of all heads: layers in rows, heads in columns.
+    """Plots an image and its attention maps, as in `plot_attention`: layers in rows, heads in columns.
 
-    All maps share one square-root color scale, as the weights of one head are often much larger than the others.
+    The largest attention to a patch is above each map.
     """
     layers, heads = weights.shape[:2]
-    figure = Figure(figsize=(max(6.0, 0.9 * heads + 2.6), 0.9 * layers + 1.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.6, max(3.0, 0.9 * heads + 0.4)))[0]
+    side = min(1.2, (WIDTH - 3.0) / heads)
+    figure = _create_figure(max(2.4, layers * (side + 0.2) + 0.9), title, pad=0.02)
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.5, WIDTH - 1.5))[0]
     shown = left.subplots()
     shown.imshow(image)
     shown.set_axis_off()
     panels = right.subplots(layers, heads, squeeze=False)
-    norm = PowerNorm(0.5, vmin=0, vmax=weights.max())
     for (layer, head), axes in np.ndenumerate(panels):
-        axes.imshow(weights[layer, head], cmap="viridis", norm=norm)
-        axes.set(xticks=[], yticks=[])
-        axes.set_title(f"head {head}" if layer == 0 else "", fontsize=8)
-        axes.set_ylabel(f"layer {layer}" if head == 0 else "", fontsize=8)
-    right.colorbar(ScalarMappable(norm, "viridis"), ax=panels, label="attention weight", fraction=0.05)
-    figure.suptitle(title)
+        _plot_heat_map(axes, image, weights[layer, head])
+        axes.set_title(f"{weights[layer, head].max():.0%}", fontsize=_SMALL, pad=2)
+        axes.set_xlabel(f"{head}" if layer == layers - 1 else "", fontsize=_SMALL)
+        axes.set_ylabel(f"{layer}" if head == 0 else "", fontsize=_SMALL)
+    right.supxlabel("head", fontsize=10)
+    right.supylabel("layer", fontsize=10)
+    _add_heat_bar(right, panels, label="attention to a patch")
     return figure
+
+
+_LEFT: dict[str, Any] = {"loc": "left", "fontsize": _SMALL, "pad": 3}
+_HEAT: dict[str, Any] = {"cmap": "inferno", "alpha": 0.65}
+
+
+def _plot_heat_map(axes: Axes, image: UInt8[np.ndarray, "h w 3"], weights: Float[np.ndarray, "g g"]) -> None:
+    extent = (0, image.shape[1], image.shape[0], 0)
+    axes.imshow(image.mean(axis=-1), cmap="gray", vmin=-200, vmax=455, extent=extent)  # faint, below the colors
+    axes.imshow(weights, **_HEAT, extent=extent, interpolation="bilinear")
+    axes.set_axis_on()
+    axes.set(xticks=[], yticks=[])
+
+
+def _add_heat_bar(figure: FigureBase, panels: np.ndarray, *, label: str) -> None:
+    """Adds a color bar with the colors of `_plot_heat_map`, from the minimum to the maximum of each map."""
+    mappable = ScalarMappable(Normalize(), _HEAT["cmap"])
+    bar = figure.colorbar(mappable, ax=panels, aspect=40, alpha=_HEAT["alpha"], label=label)
+    bar.ax.set_facecolor("0.5")
+    bar.set_ticks([0, 1], labels=["min", "max"])
 
 
 def plot_position_similarity(similarity: Float[np.ndarray, "n n"]) -> Figure:
@@ -119,8 +142,8 @@ def plot_position_similarity(similarity: Float[np.ndarray, "n n"]) -> Figure:
     figure, axes = _plot_similarity(canvas, "Position embeddings: similarity of each to all others")
     centers, names = np.arange(side) * (side + 1) + (side - 1) / 2, [str(i) for i in range(side)]
     axes.set(xlabel="patch column", ylabel="patch row")
-    axes.set_xticks(centers, names, fontsize=8)
-    axes.set_yticks(centers, names, fontsize=8)
+    axes.set_xticks(centers, names, fontsize=_SMALL)
+    axes.set_yticks(centers, names, fontsize=_SMALL)
     return figure
 
 
@@ -132,10 +155,9 @@ def plot_position_matrix(similarity: Float[np.ndarray, "n n"]) -> Figure:
 
 
 def _plot_similarity(image: np.ndarray, title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, 7), layout="constrained")
+    figure = _create_figure(7.0, title)
     axes = figure.subplots()
     shown = axes.imshow(image, cmap="viridis", vmin=-1, vmax=1, interpolation="nearest")
-    axes.set_title(title)
     figure.colorbar(shown, label="cosine similarity")
     return figure, axes
 
@@ -143,38 +165,50 @@ def _plot_similarity(image: np.ndarray, title: str) -> tuple[Figure, Axes]:
 def plot_filters(components: Float[np.ndarray, "n p p 3"], explained: Float[np.ndarray, " n"]) -> Figure:
     """Plots the components of `analysis.filter_components` as colors, each scaled to its own range."""
     columns = min(7, len(components))
-    rows = -(-len(components) // columns)
     title = "Patch filters: principal components and explained variance"
-    figure, panels = _create_panels(rows, columns, size=(1.25, 1.45), title=title)
+    figure, panels = _create_panels(-(-len(components) // columns), columns, title=title)
     for axes, component, fraction in zip(panels.flat, components, explained, strict=False):
         axes.imshow(0.5 + 0.5 * component / max(np.abs(component).max(), 1e-12), interpolation="nearest")
-        axes.set_title(f"{fraction:.1%}", fontsize=8)
+        axes.set_title(f"{fraction:.1%}", fontsize=_SMALL)
     return figure
 
 
 def plot_confusion(
     counts: Int[np.ndarray, "c c"], pairs: Sequence[tuple[int, int, int]], class_names: Sequence[str], *, title: str
 ) -> Figure:
-    """Plots the row-normalized confusion matrix, grey for classes without images, and the most frequent confusions."""
-    totals, names = counts.sum(axis=1, keepdims=True), [_shorten(name) for name in class_names]
+    """Plots the row-normalized confusion matrix and the most frequent confusions.
+
+    The color scale is a square root, so that rare confusions are visible; classes without images are grey. With more
+    than 20 classes, the axes show their indices.
+    """
+    totals, names = counts.sum(axis=1, keepdims=True), [_shorten(name, 16) for name in class_names]
     fractions = np.where(totals, counts / np.maximum(totals, 1), np.nan)
-    side = min(7.0, 3.2 + 0.36 * len(counts))  # inches
-    figure = Figure(figsize=(1.2 * side + 3, side), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.2 * side, 3))
-    left.set_facecolor("lightgrey")
-    shown = left.imshow(fractions, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-    left.set(title=title, xlabel="predicted class", ylabel="true class")
+    figure = _create_figure(min(5.4, 3.0 + 0.24 * len(counts)), title)
+    left, right = figure.subplots(1, 2, width_ratios=(5.4, 2.6))
+    left.set_facecolor("darkgrey")
+    shown = left.imshow(fractions, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    left.set(xlabel="predicted class", ylabel="true class")
     if len(counts) <= 20:
-        left.set_xticks(range(len(counts)), names, rotation=45, ha="right", rotation_mode="anchor")
-        left.set_yticks(range(len(counts)), names)
+        rotation = 0 if max(map(len, names)) <= 3 else 45 if len(counts) <= 10 else 90
+        alignment = {"ha": "right", "rotation_mode": "anchor"} if rotation == 45 else {}
+        left.set_xticks(range(len(counts)), names, fontsize=_SMALL, rotation=rotation, **alignment)
+        left.set_yticks(range(len(counts)), names, fontsize=_SMALL)
         for i, j in np.argwhere(counts):
-            color = "black" if fractions[i, j] > 0.5 else "white"
-            left.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", fontsize=9, color=color)
-    figure.colorbar(shown, ax=left, label="fraction of the true class", fraction=0.046)
+            color = "white" if fractions[i, j] > 0.3 else "black"
+            size = _SMALL if len(counts) <= 10 else 6
+            left.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", fontsize=size, color=color)
+    else:
+        left.set(xlabel="index of the predicted class", ylabel="index of the true class")
+        for axis in (left.xaxis, left.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(shown, ax=left, label="fraction of the true class", fraction=0.046, ticks=[0, 0.01, 0.1, 0.5, 1])
     right.set_axis_off()
-    right.set_title("Most frequent confusions", loc="left")
-    text = "\n".join(f"{number:,} × {names[i]} classified as {names[j]}" for i, j, number in pairs) or "no errors"
-    right.text(0, 0.98, text, va="top", fontsize=9, linespacing=1.6, transform=right.transAxes)
+    right.set_title("Most frequent confusions", loc="left", fontsize=10)
+    if len(counts) > 20:
+        names = [f"{name} ({i})" for i, name in enumerate(names)]
+    arrow = " → " if max(map(len, names)) <= 12 else "\n    → "
+    text = "\n".join(f"{number:,} × {names[i]}{arrow}{names[j]}" for i, j, number in pairs) or "none"
+    right.text(0, 0.98, text, va="top", fontsize=_SMALL, linespacing=1.6, transform=right.transAxes)
     return figure
 
 
@@ -185,26 +219,31 @@ def plot_errors(
     probabilities: Float[np.ndarray, " b"],
 ) -> Figure:
     """Plots misclassified images with their true class, predicted class and its probability."""
-    rows = max(1, -(-len(images) // 5))
-    title = "Most confident errors" if len(images) else "No errors"
-    figure, panels = _create_panels(rows, 5, size=(2.1, 2.6), title=title)
+    figure, panels = _create_panels(max(1, -(-len(images) // 5)), 5, title="Most confident errors", captions=3)
     shown = zip(panels.flat, images, labels, predictions, probabilities, strict=False)
     for axes, image, label, prediction, probability in shown:
         axes.imshow(image)
-        axes.set_title(f"{_shorten(label)}\nclassified as {_shorten(prediction)}, {probability:.0%}", fontsize=8)
+        caption = f"true: {_shorten(label, 16)}\npredicted: {_shorten(prediction, 16)}\nprobability: {probability:.0%}"
+        axes.set_title(caption, **_LEFT)
     return figure
 
 
-def _create_panels(rows: int, columns: int, *, size: tuple[float, float], title: str) -> tuple[Figure, np.ndarray]:
-    """Creates a figure with a grid of hidden axes [rows columns]; `size` of each is in inches."""
-    width, height = size
-    figure = Figure(figsize=(max(6.5, width * columns + 0.4), height * rows + 0.6), layout="constrained")  # title fits
+def _create_figure(height: float, title: str, *, pad: float = 0.04) -> Figure:
+    """Creates a figure of `WIDTH`; `height` and `pad`, around each axes, are in inches."""
+    figure = Figure(figsize=(WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=pad, h_pad=pad))
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _create_panels(rows: int, columns: int, *, title: str, captions: int = 1) -> tuple[Figure, np.ndarray]:
+    """Creates a figure with a grid of hidden square axes [rows columns], each below `captions` lines of text."""
+    figure = _create_figure((WIDTH / columns + 0.16 * captions) * rows + 0.4, title)
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes in panels.flat:
         axes.set_axis_off()
-    figure.suptitle(title)
     return figure, panels
 
 
 def _shorten(name: str, width: int = 20) -> str:
-    return textwrap.shorten(name.replace("_", " "), width, placeholder="…")
+    name = name.replace("_", " ")
+    return name if len(name) <= width else f"{name[: width - 1].rstrip()}…"
