@@ -22,7 +22,7 @@ test-slow: docs $(VENV)/installed-test $(VENV)-aot/installed $(VENV)-interop/ins
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal --ignore tests/test_proofs.py --ignore tests/test_aot.py --ignore tests/pretrained/test_interop.py
 	$(BIN)/python -m pytest -m slow tests/test_proofs.py  # measures time
 	$(VENV)-aot/bin/python -m pytest -m slow -rs tests/test_aot.py
-	$(VENV)-interop/bin/python -m pytest -m slow -rs tests/pretrained/test_interop.py
+	$(VENV)-interop/bin/python -m pytest -m slow -rs tests/pretrained/test_interop.py tests/test_throughput.py
 
 # The pages link to files beside docs/, so the site is built from a copy of all of them.
 docs: $(VENV)-docs/installed
