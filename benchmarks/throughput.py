@@ -28,6 +28,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -125,6 +126,7 @@ class Worker:
     def __init__(self, peer: str, case: Case, directory: Path, environment: dict[str, str]):
         """Starts the process and waits for its first step; raises UserError if it fails."""
         self.peer, self.environment = peer, environment
+        self._step_seconds = math.inf
         self._log = tempfile.TemporaryFile("w+")
         start = time.monotonic()
         self._process = subprocess.Popen(
@@ -154,9 +156,11 @@ class Worker:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def measure(self, num_steps: int = 1) -> float:
-        """Returns seconds per step."""
-        return float(self.ask(steps=num_steps)["seconds"])
+    def measure(self, seconds: float) -> float:
+        """Returns seconds per step, of as many steps as fit into `seconds` at the speed of the last measurement."""
+        num_steps = max(1, round(seconds / self._step_seconds))
+        self._step_seconds = float(self.ask(steps=num_steps)["seconds"])
+        return self._step_seconds
 
     def close(self) -> None:
         """Ends the process."""
@@ -220,18 +224,22 @@ def write_inputs(case: Case, directory: Path) -> None:
     np.save(directory / "labels.npy", rng.integers(0, NUM_CLASSES, case.batch_size, np.int32))
 
 
-def start_fastest(peer: str, case: Case, directory: Path, environment: dict[str, str] | None) -> Worker:
-    """Starts a worker with the given environment, or with the allocator that is faster in a trial."""
-    worker = Worker(peer, case, directory, environment or {})
+def start_fastest(peer: str, case: Case, directory: Path, environment: dict[str, str] | None, seconds: float) -> Worker:
+    """Starts and warms up a worker with the given environment, or with the allocator that is faster in a trial."""
+    candidates = [Worker(peer, case, directory, environment or {})]
     is_set = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
-    if environment is not None or is_set or worker.info["device"] != "cpu" or platform.libc_ver()[0] != "glibc":
-        return worker
-    tuned = Worker(peer, case, directory, {"GLIBC_TUNABLES": TUNABLES})
-    trials = [(worker.measure(), tuned.measure()) for _ in range(TRIALS)]
-    default_seconds, tuned_seconds = (statistics.median(column) for column in zip(*trials, strict=True))
-    fastest, other = (worker, tuned) if default_seconds < tuned_seconds else (tuned, worker)
-    other.close()
-    return fastest
+    on_cpu = candidates[0].info["device"] == "cpu"
+    if environment is None and not is_set and on_cpu and platform.libc_ver()[0] == "glibc":
+        candidates.append(Worker(peer, case, directory, {"GLIBC_TUNABLES": TUNABLES}))
+    for worker in candidates:
+        worker.measure(seconds)
+        worker.measure(seconds)
+    if len(candidates) == 1:
+        return candidates[0]
+    trials = [[worker.measure(seconds) for worker in candidates] for _ in range(TRIALS)]
+    medians = [statistics.median(column) for column in zip(*trials, strict=True)]
+    candidates.pop(medians.index(max(medians))).close()
+    return candidates[0]
 
 
 def measure_startup(worker: Worker, case: Case, directory: Path) -> dict[str, float]:
@@ -251,13 +259,15 @@ def measure_startup(worker: Worker, case: Case, directory: Path) -> dict[str, fl
 
 
 @contextlib.contextmanager
-def started(case: Case, peers: Sequence[str], directory: Path, environments: dict[str, Any]) -> Iterator[list[Worker]]:
+def started(
+    case: Case, peers: Sequence[str], directory: Path, environments: dict[str, dict[str, str]], seconds: float
+) -> Iterator[list[Worker]]:
     """Yields the workers, after comparing their losses; all but the first are left out if they fail."""
     workers: list[Worker] = []
     try:
         for peer in peers:
             try:
-                workers.append(start_fastest(peer, case, directory, environments.get(peer)))
+                workers.append(start_fastest(peer, case, directory, environments.get(peer), seconds))
             except UserError as error:
                 if not workers:
                     raise
@@ -283,16 +293,15 @@ def measure_case(case: Case, directory: Path, arguments: argparse.Namespace) -> 
         environments.setdefault(peer, {}).update({name: value} if name else {})
     write_inputs(case, directory)
     rows = []
-    with started(case, arguments.peers, directory, environments) as workers:
+    with started(case, arguments.peers, directory, environments, arguments.seconds) as workers:
         for worker in workers:
             info = {name: worker.info[name] for name in ("device", "versions", "loss", "flops")}
             rows.append(Row(case, worker.peer, environment=worker.environment, **info))
-        num_steps = [max(1, round(arguments.seconds / min(worker.measure() for _ in range(2)))) for worker in workers]
         size = 1024 if rows[0].device == "cpu" else 8192
         for number in range(arguments.rounds):
-            order = list(zip(workers, rows, num_steps, strict=True))
-            for worker, row, steps in order if number % 2 == 0 else reversed(order):
-                row.seconds.append(worker.measure(steps))
+            order = list(zip(workers, rows, strict=True))
+            for worker, row in order if number % 2 == 0 else reversed(order):
+                row.seconds.append(worker.measure(arguments.seconds))
                 row.matmul.append(worker.ask(matmul=size)["flops"])
         for worker, row in zip(workers, rows, strict=True):
             row.memory = worker.ask(memory=True)["memory"]

@@ -28,7 +28,7 @@ class FakeWorker:
         self.info = {"device": "cpu", "versions": {peer: "1.0"}, "flops": 1e9, "loss": loss}
         self.startup = 7.0
 
-    def measure(self, num_steps=1):
+    def measure(self, seconds):
         self.log.append(self.peer)
         return {"slow": 3.0}.get(self.peer, 1.0) / (2 if self.environment else 1)
 
@@ -88,7 +88,7 @@ def test_main_alternates_and_pairs_rounds(run_cli, fake_workers, tmp_path):
     path = tmp_path / "out.json"
     result = run_cli("benchmarks.throughput", [*arguments, "--env", "timm", "=", "--json", path])
     assert result.code == 0
-    # Two steps each to choose the number of steps, then the rounds, every other one reversed.
+    # Two measurements each to warm up, then the rounds, every other one reversed.
     expected = ["vit_jax", "vit_jax", "timm", "timm", "vit_jax", "timm", "timm", "vit_jax"]
     assert [name for name in fake_workers.log if "close" not in name] == expected
     rows = json.loads(path.read_text())
@@ -105,7 +105,7 @@ def test_row_shows_median_and_range():
 
 
 def test_start_fastest_keeps_faster_allocator(fake_workers, tmp_path):
-    worker = throughput.start_fastest("timm", parse_case(f"{TOY}:full")[0], tmp_path, None)
+    worker = throughput.start_fastest("timm", parse_case(f"{TOY}:full")[0], tmp_path, None, 1.0)
     found = "GLIBC_TUNABLES" in worker.environment
     assert found == (throughput.platform.libc_ver()[0] == "glibc")
 
