@@ -1,6 +1,8 @@
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -137,6 +139,16 @@ def test_main_skips_cases_after_time_limit(run_cli, fake_workers):
 def test_first_loss_is_mean_cross_entropy(result, expected):
     program = Program(lambda: result, np.asarray, lambda size: lambda: None, lambda: 0, "cpu", {})
     assert peers.first_loss(program, np.array([0, 1])) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_process_memory_excludes_parent():
+    ballast = np.ones(50_000_000)  # 400 MB in this process
+    code = "from benchmarks import peers; print(peers.process_memory())"
+    child = subprocess.run(
+        [sys.executable, "-c", code], cwd=throughput.ROOT, capture_output=True, text=True, check=True
+    )
+    assert 0 < int(child.stdout) < ballast.nbytes / 2
 
 
 def test_main_measures_vit_jax_in_its_own_process(run_cli):
