@@ -39,7 +39,7 @@ _SECONDS_OF_MATMUL = 0.2
 class Case:
     """Sizes of a measurement; `mode` is what is trained, or "forward"."""
 
-    variant: str  # a key of configs.models.VARIANTS
+    variant: str  # a key of vit_jax.config.VARIANTS
     image_size: int  # pixels
     batch_size: int
     dtype: str  # "float32" or "bfloat16"

@@ -20,7 +20,7 @@ Prints rows for RESULTS.md. "relative time" is seconds of the software divided b
 round: median (smallest to largest). "matmul" is the rate of the case's FLOPs, as XLA counts them for vit_jax, divided
 by the rate of the fastest software's product of two matrices of 1024² (GPU: 8192²). "memory" is the peak of the
 process, or of its allocations on the GPU. On a CPU with glibc, "allocator" is the faster one in a trial: the
-default, or that of `vit_jax.runtime.allocator`.
+default, or that of `vit_jax.runtime.startup`.
 """
 
 import argparse
@@ -46,8 +46,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.peers import CREATORS, MODES, NUM_CLASSES, Case
-from vit_jax.runtime.allocator import TUNABLES
-from vit_jax.runtime.errors import UsageError, UserError, one_line, parse_arguments, run_command
+from vit_jax.config import STEM_UNITS, VARIANTS, model_sizes
+from vit_jax.runtime.arguments import parse_arguments
+from vit_jax.runtime.errors import UsageError, UserError, one_line, run_command
+from vit_jax.runtime.startup import TUNABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-3  # of the first losses
@@ -171,12 +173,10 @@ class Worker:
 
 def parse_case(text: str) -> list[Case]:
     """Expands VARIANT:PIXELS:BATCHES:DTYPES:MODES."""
-    from configs import models
-
     parts = text.split(":")
     if len(parts) != 5:
         raise UsageError(f"--cases {text}: expected VARIANT:PIXELS:BATCHES:DTYPES:MODES, such as {PRESETS['cpu'][0]}")
-    variants = [name for name in models.VARIANTS if name not in models.STEM_UNITS]
+    variants = [name for name in VARIANTS if name not in STEM_UNITS]
     choices = {0: variants, 3: ("float32", "bfloat16"), 4: MODES}
     cases = []
     for variant, size, batch, dtype, mode in itertools.product(*(part.split(",") for part in parts)):
@@ -185,7 +185,7 @@ def parse_case(text: str) -> list[Case]:
                 raise UsageError(f"--cases {text}: {value!r}; expected one of {', '.join(choices[i])}")
         if not re.fullmatch(r"[1-9]\d{0,4}", size) or not re.fullmatch(r"[1-9]\d{0,4}", batch):
             raise UsageError(f"--cases {text}: expected pixels and batches as positive integers")
-        patch_size = models.VARIANTS[variant][0]
+        patch_size = VARIANTS[variant][0]
         if int(size) % patch_size:
             raise UsageError(f"--cases {text}: expected pixels as a multiple of {patch_size}")
         cases.append(Case(variant, int(size), int(batch), dtype, mode))
@@ -196,13 +196,12 @@ def write_inputs(case: Case, directory: Path) -> None:
     """Writes random weights and images in the formats that the software reads; uses no device."""
     from flax.traverse_util import unflatten_dict
 
-    from configs import models as variants
     from vit_jax import models, pretrained
     from vit_jax.models.common import num_input_axes
     from vit_jax.pretrained.huggingface import save_huggingface
     from vit_jax.pretrained.sizes import parameter_shapes
 
-    sizes = variants.get_config(case.variant).to_dict()
+    sizes = model_sizes(case.variant)
     model = models.create_model("vit", {**sizes, "gelu_approximate": False}, num_classes=NUM_CLASSES)
     rng = np.random.default_rng(0)
     flat = {}

@@ -16,8 +16,8 @@ The head trains for 50 epochs × 256, the others for 5,000 steps × 128.
 `full_bwconrad` and `lora_bwconrad` differ from `full` and `lora` as follows: no gradient clipping, a random head, and
 the exact GELU and layer norm epsilon of the Hugging Face model that bwconrad fine-tunes. What remains different from
 bwconrad: crops of 5 to 100 % of the area with uniform aspect ratio, there 8 to 100 % and log-uniform; a Xavier-uniform
-head, there normal with std 0.02; bfloat16 or float32, there float16 mixed precision; the result is that of the last step,
-there possibly of the best of ten evaluations on the test images.
+head, there normal with std 0.02; bfloat16 or float32, there float16 mixed precision; the result is that of the last
+step, there possibly of the best of ten evaluations on the test images.
 """
 
 from ml_collections import ConfigDict
