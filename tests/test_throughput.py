@@ -166,19 +166,18 @@ def test_worker_reports_last_line_of_failure(tmp_path):
 
 
 def others() -> list[str]:
-    found = [name for name in ("timm", "transformers") if importlib.util.find_spec(name)]
-    return [*found, *(f"{name}:compile" for name in found)]
+    return [name for name in ("timm", "transformers") if importlib.util.find_spec(name)]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(not others(), reason="needs timm or transformers: pip install '.[interop]'")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_main_measures_same_model_in_other_software(run_command, tmp_path, dtype):
-    case, names = f"micro_4:8:4:{dtype}:{','.join(peers.MODES)}", ["vit_jax", "vit_jax:pad_crop", *others()]
+@pytest.mark.parametrize(("dtype", "modes"), [("float32", "full,lora,forward"), ("bfloat16", "full")])
+def test_main_measures_same_model_in_other_software(run_command, tmp_path, dtype, modes):
+    case, names = f"micro_4:8:4:{dtype}:{modes}", ["vit_jax", *others()]
     fixed = [argument for name in names for argument in ("--env", name, "=")]
     path = tmp_path / "out.json"
-    flags = ["--rounds", 1, "--seconds", 0.01, "--json", path, "--time_limit", 1800]
+    flags = ["--rounds", 1, "--seconds", 0.01, "--json", path, "--time_limit", 600]
     result = run_command(
         "benchmarks/throughput.py",
         "--cases",
@@ -187,9 +186,9 @@ def test_main_measures_same_model_in_other_software(run_command, tmp_path, dtype
         *names,
         *flags,
         *fixed,
-        timeout=1800,
+        timeout=600,
         env=dict(os.environ),
     )
     assert result.returncode == 0, result.stderr
     rows = json.loads(path.read_text())
-    assert [row["peer"] for row in rows] == names * len(peers.MODES), result.stderr
+    assert [row["peer"] for row in rows] == names * (modes.count(",") + 1), result.stderr
