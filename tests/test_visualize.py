@@ -54,8 +54,8 @@ def test_main_plots_checkpoint_on_given_images(tiny_npz, run_cli, tmp_path, monk
     assert result.code == 0, result.stderr
     assert {path.stem for path in (tmp_path / "out").iterdir()} == set(FIGURES) - {"curves", "confusion", "errors"}
     assert "not a run: curves, confusion matrix and errors are omitted" in result.stderr
-    assert titles[0][0].startswith("a.png\nclassified as " if is_trained else "a.png")
-    assert ("classified" in titles[0][0]) == is_trained
+    assert titles[0][0].startswith("a.png\npredicted: " if is_trained else "a.png")
+    assert ("predicted" in titles[0][0]) == is_trained
 
 
 def test_main_plots_parameters_of_checkpoint_without_images(tiny_npz, run_cli, tmp_path):

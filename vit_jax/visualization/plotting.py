@@ -3,7 +3,6 @@
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -80,7 +79,9 @@ def plot_attention(
     figure, panels = _create_panels(rows, 2 * columns, title=title, captions=2)
     for pair, image, weights, name in zip(panels.reshape(-1, 2), images, maps, titles, strict=False):
         pair[0].imshow(image)
-        pair[0].set_title("\n".join(_shorten(line, 34) for line in name.splitlines()), **_LEFT)  # above both
+        pair[0].set_title(
+            "\n".join(_shorten(line, 34) for line in name.splitlines()), loc="left", fontsize=_SMALL, pad=3
+        )  # above both
         _plot_heat_map(pair[1], image, weights)
         pair[1].set_xlabel(f"{weights.min():.2%} to {weights.max():.2%}", fontsize=_SMALL)
     _add_heat_bar(figure, panels, label="attention to a patch")
@@ -113,22 +114,21 @@ def plot_heads(
     return figure
 
 
-_LEFT: dict[str, Any] = {"loc": "left", "fontsize": _SMALL, "pad": 3}
-_HEAT: dict[str, Any] = {"cmap": "inferno", "alpha": 0.65}
+_HEAT_CMAP, _HEAT_ALPHA = "inferno", 0.65
 
 
 def _plot_heat_map(axes: Axes, image: UInt8[np.ndarray, "h w 3"], weights: Float[np.ndarray, "g g"]) -> None:
     extent = (0, image.shape[1], image.shape[0], 0)
     axes.imshow(image.mean(axis=-1), cmap="gray", vmin=-200, vmax=455, extent=extent)  # faint, below the colors
-    axes.imshow(weights, **_HEAT, extent=extent, interpolation="bilinear")
+    axes.imshow(weights, cmap=_HEAT_CMAP, alpha=_HEAT_ALPHA, extent=extent, interpolation="bilinear")
     axes.set_axis_on()
     axes.set(xticks=[], yticks=[])
 
 
 def _add_heat_bar(figure: FigureBase, panels: np.ndarray, *, label: str) -> None:
     """Adds a color bar with the colors of `_plot_heat_map`, from the minimum to the maximum of each map."""
-    mappable = ScalarMappable(Normalize(), _HEAT["cmap"])
-    bar = figure.colorbar(mappable, ax=panels, aspect=40, alpha=_HEAT["alpha"], label=label)
+    mappable = ScalarMappable(Normalize(), _HEAT_CMAP)
+    bar = figure.colorbar(mappable, ax=panels, aspect=40, alpha=_HEAT_ALPHA, label=label)
     bar.ax.set_facecolor("0.5")
     bar.set_ticks([0, 1], labels=["min", "max"])
 
@@ -224,7 +224,7 @@ def plot_errors(
     for axes, image, label, prediction, probability in shown:
         axes.imshow(image)
         caption = f"true: {_shorten(label, 16)}\npredicted: {_shorten(prediction, 16)}\nprobability: {probability:.0%}"
-        axes.set_title(caption, **_LEFT)
+        axes.set_title(caption, loc="left", fontsize=_SMALL, pad=3)
     return figure
 
 
