@@ -100,7 +100,7 @@ def bfloat16_workdir(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["npz", "stablehlo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("orbax", "safetensors"))]
+    "name", ["npz", *(pytest.param(name, marks=pytest.mark.slow) for name in ("stablehlo", "orbax", "safetensors"))]
 )
 def test_main_keeps_compute_dtype(bfloat16_workdir, images, tmp_path, name):
     run, images = vit_jax.load(bfloat16_workdir), images[:8].repeat(2, axis=1).repeat(2, axis=2)

@@ -53,7 +53,7 @@ RUNS = {
     "lora": {"trainable": "lora", "lora.rank": 2, "ema_decay": 0.9},
     "patterns": {"trainable": ATTENTION_AND_CLS, "label_smoothing": 0.1, "remat": "full"},
 }
-QUICK = ("full", "head_views", "lora")
+QUICK = ("head_views", "lora")
 every_run = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RUNS]
 )

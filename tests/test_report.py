@@ -3,7 +3,7 @@ import re
 import shutil
 
 import pytest
-from conftest import edit_run
+from conftest import TINY, edit_run
 
 from vit_jax import report
 from vit_jax.run import load_run
@@ -65,17 +65,18 @@ def test_write_report_rejects_missing_metrics(workdir, tmp_path):
         report.write_report(tmp_path)
 
 
-def test_train_writes_report_once(run_command, tmp_path):
-    overrides = ("--config.num_steps=4", "--config.warmup_steps=1")
-    command = ("train.py", "--config", "configs/digits.py", "--workdir", tmp_path / "run", *overrides)
-    result = run_command(*command, "--noreport")
+def test_train_writes_report_once(run_command, run_cli, tmp_path):
+    sizes = [f"--config.model.{name}={value}" for name, value in {**TINY, "patch_size": 16}.items()]
+    overrides = ["--config.num_steps=4", "--config.warmup_steps=1", *sizes]
+    command = ["--config", "configs/digits.py:scratch", "--workdir", tmp_path / "run", *overrides]
+    result = run_command("train.py", *command, "--noreport")
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "run/report.html").exists()
-    result = run_command(*command)
+    result = run_cli("train", command)
     assert result.stdout.splitlines()[-1] == f"report: {tmp_path / 'run/report.html'}"
     assert "writing the report" in result.stdout
     assert "--config.num_steps=4" in (tmp_path / "run/report.html").read_text()
-    assert "writing the report" not in run_command(*command).stdout
+    assert "writing the report" not in run_cli("train", command).stdout
 
 
 @pytest.fixture

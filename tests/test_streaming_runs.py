@@ -107,17 +107,15 @@ def test_evaluate_matches_in_memory_results_for_streamed_images(image_dir, unint
     assert results["stream"] == pytest.approx(results["memory"], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
         pytest.param({"augment": "inception", "image_size": 8}, id="inception"),
-        pytest.param(
-            {"augment": "pad_crop", "ablation.test_augment": "square_crop"}, id="pad_crop", marks=pytest.mark.slow
-        ),
+        pytest.param({"augment": "pad_crop", "ablation.test_augment": "square_crop"}, id="pad_crop"),
         pytest.param(
             {"augment": "inception", "trainable": "head", "features": "cached", "feature_views": 2, "mixup_alpha": 0.0},
             id="cached_views",
-            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -138,6 +136,7 @@ def test_draw_all_plots_images_of_streamed_run(uninterrupted):
     assert {"confusion", "errors", "attention_rollout"} <= figures.keys()
 
 
+@pytest.mark.slow
 def test_dry_run_counts_two_batches_for_streamed_images(image_dir, capsys):
     config = config_for(image_dir, **{"dataset.storage": "memory"})
     outputs = []

@@ -151,6 +151,7 @@ def test_process_memory_excludes_parent():
     assert 0 < int(child.stdout) < ballast.nbytes / 2
 
 
+@pytest.mark.slow
 def test_main_measures_vit_jax_in_its_own_process(run_cli):
     arguments = ["--cases", f"{TOY}:full", "--peers", "vit_jax", "--rounds", 1, "--seconds", 0.01, *DEFAULT_ALLOCATOR]
     result = run_cli("benchmarks.throughput", arguments)

@@ -194,6 +194,7 @@ def test_train_stops_at_nonfinite_loss(tmp_path, run_cli):
     assert "was not finite at step 2; no checkpoint had been written" in line
 
 
+@pytest.mark.slow
 def test_train_and_evaluate_keeps_last_checkpoint_before_nonfinite_loss(tmp_path, monkeypatch):
     """The learning rate of update 25 (from 1) is NaN, and checkpoints are saved every 10 steps."""
     config = digits.get_config("scratch")
@@ -235,6 +236,7 @@ def test_train_keeps_last_checkpoint_after_failed_write(finished, tmp_path, run_
     assert_same_parameters(workdir, finished[0])
 
 
+@pytest.mark.slow
 def test_train_reports_full_disk_in_one_line(tmp_path):
     """The run directory is on a tmpfs of 100 KiB, mounted in a namespace of the subprocess."""
     script = 'mount -t tmpfs -o size=100k tmpfs "$0" && exec "$@"'

@@ -122,6 +122,7 @@ def test_train_and_evaluate_keeps_accumulation_steps_of_run(interrupted_copy, mo
         trainer.train_and_evaluate(small_config(**INTERVALS), interrupted_copy)
 
 
+@pytest.mark.slow
 def test_train_and_evaluate_keeps_attention_of_run(tmp_path, monkeypatch):
     """Without a GPU, "cudnn" is XLA's attention here."""
     choices = ["cudnn"]
@@ -204,7 +205,7 @@ def test_train_and_evaluate_rejects_missing_metrics_of_finished_run(finished_cop
     assert load_run(finished_copy).evaluate()["test/accuracy"] >= 0
 
 
-@pytest.mark.parametrize("num_steps", [0, 20])
+@pytest.mark.parametrize("num_steps", [pytest.param(0, marks=pytest.mark.slow), 20])
 def test_train_and_evaluate_syncs_metrics_to_disk_before_each_checkpoint(tmp_path, monkeypatch, num_steps):
     events, fsync, save = [], os.fsync, Checkpoints.save
     metrics = tmp_path / "metrics.jsonl"

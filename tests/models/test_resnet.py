@@ -125,7 +125,7 @@ def create_config(*, model=None, **changes):
     [
         pytest.param("full", ("",), {}, marks=pytest.mark.slow),
         ("head", ("head/",), {}),
-        (("resnet/block2/.*", "head/.*"), ("resnet/block2/", "head/"), {"fsdp": 8}),
+        pytest.param(("resnet/block2/.*", "head/.*"), ("resnet/block2/", "head/"), {"fsdp": 8}, marks=pytest.mark.slow),
     ],
 )
 def test_train_and_evaluate_updates_only_trainable_resnet_parameters(tmp_path, trainable, updated, mesh):

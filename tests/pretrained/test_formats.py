@@ -260,9 +260,8 @@ def config_from(file, **changes):
     return config
 
 
-@pytest.mark.parametrize(
-    ("name", "image_size"), [("hybrid, root only", 16), pytest.param("big_vision, MAP", 32, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "image_size"), [("hybrid, root only", 16), ("big_vision, MAP", 32)])
 def test_train_visualize_and_export_accept_other_formats(name, image_size, tmp_path):
     """Position embeddings are resampled; figures and exports are of the fine-tuned model."""
     flat, to_format = FILES[name]

@@ -253,7 +253,8 @@ def read_logs(log: Path) -> list[str]:
     return [log.with_suffix(f".{i}").read_text() for i in range(2)]
 
 
-@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
 def test_initialize_processes_stops_all_processes_when_one_is_out_of_memory(tmp_path, failing):
     assert wait(start_failing(tmp_path / "log", "out of memory", failing), 60) == [1, 1]
     logs = read_logs(tmp_path / "log")
@@ -285,6 +286,7 @@ def test_initialize_processes_stops_waiting_process_when_other_fails_late(tmp_pa
     assert logs[1 - failing] == f"error: process {failing} of 2 failed: the disk is full{RESUME}\n"
 
 
+@pytest.mark.slow
 def test_initialize_processes_stops_main_process_when_other_is_killed(tmp_path):
     assert wait(start_failing(tmp_path / "log", "kill", 1), 60) == [1, -signal.SIGKILL]
     assert read_logs(tmp_path / "log")[0] == f"error: process 1 of 2 has not responded for 5 seconds{RESUME}\n"

@@ -116,6 +116,7 @@ def test_fit_accumulation_chooses_smallest_number_that_fits(set_memory, capsys):
         assert capsys.readouterr().out.endswith(f"accumulation_steps: {number}\n")
 
 
+@pytest.mark.slow
 def test_fit_accumulation_suggests_remat_if_nothing_fits(set_memory):
     set_memory(2**20)
     with pytest.raises(UserError) as error:

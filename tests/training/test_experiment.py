@@ -210,7 +210,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change", ["class", *(pytest.param(name, marks=pytest.mark.slow) for name in ("count", "file"))]
+)
 def test_create_experiment_rejects_dataset_changed_since_start_of_run(image_dir, tmp_path_factory, change):
     config = config_with(**{"image_size": 8, "batch_size": 2, "mesh.data": 1, "dataset.name": f"folder:{image_dir}"})
     saved = experiment.create_experiment(config)[0].info

@@ -44,6 +44,7 @@ def test_train_and_evaluate_with_cached_features_matches_uncached_run(tmp_path):
     assert cached[-1]["test/accuracy"] > 0.5  # above the chance level of 0.1
 
 
+@pytest.mark.slow
 def test_train_and_evaluate_caches_same_features_for_any_eval_batch_size(tmp_path):
     """A resumed run may change `eval_batch_size`."""
     config = head_config(dtype="bfloat16", num_steps=5, eval_every_steps=5, eval_batch_size=360)
@@ -53,7 +54,7 @@ def test_train_and_evaluate_caches_same_features_for_any_eval_batch_size(tmp_pat
     np.testing.assert_array_equal(params["head/kernel"], others["head/kernel"])
 
 
-@pytest.mark.parametrize("features", ["cached", "fresh"])
+@pytest.mark.parametrize("features", ["cached", pytest.param("fresh", marks=pytest.mark.slow)])
 def test_evaluate_applies_test_augment_as_in_training(tmp_path, features):
     """Keys of test-time crops do not depend on the seed."""
     config = head_config(features=features, seed=3, num_steps=5, eval_every_steps=5, warmup_steps=0)

@@ -177,9 +177,10 @@ def test_train_step_with_accumulation_equals_large_batch(digits):
     assert float(actual["train/accuracy"]) == pytest.approx(float(expected["train/accuracy"]), abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{"accumulation_steps": 4, "num_devices": 8}, pytest.param({"num_devices": 8, "fsdp": 4}, marks=pytest.mark.slow)],
+    [{"accumulation_steps": 4, "num_devices": 8}, {"num_devices": 8, "fsdp": 4}],
 )
 def test_train_step_samples_dropout_per_image(digits, options):
     """Accumulation and devices split the batch; neither changes the masks."""
@@ -248,6 +249,7 @@ def test_train_step_donates_state(digits):
 MIXING = {"mixup_alpha": 0.3, "cutmix_alpha": 1.0, "label_smoothing": 0.1}
 
 
+@pytest.mark.slow
 def test_train_step_with_accumulation_and_mixing_equals_large_batch(digits):
     plain, accumulated = (
         Setup(digits, batch_size=32, accumulation_steps=n, augment="inception", **MIXING) for n in (1, 4)
@@ -278,7 +280,11 @@ def test_train_step_mixes_labels_like_images(digits):
 
 
 @pytest.mark.parametrize(
-    ("num_devices", "fsdp", "mode"), [(8, 8, "full"), (8, 4, "full"), (4, 2, "full"), (8, 4, "mlp")]
+    ("num_devices", "fsdp", "mode"),
+    [
+        (8, 4, "full"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(8, 8, "full"), (4, 2, "full"), (8, 4, "mlp")]),
+    ],
 )
 def test_train_step_with_sharded_parameters_equals_one_device(digits, num_devices, fsdp, mode):
     options = {"model": WIDE, "mode": mode, "batch_size": 32, "augment": "flip", "ema_decay": 0.5}

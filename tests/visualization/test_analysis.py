@@ -9,7 +9,7 @@ from vit_jax.visualization import analysis
 SIZES = {"patch_size": 4, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "mlp_dim": 40}
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_attention_weights_sum_to_one_and_match_reference(remat):
     model = VisionTransformer(7, **SIZES, remat=remat)
     images = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
