@@ -49,8 +49,8 @@ def report_error(error: BaseException) -> int | None:
             line, code = f"error: {one_line(error)}", 1
         case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):  # device memory
             advice = (
-                "raise --config.accumulation_steps, set --config.remat=full, shard the parameters with "
-                "--config.mesh.fsdp, or lower eval_batch_size; --dry_run shows what is needed"
+                "set --config.remat=full, shard the parameters with --config.mesh.fsdp, lower eval_batch_size, or "
+                "start again with more accumulation_steps; --dry_run shows what is needed"
             )
             line, code = f"error: {one_line(str(error).splitlines()[0])} {advice}", 1
         case _:
