@@ -112,6 +112,12 @@ def test_main_with_dataset_equals_main_without_dataset(tmp_path, capsys):
     assert explicit == pytest.approx(default)
 
 
+def test_main_evaluates_micro_on_cifar10(cifar10_archive, capsys):
+    argv = ["--model", "micro", "--dataset", "cifar10", "--data_dir", str(cifar10_archive), "--json"]
+    assert evaluate.main([*argv, "--test_split", "test[:200]"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["test/accuracy"] > 0.5
+
+
 @pytest.mark.parametrize(
     ("argv", "error", "message"),
     [

@@ -204,8 +204,9 @@ def test_main_exports_only_metadata_of_model(workdir, exported):
     assert preprocessor["image_mean"] == preprocessor["image_std"] == [0.5, 0.5, 0.5]
 
 
-def test_load_numbers_classes_without_names(images):
-    micro = vit_jax.load("micro")
+def test_load_numbers_classes_without_names(images, tmp_path):
+    pretrained.save_npz(tmp_path / "micro.npz", pretrained.load_npz(pretrained.resolve("micro")))
+    micro = vit_jax.load(str(tmp_path / "micro.npz"))
     assert micro.image_size == 32 and micro.class_names == tuple(str(i) for i in range(10))
     assert micro.predict(images[:2]).shape == (2, 10)
 

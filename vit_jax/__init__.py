@@ -34,7 +34,7 @@ def load(source: str | os.PathLike[str], *, step: int | None = None, use_ema: bo
     Examples:
         >>> import vit_jax
         >>> vit_jax.load("micro")
-        Classifier(VisionTransformer, 32 px, 10 classes: 0, 1, 2, …)
+        Classifier(VisionTransformer, 32 px, 10 classes: airplane, automobile, bird, …)
     """
     path = Path(source)
     if (path / "checkpoints").is_dir():

@@ -79,7 +79,7 @@ class Classifier:
             >>> probabilities.shape
             (2, 10)
             >>> classifier.class_names[probabilities[0].argmax()]
-            '0'
+            'airplane'
         """
         return np.asarray(jax.nn.softmax(self.logits(images, batch_size=batch_size)))
 

@@ -40,8 +40,9 @@ def test_read_model_returns_saved_params_and_metadata(tmp_path, kind):
     assert metadata.class_names == tuple("abcde") and metadata.image_size == 8
 
 
-def test_read_model_returns_none_for_missing_metadata():
-    params, metadata = pretrained.read_model("micro")
+def test_read_model_returns_none_for_missing_metadata(tmp_path):
+    pretrained.save_npz(tmp_path / "micro.npz", pretrained.load_npz(pretrained.resolve("micro")))
+    params, metadata = pretrained.read_model(str(tmp_path / "micro.npz"))
     assert metadata is None and params["head"]["kernel"].shape == (96, 10)
 
 
