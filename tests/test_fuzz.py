@@ -504,7 +504,7 @@ CHOICES = """
 architecture dtype augment ablation.test_augment ablation.head_init features optimizer.name
 optimizer.momentum_dtype optimizer.decayed schedule remat
 """
-STRINGS = "pretrained dataset.name dataset.data_dir dataset.train_split dataset.test_split"
+STRINGS = "pretrained dataset.name dataset.data_dir dataset.train_split dataset.validation_split dataset.test_split"
 TUPLES = "image_mean image_std trainable lora.targets dataset.classes"
 BOOLEANS = "ablation.frozen_dropout"
 NINES = "9" * 30

@@ -101,7 +101,9 @@ KEYS = (
         'cifar10 | cifar100 | digits | folder:DIR | tfds:NAME; "" for a dataset given from Python'),
     Key("dataset.data_dir", "", _STRING, 'archive or directory on disk; "" downloads into the cache', resumable=True),
     Key("dataset.train_split", "train", _NAME, 'may be a slice, such as "train[:90%]"'),
-    Key("dataset.test_split", "test", _NAME, 'for tuning, use a held-out slice such as "train[90%:]"'),
+    Key("dataset.test_split", "test", _NAME, "must not overlap with the other splits"),
+    Key("dataset.validation_split", "", _STRING,
+        'for choices in training, such as "train[90%:]"; "": the validation or val directory of folder:DIR, or none'),
     Key("dataset.classes", (), _STRINGS, "names of the classes to keep; () keeps all"),
     Key("dataset.storage", "auto", _one_of("auto", "memory", "stream"),
         "memory: images are decoded once and kept on the device; stream: they are decoded at every step; auto: memory "

@@ -62,7 +62,7 @@ class Run(Classifier):
             config.dataset.data_dir = data_dir
         # A run that streamed its images is also evaluated from a stream; the pixels are the same.
         storage = "stream" if self.info.storage == "stream" else config.dataset.storage
-        split, class_names = experiment.load_test_split(config, storage=storage)
+        split, class_names = experiment.load_split(config, storage=storage)
         if class_names != self.class_names:
             ours, theirs = (
                 f"{len(names)} classes ({', '.join(names[:5])}, …)" for names in (self.class_names, class_names)

@@ -91,12 +91,13 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Training and test images.
+    """Training and test images, and validation images if there are any.
 
     Attributes:
         train: training split.
         test: test split.
         class_names: name of each label.
+        validation: validation split, for choices during training; None if there is none.
 
     Examples:
         >>> import numpy as np
@@ -110,3 +111,10 @@ class Dataset:
     train: Split
     test: Split
     class_names: tuple[str, ...]
+    validation: Split | None = None
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits by name: "train", "validation" unless it is None, and "test"."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in splits.items() if split is not None}

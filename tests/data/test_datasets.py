@@ -185,6 +185,25 @@ def test_dataset_info_matches_load_dataset(image_dir, monkeypatch):
         assert info.in_memory == dataset.train.in_memory
 
 
+def test_load_dataset_slices_validation_split():
+    dataset = load("digits", train_split="train[:90%]", validation_split="train[90%:]")
+    full = load("digits")
+    assert full.validation is None and list(full.splits) == ["train", "test"]
+    assert list(dataset.splits) == ["train", "validation", "test"]
+    np.testing.assert_array_equal(dataset.validation.images, full.train.images[1293:])
+    np.testing.assert_array_equal(dataset.validation.labels, full.train.labels[1293:])
+    info = data.dataset_info("digits", image_size=8, train_split="train[:90%]", validation_split="train[90%:]")
+    assert info == data.DatasetInfo.from_dataset(dataset) and info.num_validation == 144
+    assert str(info).startswith("1,293 training, 144 validation and 360 test images of 8 × 8 pixels")
+
+
+def test_load_split_names_missing_validation_split():
+    with pytest.raises(UsageError, match="digits has no validation split; set dataset.validation_split"):
+        data.load_split("digits", split="validation", image_size=8)
+    split, _ = data.load_split("digits", split="validation", image_size=8, validation_split="train[90%:]")
+    assert len(split) == 144
+
+
 def test_load_split_returns_split_and_class_names(image_dir):
     split, class_names = data.load_split(f"folder:{image_dir}", split="test", image_size=4, classes=("dog", "cat"))
     assert split.labels.tolist() == [1, 0] and class_names == ("dog", "cat")

@@ -36,6 +36,17 @@ def test_from_json_inverts_to_json(image_dir):
     assert DatasetFingerprint.from_json(json.loads(json.dumps(original.to_json()))) == original
 
 
+def test_fingerprint_covers_validation_split(image_dir):
+    before = digest(image_dir)
+    shutil.copytree(image_dir / "test", image_dir / "val")
+    actual = fingerprint(data.load_dataset(f"folder:{image_dir}", image_size=4))
+    assert actual.validation_counts == (2, 2) and str(actual) == "4 training, 4 validation and 4 test images"
+    (image_dir / "val/dog/1.png").rename(image_dir / "val/dog/2.png")
+    assert digest(image_dir) != actual.digest
+    shutil.rmtree(image_dir / "val")
+    assert digest(image_dir) == before
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

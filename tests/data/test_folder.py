@@ -26,6 +26,15 @@ def test_open_folder_accepts_other_split_names(image_dir):
     assert len(load_folder(image_dir, test_split="val").test) == 2
 
 
+@pytest.mark.parametrize("name", ["validation", "val"])
+def test_open_folder_finds_validation_directory(image_dir, name):
+    write_image(image_dir / name / "cat" / "5.png", color=(5, 0, 0))
+    write_image(image_dir / name / "dog" / "5.png", color=(15, 0, 0))
+    dataset = load_folder(image_dir)
+    assert dataset.validation.images[:, 0, 0, 0].tolist() == [5, 15]
+    assert (len(dataset.train), len(dataset.test)) == (4, 2)
+
+
 def test_open_folder_slices_across_all_classes(image_dir):
     for label, name in enumerate(["cat", "dog"]):
         for i in range(2, 50):

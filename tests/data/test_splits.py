@@ -1,11 +1,12 @@
 import pytest
 
-from vit_jax.data.splits import nearest_first, parse_split, select_rows
+from vit_jax.data.splits import Request, nearest_first, parse_split, select_rows
 from vit_jax.runtime.errors import UsageError
 
 
 def rows(*splits, num_images=1437):
-    return select_rows([parse_split(split) for split in splits], {"train": num_images, "test": 3})
+    request = Request(name="digits", splits=dict(zip(("train", "test", "validation"), splits, strict=False)))
+    return list(select_rows(request.slices(), {"train": num_images, "test": 3}).values())
 
 
 @pytest.mark.parametrize("text", ["", "train[", "train[3]", "train[:1.5]", "train[a:b]", "train[:90%", "train+test"])
@@ -49,6 +50,11 @@ def test_select_rows_rejects_empty_slice(split):
 )
 def test_select_rows_slices_like_tfds(split, expected):
     assert rows(split, num_images=10) == [expected]
+
+
+def test_select_rows_rejects_validation_slice_that_overlaps():
+    with pytest.raises(UsageError, match=r"train_split 'train\[:90%\]' and validation_split 'train\[85%:\]'"):
+        rows("train[:90%]", "test", "train[85%:]")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_jax.data.splits import OpenedSplits, parse_split, slice_splits
+from vit_jax.data.splits import OpenedSplits, Request, slice_splits
 from vit_jax.runtime import download
 from vit_jax.runtime.errors import UserError
 from vit_jax.runtime.files import cache_dir
@@ -60,12 +60,15 @@ CIFARS = {
 }
 
 
-def open_cifar(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
+def open_cifar(request: Request) -> OpenedSplits:
     """Reads "cifar10" or "cifar100"; downloads the archive unless `data_dir` is given."""
-    cifar = CIFARS[name]
-    slices = [parse_split(text, known=cifar.files) for text in splits]
-    names = sorted({split.name for split in slices})
-    whole = {split: _count_images(cifar, split) for split in names} if dry_run else _read_splits(cifar, data_dir, names)
+    cifar = CIFARS[request.name]
+    slices = request.slices(known=cifar.files)
+    names = sorted({split.name for split in slices.values()})
+    if request.dry_run:
+        whole = {split: _count_images(cifar, split) for split in names}
+    else:
+        whole = _read_splits(cifar, request.data_dir, names)
     return slice_splits(whole, slices), cifar.class_names
 
 

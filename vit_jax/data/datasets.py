@@ -12,9 +12,10 @@ from typing import Protocol, Required, TypedDict, Unpack, runtime_checkable
 import numpy as np
 
 from vit_jax.data.cifar import open_cifar
+from vit_jax.data.fingerprint import count_images
 from vit_jax.data.folder import open_folder
 from vit_jax.data.images import EncodedImages, decode_all
-from vit_jax.data.splits import OpenedSplits, nearest_first, parse_split, slice_splits
+from vit_jax.data.splits import ROLES, OpenedSplits, Request, nearest_first, slice_splits
 from vit_jax.data.tfds import open_tfds
 from vit_jax.runtime import resources
 from vit_jax.runtime.errors import UsageError, UserError
@@ -23,24 +24,23 @@ from vit_jax.types import Dataset, ImageSource, Split
 
 @runtime_checkable
 class Reader(Protocol):
-    """Opens splits, named as in `load_dataset`, as arrays or as `EncodedImages`.
+    """Opens the requested splits as arrays or as `EncodedImages`.
 
-    A dry run downloads and decodes nothing: the number of images is right, but they may be black, with evenly
-    distributed labels. Raises UserError if files are missing, damaged or inconsistent.
+    Raises UserError if files are missing, damaged or inconsistent.
     """
 
-    def __call__(self, name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
-        """Returns the splits and the class names."""
+    def __call__(self, request: Request) -> OpenedSplits:
+        """Returns the splits by role and the class names."""
 
 
-def open_digits(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
+def open_digits(request: Request) -> OpenedSplits:
     """Loads scikit-learn's handwritten digits, 8 × 8 pixels: 1,437 training and 360 test images.
 
     Source: the test part of "Optical Recognition of Handwritten Digits", UCI, Alpaydin and Kaynak 1998.
     """
     from sklearn.datasets import load_digits
 
-    slices = [parse_split(text, known=("train", "test")) for text in splits]
+    slices = request.slices(known=("train", "test"))
     digits = load_digits()
     order = np.random.RandomState(0).permutation(len(digits.target))
     grey = np.round(digits.images[order] * (255 / 16)).astype(np.uint8)  # [n h w], 0..16 -> 0..255
@@ -64,6 +64,9 @@ class DatasetOptions(TypedDict, total=False):
 
     Attributes:
         image_size: height and width of the model's input, pixels; required.
+        train_split: name of a split, or a slice in TFDS syntax, such as "train[:90%]".
+        validation_split: the same; "" is the directory validation or val of a folder if there is one, otherwise none.
+        test_split: the same as `train_split`; the three must not overlap.
         data_dir: archive or directory of CIFAR, or data_dir of TFDS; "" downloads CIFAR, or is the default of TFDS.
         classes: class names to keep, in label order, after slicing the splits; all if empty.
         crops: images will be cropped, and so keep their resolution.
@@ -72,6 +75,9 @@ class DatasetOptions(TypedDict, total=False):
     """
 
     image_size: Required[int]
+    train_split: str
+    validation_split: str
+    test_split: str
     data_dir: str
     classes: Sequence[str]
     crops: bool
@@ -88,31 +94,29 @@ class DatasetInfo:
     image_shape: tuple[int, ...]  # [h w 3]
     class_names: tuple[str, ...]
     in_memory: bool  # or streamed
+    num_validation: int = 0
 
     def __str__(self) -> str:
         """Returns a one-line summary."""
         height, width, _ = self.image_shape
         return (
-            f"{self.num_train:,} training and {self.num_test:,} test images of {height} × {width} pixels, "
+            f"{count_images(self.num_train, self.num_validation, self.num_test)} images of {height} × {width} pixels, "
             f"{len(self.class_names)} classes{'' if self.in_memory else ', streamed'}"
         )
 
     @classmethod
     def from_dataset(cls, dataset: Dataset) -> "DatasetInfo":
         """Returns the sizes and class names of a loaded dataset."""
-        train, test = dataset.train, dataset.test
-        return cls(len(train), len(test), train.images.shape[1:], dataset.class_names, train.in_memory)
+        train, test, num_validation = dataset.train, dataset.test, len(dataset.validation or ())
+        shape, in_memory = train.images.shape[1:], train.in_memory
+        return cls(len(train), len(test), shape, dataset.class_names, in_memory, num_validation)
 
 
-def load_dataset(
-    name: str, *, train_split: str = "train", test_split: str = "test", **options: Unpack[DatasetOptions]
-) -> Dataset:
+def load_dataset(name: str, **options: Unpack[DatasetOptions]) -> Dataset:
     """Loads a dataset into host memory, or opens it for streaming.
 
     Args:
         name: "cifar10", "cifar100", "digits", "folder:DIR" or "tfds:NAME".
-        train_split: name of a split, or a slice in TFDS syntax, such as "train[:90%]".
-        test_split: the same; must not overlap with `train_split`.
         **options: see `DatasetOptions`.
 
     Raises:
@@ -125,63 +129,80 @@ def load_dataset(
         >>> digits.train.images.shape, digits.train.images.dtype, len(digits.test)
         ((144, 8, 8, 3), dtype('uint8'), 360)
     """
-    (train, test), class_names = _load(name, [train_split, test_split], **options)
-    return Dataset(train, test, class_names)
+    splits, class_names = _load(name, **options)
+    return Dataset(**splits, class_names=class_names)
 
 
 def load_split(name: str, *, split: str, **options: Unpack[DatasetOptions]) -> tuple[Split, tuple[str, ...]]:
-    """Loads one split of a dataset and the class names; see `load_dataset`."""
-    (loaded,), class_names = _load(name, [split], **options)
+    """Loads one split of a dataset and the class names.
+
+    `split` is "train", "validation" or "test", the splits of `load_dataset` with these options, or any other name or
+    slice. Raises UsageError if there is no validation split; see also `load_dataset`.
+    """
+    splits, class_names = _load(name, only=split, **options)
+    if not splits:
+        raise UsageError(f"{name} has no validation split; set dataset.validation_split, such as 'train[90%:]'")
+    (loaded,) = splits.values()
     return loaded, class_names
 
 
-def dataset_info(
-    name: str, *, train_split: str = "train", test_split: str = "test", **options: Unpack[DatasetOptions]
-) -> DatasetInfo:
+def dataset_info(name: str, **options: Unpack[DatasetOptions]) -> DatasetInfo:
     """Returns the sizes of what `load_dataset` would return; downloads and decodes nothing.
 
     Sizes are exact, except that `classes` of CIFAR and TFDS are assumed to be equally frequent in every slice.
     """
-    (train, test), class_names = _load(name, [train_split, test_split], dry_run=True, **options)
-    return DatasetInfo.from_dataset(Dataset(train, test, class_names))
+    splits, class_names = _load(name, dry_run=True, **options)
+    return DatasetInfo.from_dataset(Dataset(**splits, class_names=class_names))
 
 
 def _load(
     name: str,
-    splits: Sequence[str],
     *,
     image_size: int,
+    train_split: str = "train",
+    validation_split: str = "",
+    test_split: str = "test",
     data_dir: str = "",
     classes: Sequence[str] = (),
     crops: bool = False,
     storage: str = "auto",
     device_bytes: int | None = None,
+    only: str = "",
     dry_run: bool = False,
 ) -> OpenedSplits:
     reader = find_reader(name)
     if data_dir and reader in (open_digits, open_folder):
         raise UsageError(f"dataset.data_dir is {data_dir!r}, which {name!r} does not use; leave it empty")
-    opened, class_names = reader(name, data_dir=data_dir, splits=splits, dry_run=dry_run)
+    splits = {"train": train_split, "validation": validation_split, "test": test_split}
+    if only and only not in ROLES:
+        splits, only = {"test": only}, "test"
+    opened, class_names = reader(Request(name=name, splits=splits, only=only, data_dir=data_dir, dry_run=dry_run))
     if classes:
-        opened, class_names = [keep_classes(split, class_names, classes) for split in opened], tuple(classes)
-    storage, size = choose_storage(opened, image_size, crops=crops, storage=storage, device_bytes=device_bytes)
-    return [_decode(split, storage, size, dry_run=dry_run) for split in opened], class_names
+        opened = {role: keep_classes(split, class_names, classes) for role, split in opened.items()}
+        class_names = tuple(classes)
+    if not opened:
+        return {}, class_names
+    storage, size = choose_storage(
+        list(opened.values()), image_size, crops=crops, storage=storage, device_bytes=device_bytes
+    )
+    return {role: _decode(split, storage, size, dry_run=dry_run) for role, split in opened.items()}, class_names
 
 
 def check_dataset(dataset: Dataset) -> Dataset:
     """Validates a user's dataset; loads image sources other than `EncodedImages` into memory."""
     if not isinstance(dataset, Dataset):
         raise UsageError(f"dataset is a {type(dataset).__name__}; expected a vit_jax.types.Dataset")
-    splits = []
-    for name, split in (("train", dataset.train), ("test", dataset.test)):
+    splits = {}
+    for role, split in dataset.splits.items():
         images = split.images if isinstance(split.images, EncodedImages) else np.asarray(split.images[:])
         split = dataclasses.replace(split, images=images)
-        splits.append(check_split(split, num_classes=len(dataset.class_names), name=f"dataset.{name}"))
-    train, test = splits
-    if train.images.shape[1:] != test.images.shape[1:]:
-        sizes = " and ".join(f"{h} × {w}" for _, h, w, _ in (train.images.shape, test.images.shape))
-        raise UsageError(f"dataset: training and test images are {sizes} pixels; expected the same size")
-    return Dataset(train, test, tuple(dataset.class_names))
+        splits[role] = check_split(split, num_classes=len(dataset.class_names), name=f"dataset.{role}")
+    shapes = [split.images.shape[1:] for split in splits.values()]
+    if len(set(shapes)) > 1:
+        sizes = " and ".join(f"{h} × {w}" for h, w, _ in shapes)
+        names = "training, validation and test" if len(shapes) > 2 else "training and test"
+        raise UsageError(f"dataset: {names} images are {sizes} pixels; expected the same size")
+    return Dataset(**splits, class_names=tuple(dataset.class_names))
 
 
 def check_split(split: Split, *, num_classes: int, name: str = "split") -> Split:

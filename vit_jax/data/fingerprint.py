@@ -19,6 +19,7 @@ class DatasetFingerprint:
     train_counts: tuple[int, ...]
     test_counts: tuple[int, ...]
     digest: str
+    validation_counts: tuple[int, ...] = ()  # empty without validation images
 
     @property
     def num_train(self) -> int:
@@ -32,7 +33,8 @@ class DatasetFingerprint:
 
     def __str__(self) -> str:
         """Returns the numbers of images as text."""
-        return f"{self.num_train:,} training and {self.num_test:,} test images"
+        validation = sum(self.validation_counts)
+        return f"{count_images(self.num_train, validation, self.num_test)} images"
 
     def to_json(self) -> dict[str, Json]:
         """Returns the fields as JSON values."""
@@ -61,14 +63,19 @@ def fingerprint(dataset: Dataset) -> DatasetFingerprint:
     It does not depend on pixels, on the root directory, or on the storage.
     """
     digest = hashlib.sha256(json.dumps(dataset.class_names).encode())
-    for split in (dataset.train, dataset.test):
+    for split in (dataset.train, dataset.test, *([dataset.validation] if dataset.validation else [])):
         shape = [len(split)] if split.ids is not None else split.images.shape
         digest.update(json.dumps(shape).encode())
         digest.update(np.asarray(split.labels, "<i4").tobytes())
         if split.ids is not None:
             digest.update(np.asarray(split.ids, "<u8").tobytes())
-    train, test = (
-        tuple(np.bincount(split.labels, minlength=len(dataset.class_names)).tolist())
-        for split in (dataset.train, dataset.test)
-    )
-    return DatasetFingerprint(tuple(dataset.class_names), train, test, digest.hexdigest())
+    counts = {
+        f"{role}_counts": tuple(np.bincount(split.labels, minlength=len(dataset.class_names)).tolist())
+        for role, split in dataset.splits.items()
+    }
+    return DatasetFingerprint(class_names=tuple(dataset.class_names), digest=digest.hexdigest(), **counts)
+
+
+def count_images(train: int, validation: int, test: int) -> str:
+    """Returns the numbers of images as text, such as "90 training, 10 validation and 20 test"."""
+    return f"{train:,} training{f', {validation:,} validation' if validation else ''} and {test:,} test"

@@ -1,5 +1,6 @@
 """Reads directories of image files, DIR/SPLIT/CLASS/IMAGE."""
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -8,23 +9,30 @@ from pathlib import Path
 import numpy as np
 
 from vit_jax.data.images import IMAGE_SUFFIXES, EncodedImages
-from vit_jax.data.splits import OpenedSplits, parse_split, select_rows
+from vit_jax.data.splits import OpenedSplits, Request, select_rows
 from vit_jax.runtime.errors import UserError
 from vit_jax.types import Split
 
 
-def open_folder(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
+def open_folder(request: Request) -> OpenedSplits:
     """Opens "folder:DIR"; reads only file names."""
-    root = Path(name.partition(":")[2]).expanduser()
-    slices = [parse_split(text) for text in splits]
-    files = {split.name: _list_classes(root / split.name) for split in slices}
-    class_names = tuple(files[slices[0].name])
+    root = Path(request.name.partition(":")[2]).expanduser()
+    splits = dict(request.splits)
+    if "validation" in splits and not splits["validation"]:
+        used = {split.name for split in request.slices().values()}
+        names = [name for name in ("validation", "val") if (root / name).is_dir() and name not in used]
+        splits["validation"] = names[0] if names else ""
+    slices = dataclasses.replace(request, splits=splits).slices()
+    if not slices:
+        return {}, ()
+    files = {split.name: _list_classes(root / split.name) for split in slices.values()}
+    class_names = tuple(next(iter(files.values())))
     common = set(class_names).intersection(*files.values())
     differing = [f"{name} (only in {split})" for split in files for name in files[split] if name not in common]
     if differing:
         raise UserError(f"{root}: all splits must have the same classes; these differ: {', '.join(differing)}")
     selected = select_rows(slices, {name: sum(map(len, classes.values())) for name, classes in files.items()})
-    return [_select_files(files[split.name], rows) for split, rows in zip(slices, selected, strict=True)], class_names
+    return {role: _select_files(files[slices[role].name], rows) for role, rows in selected.items()}, class_names
 
 
 def _list_classes(split_dir: Path) -> dict[str, list[str]]:

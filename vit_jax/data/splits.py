@@ -1,15 +1,16 @@
-"""Parses split names and slices, such as "train[:90%]"."""
+"""Requests for splits, and their slices in TFDS syntax, such as "train[:90%]"."""
 
 import dataclasses
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from vit_jax.runtime.errors import UsageError
 from vit_jax.types import Split
 
-OpenedSplits = tuple[list[Split], tuple[str, ...]]  # splits, and class names
+ROLES = ("train", "validation", "test")
+OpenedSplits = tuple[dict[str, Split], tuple[str, ...]]  # role -> split, and class names
 
 _SPLIT_PATTERN = re.compile(r"(?P<name>[\w.\-]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
@@ -34,6 +35,34 @@ class SplitSlice:
         return range(start, stop)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A dataset and the splits to open.
+
+    Attributes:
+        name: such as "cifar10" or "folder:DIR".
+        splits: role, one of `ROLES`, -> name or slice of a split; "" for no validation split, or that of a directory.
+        only: role of the only split to open; "" opens all of them.
+        data_dir: see `DatasetOptions`.
+        dry_run: nothing is downloaded or decoded: the numbers of images are right, but the images may be black, with
+            evenly distributed labels.
+    """
+
+    name: str
+    splits: Mapping[str, str]
+    only: str = ""
+    data_dir: str = ""
+    dry_run: bool = False
+
+    def slices(self, *, known: Iterable[str] = ()) -> dict[str, SplitSlice]:
+        """Parses the splits to open; see `parse_split`."""
+        return {
+            role: parse_split(text, known=known)
+            for role, text in self.splits.items()
+            if self.only in ("", role) and (text or role != "validation")
+        }
+
+
 def parse_split(text: str, *, known: Iterable[str] = ()) -> SplitSlice:
     """Parses the name or a slice of a split in TFDS syntax; without `known` names, any name is allowed."""
     match = _SPLIT_PATTERN.fullmatch(text.strip())
@@ -45,26 +74,31 @@ def parse_split(text: str, *, known: Iterable[str] = ()) -> SplitSlice:
     return SplitSlice(text, match["name"], match["start"] or "0", match["stop"] or "100%")
 
 
-def select_rows(slices: Sequence[SplitSlice], num_images: Mapping[str, int]) -> list[range]:
-    """Returns the rows of each slice, given the sizes of the full splits; raises UsageError if slices overlap."""
-    selected = [(split, split.rows(num_images[split.name])) for split in slices]
-    for (first, rows), (second, others) in itertools.combinations(selected, 2):
+def select_rows(slices: Mapping[str, SplitSlice], num_images: Mapping[str, int]) -> dict[str, range]:
+    """Returns the rows of the slice of each role, given the sizes of the full splits.
+
+    Raises:
+        UsageError: a slice is empty, or two slices overlap.
+    """
+    selected = {role: split.rows(num_images[split.name]) for role, split in slices.items()}
+    for (role, rows), (other, others) in itertools.combinations(selected.items(), 2):
+        first, second = slices[role], slices[other]
         shared = min(rows.stop, others.stop) - max(rows.start, others.start)
         if first.name == second.name and shared > 0:
             raise UsageError(
-                f"train_split {first.text!r} and test_split {second.text!r} overlap in {shared:,} of "
+                f"{role}_split {first.text!r} and {other}_split {second.text!r} overlap in {shared:,} of "
                 f"{num_images[first.name]:,} images; choose disjoint slices, such as 'train[:90%]' and 'train[90%:]'"
             )
-    return [rows for _, rows in selected]
+    return selected
 
 
-def slice_splits(whole: Mapping[str, Split], slices: Sequence[SplitSlice]) -> list[Split]:
-    """Slices splits in memory, by name, without copying."""
+def slice_splits(whole: Mapping[str, Split], slices: Mapping[str, SplitSlice]) -> dict[str, Split]:
+    """Slices splits in memory, by name, without copying; returns them by role."""
     selected = select_rows(slices, {name: len(split) for name, split in whole.items()})
-    return [
-        Split(whole[split.name].images[rows.start : rows.stop], whole[split.name].labels[rows.start : rows.stop])
-        for split, rows in zip(slices, selected, strict=True)
-    ]
+    return {
+        role: Split(*(array[rows.start : rows.stop] for array in (whole[name].images, whole[name].labels)))
+        for role, rows, name in ((role, rows, slices[role].name) for role, rows in selected.items())
+    }
 
 
 def nearest_first(name: str, known: Iterable[str]) -> list[str]:

@@ -2,13 +2,12 @@
 
 import difflib
 import io
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vit_jax.data.images import EncodedImages
-from vit_jax.data.splits import OpenedSplits, parse_split, select_rows
+from vit_jax.data.splits import OpenedSplits, Request, select_rows
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.types import Split
 
@@ -16,9 +15,10 @@ if TYPE_CHECKING:
     import tensorflow_datasets.core
 
 
-def open_tfds(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool) -> OpenedSplits:
+def open_tfds(request: Request) -> OpenedSplits:
     """Opens the prepared dataset "tfds:NAME"."""
-    builder = _create_builder(name.partition(":")[2], data_dir)
+    name = request.name
+    builder = _create_builder(name.partition(":")[2], request.data_dir)
     features = dict(builder.info.features.items())
     class_names = getattr(features.get("label"), "names", None)
     if getattr(features.get("image"), "np_dtype", None) != np.uint8 or not class_names:
@@ -27,11 +27,11 @@ def open_tfds(name: str, *, data_dir: str, splits: Sequence[str], dry_run: bool)
             "expected an 8-bit `image`, and a `label` with class names"
         )
     num_images = {split: info.num_examples for split, info in builder.info.splits.items()}
-    slices = [parse_split(text, known=num_images) for text in splits]
-    return [
-        _open_split(builder, split.name, np.arange(rows.start, rows.stop), read_labels=not dry_run)
-        for split, rows in zip(slices, select_rows(slices, num_images), strict=True)
-    ], tuple(class_names)
+    slices = request.slices(known=num_images)
+    return {
+        role: _open_split(builder, slices[role].name, np.asarray(rows), read_labels=not request.dry_run)
+        for role, rows in select_rows(slices, num_images).items()
+    }, tuple(class_names)
 
 
 def _create_builder(name: str, data_dir: str) -> "tensorflow_datasets.core.DatasetBuilder":

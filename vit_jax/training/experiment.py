@@ -306,6 +306,9 @@ def create_optimizer(
 def dataset_options(config: ConfigDict, *, storage: str = "") -> DatasetOptions:
     """Returns the options of `data.load_dataset` and related functions."""
     return {
+        "train_split": config.dataset.train_split,
+        "validation_split": config.dataset.validation_split,
+        "test_split": config.dataset.test_split,
         "data_dir": config.dataset.data_dir,
         "image_size": config.image_size,
         "classes": config.dataset.classes,
@@ -317,25 +320,21 @@ def dataset_options(config: ConfigDict, *, storage: str = "") -> DatasetOptions:
 
 def load_dataset(config: ConfigDict, *, storage: str = "") -> Dataset:
     """Loads the config's dataset and prints its sizes."""
-    name, train_split, test_split = (config.dataset[key] for key in ("name", "train_split", "test_split"))
-    options = dataset_options(config, storage=storage)
-    dataset = data.load_dataset(name, train_split=train_split, test_split=test_split, **options)
-    print(f"{name}: {DatasetInfo.from_dataset(dataset)}")
+    dataset = data.load_dataset(config.dataset.name, **dataset_options(config, storage=storage))
+    print(f"{config.dataset.name}: {DatasetInfo.from_dataset(dataset)}")
     return dataset
 
 
 def describe_dataset(config: ConfigDict) -> DatasetInfo:
     """Returns and prints the sizes of the config's dataset; downloads and decodes nothing."""
-    name, train_split, test_split = (config.dataset[key] for key in ("name", "train_split", "test_split"))
-    info = data.dataset_info(name, train_split=train_split, test_split=test_split, **dataset_options(config))
-    print(f"{name}: {info}")
+    info = data.dataset_info(config.dataset.name, **dataset_options(config))
+    print(f"{config.dataset.name}: {info}")
     return info
 
 
-def load_test_split(config: ConfigDict, *, storage: str = "") -> tuple[Split, tuple[str, ...]]:
-    """Loads the config's test split and its class names."""
-    options = dataset_options(config, storage=storage)
-    return data.load_split(config.dataset.name, split=config.dataset.test_split, **options)
+def load_split(config: ConfigDict, split: str = "test", *, storage: str = "") -> tuple[Split, tuple[str, ...]]:
+    """Loads the config's "train", "validation" or "test" split and the class names; see `data.load_split`."""
+    return data.load_split(config.dataset.name, split=split, **dataset_options(config, storage=storage))
 
 
 def check_same_dataset(found: DatasetFingerprint) -> None:
