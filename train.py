@@ -1,17 +1,12 @@
 """Trains a model: `python train.py --config configs/NAME.py[:ARG] [--config.key=value …] [--workdir DIR]`."""
 
 import argparse
-import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
-
-from vit_jax.config import KEYS, check_key, suggest_key, to_tuple
-from vit_jax.runtime.arguments import create_parser, parse_known_arguments, suggest_flag
-from vit_jax.runtime.errors import UsageError, one_line, run_command
+from vit_jax.config import parse_config
+from vit_jax.runtime.arguments import create_parser, parse_known_arguments
+from vit_jax.runtime.errors import UsageError, run_command
 from vit_jax.runtime.startup import prepare_process
 
 
@@ -65,67 +60,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     if not arguments.workdir:
         path, _, arg = arguments.config.partition(":")
         arguments.workdir = Path("runs") / "-".join(filter(None, (Path(path).stem, arg)))
-    try:
-        arguments.config = load_config(arguments.config, overrides)
-    except flags.UnrecognizedFlagError as error:
-        key = suggest_key(error.flagname)
-        near = f"--config.{key}" if key else suggest_flag(parser, error.flagname)
-        parser.error(f"unknown flag --{error.flagname}{f'; did you mean {near}?' if near else ''}")
+    arguments.config = parse_config(parser, arguments.config, overrides)
     return arguments
-
-
-def load_config(file: str, overrides: list[str]) -> ConfigDict:
-    """Loads a config file, FILE[:ARG], and sets the keys of `overrides`, --config.KEY=VALUE.
-
-    Raises:
-        absl.flags.UnrecognizedFlagError: `overrides` has a flag other than --config.
-        UsageError: a key or value is invalid, or the config file fails.
-    """
-    argv = [f"--config={file}", *set_tuples(overrides)]
-    values = flags.FlagValues()  # a new one, so that one process can parse several command lines
-    try:
-        config_flags.DEFINE_config_file(
-            "config",
-            flag_values=values,
-            lock_config=False,  # --config.model.NAME may set new arguments
-            accept_new_attributes=True,
-            sys_argv=argv,
-        )
-        rest = values([sys.argv[0], *argv])[1:]
-        config: ConfigDict = values.config
-        missing = not (config and config.to_dict())  # a missing file raises when it is first used
-    except flags.UnrecognizedFlagError:
-        raise
-    except Exception as error:  # a config file is code: it can raise anything
-        # ml_collections puts a traceback before the error, or the names of all keys after it.
-        reason = str(error.args[0] if error.args else "").strip()
-        reason = re.sub("^'(Key .*) Other fields present.*", r"\1", reason, flags=re.DOTALL)
-        reason = reason.rsplit("\n", maxsplit=1)[-1].removeprefix("ValueError: ") or type(error).__name__
-        for key in KEYS:
-            expected = rf"config.{key.name} is \1; expected {key.check.expected}"
-            reason = re.sub(f"^flag --config.{key.name}=(.*?): .*", expected, reason)
-        raise UsageError(f"{one_line(reason)} (see python train.py --help)") from error
-    if rest:
-        raise UsageError(f"unexpected {' '.join(rest)}; keys are set as --config.key=value")
-    if missing:
-        raise UsageError(f"{file} returns no config; expected get_config() to return a ConfigDict with keys")
-    return config
-
-
-def set_tuples(words: Sequence[str]) -> list[str]:
-    """Checks the keys of --config.KEY=VALUE or --config.KEY VALUE, and converts comma-separated lists to tuples."""
-    joined: list[str] = []
-    for word in words:
-        if joined and re.fullmatch(r"--?config\.[^=]*", joined[-1]) and not word.startswith("--"):
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    for i, word in enumerate(joined):
-        if override := re.fullmatch(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", word, flags=re.DOTALL):
-            name, text = override.groups()
-            check_key(name)
-            joined[i] = word if text is None else f"--config.{name}={to_tuple(name, text)}"
-    return joined
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Config keys: default, type, range and meaning of each. `python -m vit_jax.config` prints them."""
 
+import argparse
 import ast
 import difflib
 import json
@@ -8,14 +9,15 @@ import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict, FieldReference
+from absl import flags
+from ml_collections import ConfigDict, FieldReference, config_flags
 
-from vit_jax.runtime.arguments import create_parser, parse_arguments
+from vit_jax.runtime.arguments import create_parser, parse_arguments, suggest_flag
 from vit_jax.runtime.errors import UsageError, UserError, one_line, run_command
 from vit_jax.runtime.files import write_atomically
 
@@ -362,6 +364,101 @@ def load_config(workdir: Path, *, saved: dict[str, Any] | None = None) -> Config
         check_config(config)
     except (OSError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged, or of another version of vit_jax: {one_line(error)}") from error
+    return config
+
+
+def parse_config(parser: argparse.ArgumentParser, file: str, overrides: list[str]) -> ConfigDict:
+    """Loads a config file, FILE[:ARG], and sets the keys of `overrides`, --config.KEY=VALUE.
+
+    Raises:
+        UsageError: `overrides` has another flag, a key or value is invalid, or the config file fails; `parser` is that
+            of the other flags, from which the nearest name is suggested.
+    """
+    argv = [f"--config={file}", *_set_tuples(overrides)]
+    values = flags.FlagValues()  # a new one, so that one process can parse several command lines
+    try:
+        config_flags.DEFINE_config_file(
+            "config",
+            flag_values=values,
+            lock_config=False,  # --config.model.NAME may set new arguments
+            accept_new_attributes=True,
+            sys_argv=argv,
+        )
+        rest = values([sys.argv[0], *argv])[1:]
+        config: ConfigDict = values.config
+        missing = not (config and config.to_dict())  # a missing file raises when it is first used
+    except flags.UnrecognizedFlagError as error:
+        nearest = suggest_key(error.flagname)
+        near = f"--config.{nearest}" if nearest else suggest_flag(parser, error.flagname)
+        parser.error(f"unknown flag --{error.flagname}{f'; did you mean {near}?' if near else ''}")
+    except Exception as error:  # a config file is code: it can raise anything
+        # ml_collections puts a traceback before the error, or the names of all keys after it.
+        reason = str(error.args[0] if error.args else "").strip()
+        reason = re.sub("^'(Key .*) Other fields present.*", r"\1", reason, flags=re.DOTALL)
+        reason = reason.rsplit("\n", maxsplit=1)[-1].removeprefix("ValueError: ") or type(error).__name__
+        for key in KEYS:
+            expected = rf"config.{key.name} is \1; expected {key.check.expected}"
+            reason = re.sub(f"^flag --config.{key.name}=(.*?): .*", expected, reason)
+        parser.error(one_line(reason))
+    if rest:
+        raise UsageError(f"unexpected {' '.join(rest)}; keys are set as --config.key=value")
+    if missing:
+        raise UsageError(f"{file} returns no config; expected get_config() to return a ConfigDict with keys")
+    return config
+
+
+def _set_tuples(words: Sequence[str]) -> list[str]:
+    """Checks the keys of --config.KEY=VALUE or --config.KEY VALUE, and converts comma-separated lists to tuples."""
+    joined: list[str] = []
+    for word in words:
+        if joined and re.fullmatch(r"--?config\.[^=]*", joined[-1]) and not word.startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    for i, word in enumerate(joined):
+        if override := re.fullmatch(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", word, flags=re.DOTALL):
+            name, text = override.groups()
+            check_key(name)
+            joined[i] = word if text is None else f"--config.{name}={to_tuple(name, text)}"
+    return joined
+
+
+def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --config, --dataset and --data_dir, for `parse_dataset`."""
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="config file that names the dataset and its splits")
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="dataset, such as cifar10 or folder:DIR; replaces that of the config"
+    )
+    parser.add_argument("--data_dir", metavar="DIR", help="archive or directory of the dataset")
+
+
+def parse_dataset(
+    parser: argparse.ArgumentParser,
+    arguments: argparse.Namespace,
+    overrides: list[str],
+    *,
+    base: ConfigDict | None = None,
+) -> ConfigDict:
+    """Returns the config that the flags of `add_dataset_arguments` and --config.KEY=VALUE describe.
+
+    `base`, such as the config of a run, is used if neither --config nor --dataset is given.
+
+    Raises:
+        UsageError: a flag, key or value is invalid, or no dataset is given.
+    """
+    if base is not None and not (arguments.config or arguments.dataset):
+        if overrides:
+            parser.error(f"{overrides[0]} requires --config or --dataset; give one of them, or neither for the run's")
+        config = base.copy_and_resolve_references()
+    else:
+        config = parse_config(parser, arguments.config or __file__, overrides)
+    if arguments.dataset:
+        config.dataset.name = arguments.dataset
+    if arguments.data_dir is not None:
+        config.dataset.data_dir = arguments.data_dir
+    if not config.dataset.name:
+        parser.error("no dataset; give --dataset, such as folder:DIR, or a --config that sets dataset.name")
+    check_config(config)
     return config
 
 
