@@ -15,7 +15,7 @@ ROWS = [  # a module or package imports from itself and from the rows above it
     ["training"],
     ["classifier"],
     ["run"],
-    ["trainer", "evaluate", "predict", "export", "compare", "visualize"],
+    ["trainer", "evaluate", "predict", "export", "compare", "visualize", "probe"],
     ["report"],
 ]
 

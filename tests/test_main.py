@@ -21,7 +21,7 @@ def test_commands_print_help_with_example(run_cli, name):
     assert f"\n\nexamples:\n  {prog}" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["evaluate", "predict", "visualize", "export"])
+@pytest.mark.parametrize("name", ["evaluate", "predict", "visualize", "export", "probe"])
 def test_commands_declare_model_flags_alike(run_cli, name):
     words = " ".join(run_cli(f"vit_jax.{name}", ["--help"]).stdout.split())
     assert "--workdir RUN run directory --model NAME_OR_PATH pretrained checkpoint by name (" in words

@@ -2,6 +2,7 @@
 
 COMMANDS = {
     "evaluate": "evaluate a run on its test images, or a run or checkpoint on a dataset",
+    "probe": "test the features of a run or checkpoint on a dataset, by logistic regression and nearest neighbors",
     "predict": "classify image files with a run or checkpoint",
     "visualize": "plot attention, position embeddings and patch filters; of a run also confusion matrix and errors",
     "export": "save a run or checkpoint as .npz, Orbax, safetensors or StableHLO",

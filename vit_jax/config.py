@@ -432,26 +432,13 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_dir", metavar="DIR", help="archive or directory of the dataset")
 
 
-def parse_dataset(
-    parser: argparse.ArgumentParser,
-    arguments: argparse.Namespace,
-    overrides: list[str],
-    *,
-    base: ConfigDict | None = None,
-) -> ConfigDict:
+def parse_dataset(parser: argparse.ArgumentParser, arguments: argparse.Namespace, overrides: list[str]) -> ConfigDict:
     """Returns the config that the flags of `add_dataset_arguments` and --config.KEY=VALUE describe.
-
-    `base`, such as the config of a run, is used if neither --config nor --dataset is given.
 
     Raises:
         UsageError: a flag, key or value is invalid, or no dataset is given.
     """
-    if base is not None and not (arguments.config or arguments.dataset):
-        if overrides:
-            parser.error(f"{overrides[0]} requires --config or --dataset; give one of them, or neither for the run's")
-        config = base.copy_and_resolve_references()
-    else:
-        config = parse_config(parser, arguments.config or __file__, overrides)
+    config = parse_config(parser, arguments.config or __file__, overrides)
     if arguments.dataset:
         config.dataset.name = arguments.dataset
     if arguments.data_dir is not None:
