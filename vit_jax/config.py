@@ -107,6 +107,9 @@ KEYS = (
     Key("dataset.validation_split", "", _STRING,
         'for choices in training, such as "train[90%:]"; "": the validation or val directory of folder:DIR, or none'),
     Key("dataset.classes", (), _STRINGS, "names of the classes to keep; () keeps all"),
+    Key("dataset.sampling", "uniform", _one_of("uniform", "balanced"),
+        "uniform: an epoch has every training image once; balanced: equally many images of each class, those of rare "
+        "classes repeated"),
     Key("dataset.storage", "auto", _one_of("auto", "memory", "stream"),
         "memory: images are decoded once and kept on the device; stream: they are decoded at every step; auto: memory "
         "if half of it is enough, but stream for crops of large or differently sized images; same results"),
@@ -176,6 +179,7 @@ KEYS = (
 _OTHER_NAMES = {  # key -> names in other projects
     "pretrained": "model_name model_name_or_path checkpoint ckpt weights init_from",
     "dataset.num_workers": "workers",
+    "dataset.sampling": "sampler balanced balance_classes class_weights weighted_sampler oversample upsample",
     "image_size": "img_size input_size resolution",
     "augment": "aug augmentation auto_augment aa",
     "trainable": "freeze mode",

@@ -54,6 +54,20 @@ def test_resident_batches_with_max_updates_end_at_stops_and_epochs(resident, mes
     assert {batch.labels.shape for _, batch in several} == {(32,)}
 
 
+def test_resident_batches_balance_classes_and_resume(mesh):
+    labels = np.repeat(np.arange(2, dtype=np.int32), (36, 4))
+    arrays = sharding.device_put((IMAGES, labels), sharding.replicated(mesh))
+    balanced = train_batches(arrays, mesh, balanced=True, batch_size=20)  # an epoch has two full batches
+    epochs = [np.concatenate([batch.labels for _, batch in balanced[i : i + 2]]) for i in (0, 2, 4)]
+    assert [epoch.mean() for epoch in epochs] == [0.5, 0.5, 0.5]
+    rows = np.asarray(balanced[2][1].rows)
+    np.testing.assert_array_equal(rows, rng.balanced_order(jax.random.PRNGKey(3), 1, labels)[:20])
+    np.testing.assert_array_equal(balanced[2][1].inputs, IMAGES[rows])
+    resumed = train_batches(arrays, mesh, balanced=True, batch_size=20, first_step=3)
+    for (_, actual), (_, expected) in zip(resumed, balanced[3:], strict=True):
+        np.testing.assert_array_equal(actual.rows, expected.rows)
+
+
 def test_resident_batches_cycle_through_views(mesh):
     inputs = jnp.arange(3 * 10.0)[:, None]  # three views of ten examples
     arrays = sharding.device_put((inputs, LABELS[:10]), sharding.replicated(mesh))

@@ -1,5 +1,6 @@
 """Streaming of images that are decoded and cropped by worker processes."""
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -7,13 +8,16 @@ import subprocess
 import textwrap
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT, command_env, command_line
 from PIL import Image
 
 from vit_jax import data
+from vit_jax.data.batches import resident_batches
 from vit_jax.data.streaming import BatchReader, training_batches
+from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
 
 NUM_TRAIN_PER_CLASS = 23  # 46 images of two classes: an epoch has two batches of 16, and 14 images are left over
@@ -87,6 +91,21 @@ def test_batch_reader_depends_only_on_seed_and_step(image_dir, six_batches):
     split = load(image_dir).train
     assert batches_equal(batches(split, first_step=3), six_batches[3:])
     assert not batches_equal(batches(split, seed=1), six_batches)
+
+
+def test_batch_reader_balances_classes_as_images_in_memory(image_dir):
+    train, whole = (load(image_dir, storage=storage).train for storage in ("stream", "memory"))
+    rows = np.r_[
+        0:NUM_TRAIN_PER_CLASS, NUM_TRAIN_PER_CLASS : NUM_TRAIN_PER_CLASS + 9
+    ]  # nine images of the second class
+    streamed = batches(
+        dataclasses.replace(train, images=train.images.take(rows), labels=train.labels[rows]), balanced=True
+    )
+    mesh = sharding.create_mesh(jax.devices()[:1])
+    on_device = sharding.device_put((whole.images[rows], whole.labels[rows]), sharding.replicated(mesh))
+    resident = resident_batches(*on_device, mesh, batch_size=16, seed=0, balanced=True, first_step=0, num_steps=6)
+    assert batches_equal(streamed, [(np.asarray(batch.inputs), np.asarray(batch.labels)) for _, batch in resident])
+    assert [sum(labels.sum() for _, labels in streamed[i : i + 2]) for i in (0, 2, 4)] == [16, 16, 16]
 
 
 def test_batch_reader_parts_concatenate_to_batch(image_dir, six_batches):

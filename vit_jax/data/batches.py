@@ -44,22 +44,24 @@ def resident_batches(
     seed: int,
     first_step: int,
     num_steps: int,
+    balanced: bool = False,
     num_views: int = 1,
     max_updates: int = 1,
     stops: tuple[int, ...] = (),
 ) -> Generator[tuple[int, Batch], None, None]:
     """Yields (finished updates, training batch), gathered on the devices from examples that every device holds.
 
-    The order of an epoch depends only on the seed and the epoch; the last partial batch is dropped. `inputs`
-    [views · n …] are `num_views` augmented views of the split, concatenated; epochs cycle through them. A batch holds
-    up to `max_updates` updates and ends at the end of an epoch and at multiples of `stops`.
+    The order of an epoch depends only on the seed, the epoch and, if `balanced`, the labels; see `rng.balanced_order`.
+    The last partial batch is dropped. `inputs` [views · n …] are `num_views` augmented views of the split,
+    concatenated; epochs cycle through them. A batch holds up to `max_updates` updates and ends at the end of an epoch
+    and at multiples of `stops`.
     """
-    sampler = _Sampler(mesh, seed, len(labels), num_views, batch_size, max_updates)
+    sampler = _Sampler(mesh, seed, len(labels), balanced, num_views, batch_size, max_updates)
     to_device = functools.cache(lambda count: sharding.device_put(np.int32(count), sharding.replicated(mesh)))
     step, position, order = first_step, to_device(first_step), None
     while step < num_steps:
         if order is None or step % sampler.steps_per_epoch == 0:
-            order = sampler.epoch_order(position)
+            order = sampler.epoch_order(labels, position)
         count = min(max_updates, *(every - step % every for every in (*stops, sampler.steps_per_epoch, num_steps)))
         step += count
         batch, position = sampler.take(inputs, labels, order, position, to_device(count))
@@ -73,6 +75,7 @@ class _Sampler:
     mesh: Mesh
     seed: int
     num_examples: int
+    balanced: bool
     num_views: int
     batch_size: int
     max_updates: int
@@ -82,9 +85,9 @@ class _Sampler:
         return self.num_examples // self.batch_size
 
     @functools.partial(jax.jit, static_argnums=0)
-    def epoch_order(self, step: jax.Array) -> jax.Array:
+    def epoch_order(self, labels: jax.Array, step: jax.Array) -> jax.Array:
         epoch = step // self.steps_per_epoch
-        order = rng.epoch_order(jax.random.PRNGKey(self.seed), epoch, self.num_examples)
+        order = rng.training_order(jax.random.PRNGKey(self.seed), epoch, labels, balanced=self.balanced)
         order += self.num_examples * (epoch % self.num_views)
         replicated: jax.Array = jax.lax.with_sharding_constraint(order, sharding.replicated(self.mesh))
         return replicated

@@ -28,7 +28,7 @@ from vit_jax.types import Split
 HostBatch = tuple[UInt8[np.ndarray, "b h w 3"], Int32[np.ndarray, " b"]]  # images and labels
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, as arrays have no hash
 class BatchReader:
     """Reads the images, cropped but not flipped, and labels of a step, counted from 0."""
 
@@ -37,15 +37,16 @@ class BatchReader:
     margin_color: Color
     batch_size: int  # over all parts; the last partial batch of an epoch is dropped
     seed: int
+    balanced: bool = False  # see `rng.balanced_order`
     part: int = 0  # index of the part to read: the process index
     num_parts: int = 1
 
     def __call__(self, step: int) -> HostBatch:
         """Decodes `batch_size` / `num_parts` images."""
-        num_images, size = len(self.split), self.batch_size // self.num_parts
-        epoch, position = divmod(int(step), num_images // self.batch_size)
+        size = self.batch_size // self.num_parts
+        epoch, position = divmod(int(step), len(self.split) // self.batch_size)
         part = slice(self.part * size, (self.part + 1) * size)
-        rows = _epoch_order(self.seed, epoch, num_images)[position * self.batch_size :][part]
+        rows = _training_order(self, epoch)[position * self.batch_size :][part]
         images: EncodedImages = self.split.images.take(rows)
         if self.augment in CROPS:
             uniforms = np.asarray(_step_uniforms(self.seed, int(step), self.batch_size))[part]
@@ -94,8 +95,9 @@ def training_batches(
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, num_images: int) -> Int32[np.ndarray, " n"]:
-    return np.asarray(rng.epoch_order(jax.random.PRNGKey(seed), epoch, num_images))
+def _training_order(read: BatchReader, epoch: int) -> Int32[np.ndarray, " n"]:
+    key = jax.random.PRNGKey(read.seed)
+    return np.asarray(rng.training_order(key, epoch, read.split.labels, balanced=read.balanced))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

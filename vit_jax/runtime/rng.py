@@ -18,12 +18,39 @@ class Stream(enum.IntEnum):
     STEP = 1
     MIX = 2
     LORA = 3
+    BALANCE = 4
 
 
 def epoch_order(key: PRNGKeyArray, epoch: Int[ArrayLike, ""], num_images: int) -> Int32[Array, " n"]:
-    """Returns the order of the training images in an epoch."""
+    """Returns the order of the training images in an epoch that has each of them once."""
     key = jax.random.fold_in(jax.random.fold_in(key, Stream.ORDER), epoch)
     return jax.random.permutation(key, num_images).astype(jnp.int32)
+
+
+def balanced_order(key: PRNGKeyArray, epoch: Int[ArrayLike, ""], labels: Int32[ArrayLike, " n"]) -> Int32[Array, " n"]:
+    """Returns the order of n training images in an epoch that has equally many of each class, to within one.
+
+    Within a class, every image occurs equally often, to within one: images of rare classes are repeated, and of
+    frequent classes a random part is used. Classes without images are ignored.
+    """
+    labels = jnp.asarray(labels)
+    shuffled = epoch_order(key, epoch, len(labels))
+    by_class = shuffled[jnp.argsort(labels[shuffled], stable=True)]  # shuffled within each class
+    ranks = jnp.cumsum(jnp.diff(labels[by_class], prepend=labels[by_class[0]]) > 0)  # 0 for the first class found
+    num_classes = ranks[-1] + 1
+    order_key, first_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, Stream.BALANCE), epoch))
+    slots = jax.random.permutation(order_key, len(labels))
+    # Random classes have the images that remain, so that over many epochs all are equally frequent.
+    classes = (slots + jax.random.randint(first_key, (), 0, num_classes)) % num_classes
+    start, stop = (jnp.searchsorted(ranks, classes, side=side) for side in ("left", "right"))
+    return by_class[start + slots // num_classes % (stop - start)]
+
+
+def training_order(
+    key: PRNGKeyArray, epoch: Int[ArrayLike, ""], labels: Int32[ArrayLike, " n"], *, balanced: bool
+) -> Int32[Array, " n"]:
+    """Returns `balanced_order`, or `epoch_order` if not `balanced`."""
+    return balanced_order(key, epoch, labels) if balanced else epoch_order(key, epoch, jnp.size(labels))
 
 
 def step_keys(key: PRNGKeyArray, step: Int[ArrayLike, ""], batch_size: int) -> tuple[Array, Array]:

@@ -89,6 +89,7 @@ class Experiment(Plan):
                 self.mesh,
                 batch_size=config.batch_size,
                 seed=config.seed,
+                balanced=config.dataset.sampling == "balanced",
                 first_step=first_step,
                 num_steps=config.num_steps,
                 num_views=config.feature_views,
@@ -101,6 +102,7 @@ class Experiment(Plan):
             margin_color=preprocess.margin_color(config.image_mean),
             batch_size=config.batch_size,
             seed=config.seed,
+            balanced=config.dataset.sampling == "balanced",
             part=jax.process_index(),
             num_parts=jax.process_count(),
         )
