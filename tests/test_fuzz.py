@@ -491,17 +491,19 @@ def image_case(rng: np.random.Generator, number: int, directory: Path) -> Case:
 # Overrides
 
 INTS = """
-seed image_size feature_views lora.rank batch_size eval_batch_size accumulation_steps mesh.fsdp mesh.data num_steps
+seed dataset.split_seed
+image_size feature_views lora.rank batch_size eval_batch_size accumulation_steps mesh.fsdp mesh.data num_steps
 ablation.schedule_steps ablation.schedule_every_steps warmup_steps log_every_steps eval_every_steps
 checkpoint_every_steps
 model.num_layers model.hidden_size model.num_heads model.mlp_dim model.patch_size
 """
 FLOATS = """
+dataset.test_fraction dataset.validation_fraction
 lora.alpha optimizer.momentum optimizer.weight_decay optimizer.layer_decay optimizer.clip_norm learning_rate
 label_smoothing mixup_alpha cutmix_alpha ema_decay model.dropout_rate
 """
 CHOICES = """
-architecture dtype augment ablation.test_augment ablation.head_init features optimizer.name
+architecture dtype dataset.damaged augment ablation.test_augment ablation.head_init features optimizer.name
 optimizer.momentum_dtype optimizer.decayed schedule remat
 """
 STRINGS = "pretrained dataset.name dataset.data_dir dataset.train_split dataset.validation_split dataset.test_split"

@@ -100,12 +100,21 @@ KEYS = (
         'checkpoint such as "imagenet21k/ViT-B_16", "augreg/B_16" or "micro", or a path; "" trains from scratch'),
 
     Key("dataset.name", "", _STRING,
-        'cifar10 | cifar100 | digits | folder:DIR | tfds:NAME; "" for a dataset given from Python'),
+        'cifar10 | cifar100 | digits | folder:DIR | csv:FILE | tfds:NAME; "" for a dataset given from Python'),
     Key("dataset.data_dir", "", _STRING, 'archive or directory on disk; "" downloads into the cache', resumable=True),
     Key("dataset.train_split", "train", _NAME, 'may be a slice, such as "train[:90%]"'),
     Key("dataset.test_split", "test", _NAME, "must not overlap with the other splits"),
     Key("dataset.validation_split", "", _STRING,
-        'for choices in training, such as "train[90%:]"; "": the validation or val directory of folder:DIR, or none'),
+        'for choices in training, such as "train[90%:]"; "": that of a folder or CSV, or the one made by '
+        "validation_fraction; none for other datasets"),
+    Key("dataset.test_fraction", 0.2, _FRACTION,
+        "of the images of each class, for the test split of a folder or CSV that has none"),
+    Key("dataset.validation_fraction", 0.1, _FRACTION,
+        "of the other training images of each class, for the validation split of a folder or CSV that has none"),
+    Key("dataset.split_seed", 0, _COUNT,
+        "seed of the splits that are made, and of slices of a folder or CSV; `seed` has no effect on them"),
+    Key("dataset.damaged", "error", _one_of("error", "skip"),
+        "images that cannot be decoded; error: the run stops and lists them; skip: it lists them and leaves them out"),
     Key("dataset.classes", (), _STRINGS, "names of the classes to keep; () keeps all"),
     Key("dataset.sampling", "uniform", _one_of("uniform", "balanced"),
         "uniform: an epoch has every training image once; balanced: equally many images of each class, those of rare "

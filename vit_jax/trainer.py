@@ -27,6 +27,8 @@ import jax
 from ml_collections import ConfigDict
 
 from vit_jax.config import check_config, check_same, save_config
+from vit_jax.data.findings import save_findings, save_lines
+from vit_jax.data.images import DamagedImagesError
 from vit_jax.data.preprocess import Augment
 from vit_jax.runtime import distributed
 from vit_jax.runtime.errors import UserError
@@ -75,15 +77,17 @@ def train_and_evaluate(
         if saved and step == config.num_steps:
             print(f"already finished at step {step:,}, nothing trained")
             return summarize(config, workdir, checkpoints)
-        experiment, state = create_experiment(
-            config, dataset=dataset, augment=augment, optimizer=optimizer, saved=saved
-        )
+        with list_damaged_images(workdir):
+            experiment, state = create_experiment(
+                config, dataset=dataset, augment=augment, optimizer=optimizer, saved=saved
+            )
         config = experiment.config
         if saved:
             print(f"resuming from step {step:,}")
             state = checkpoints.restore(step, state)
         if main_process := distributed.is_main_process():
             save_config(config, workdir)
+            save_findings(experiment.dataset.findings, workdir)
         train_step = experiment.compile_train_step()
         examples = experiment.load_examples(state)
         with (
@@ -119,6 +123,18 @@ def train_and_evaluate(
                 save(0, state, experiment.info, checkpoints, writer, accuracy=results["test/accuracy"])
         checkpoints.finish()
         return summarize(config, workdir, checkpoints)
+
+
+@contextlib.contextmanager
+def list_damaged_images(workdir: Path) -> Iterator[None]:
+    """Writes damaged.txt if more images are damaged than the error message lists."""
+    try:
+        yield
+    except DamagedImagesError as error:
+        lines = [f"{each.path} ({each.reason})" for each in error.errors]
+        if distributed.is_main_process() and save_lines(lines, workdir / "damaged.txt"):
+            raise UserError(f"{error}; {workdir / 'damaged.txt'} lists all") from error
+        raise
 
 
 def save(

@@ -73,20 +73,42 @@ class Split:
         labels: int32 [n], indices into the dataset's class names.
         ids: uint64 [n], the same in memory and streamed: hashes of the file names relative to the split's directory, or
             record numbers of TFDS; None for datasets that are always in memory.
+        paths: object [n], paths of the image files as strings; None for other datasets.
     """
 
     images: Any
     labels: np.ndarray
     ids: np.ndarray | None = None
+    paths: np.ndarray | None = None
 
     def __len__(self) -> int:
         """The number of images."""
         return len(self.labels)
 
+    def take(self, rows: np.ndarray) -> "Split":
+        """Selects images by an index array."""
+        ids, paths = (None if array is None else array[rows] for array in (self.ids, self.paths))
+        return Split(images=self.images.take(rows, axis=0), labels=self.labels[rows], ids=ids, paths=paths)
+
     @property
     def in_memory(self) -> bool:
         """True if the images are decoded, in memory."""
         return isinstance(self.images, np.ndarray)
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """Problems that were found while a dataset was read.
+
+    Attributes:
+        notes: one line each, about files that were not read.
+        damaged: path and reason of each image that was skipped because it cannot be decoded.
+        duplicates: groups of paths of images with the same pixels that are in different splits.
+    """
+
+    notes: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
+    duplicates: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +120,7 @@ class Dataset:
         test: test split.
         class_names: name of each label.
         validation: validation split, for choices during training; None if there is none.
+        findings: problems that were found while the images were read.
 
     Examples:
         >>> import numpy as np
@@ -112,6 +135,7 @@ class Dataset:
     test: Split
     class_names: tuple[str, ...]
     validation: Split | None = None
+    findings: Findings = Findings()
 
     @property
     def splits(self) -> dict[str, Split]:

@@ -93,7 +93,7 @@ def test_load_dataset_decodes_only_selected_classes(image_dir):
     for split in ("train", "test"):
         write_image(image_dir / split / "fox" / "0.png")
         (image_dir / split / "fox" / "broken.png").write_bytes(b"not an image")
-    with pytest.raises(UserError, match="broken.png cannot be decoded"):
+    with pytest.raises(UserError, match="2 images cannot be decoded: .*/train/fox/broken.png"):
         load_folder(image_dir)
     dataset = load_folder(image_dir, classes=("dog", "cat"))
     assert dataset.class_names == ("dog", "cat") and len(dataset.train) == 4
@@ -104,9 +104,9 @@ def test_choose_storage_keeps_size_of_small_images(image_dir):
 
 
 def test_choose_storage_keeps_size_of_small_non_square_images(tmp_path):
-    for split in ("train", "test"):
-        write_image(tmp_path / split / "cat" / "0.png", size=(6, 5))
-    assert load_folder(tmp_path).train.images.shape == (1, 5, 6, 3)
+    for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        write_image(tmp_path / name / "0.png", size=(6, 5))
+    assert load_folder(tmp_path).train.images.shape == (2, 5, 6, 3)
 
 
 def test_choose_storage_resizes_images_above_twice_image_size(image_dir):
@@ -123,9 +123,10 @@ def test_choose_storage_resizes_if_sizes_differ_between_splits(image_dir):
 def test_choose_storage_applies_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
-    write_image(tmp_path / "train" / "cat" / "0.jpg", size=(6, 5), exif=exif)
-    write_image(tmp_path / "test" / "cat" / "0.jpg", size=(5, 6))
-    assert load_folder(tmp_path).train.images.shape == (1, 6, 5, 3)
+    for name in ("cat", "dog"):
+        write_image(tmp_path / "train" / name / "0.jpg", size=(6, 5), exif=exif)
+        write_image(tmp_path / "test" / name / "0.jpg", size=(5, 6))
+    assert load_folder(tmp_path).train.images.shape == (2, 6, 5, 3)
 
 
 def test_choose_storage_reports_required_and_available_memory(image_dir, monkeypatch):
@@ -156,12 +157,12 @@ def test_choose_storage_streams_cropped_images_of_different_sizes(image_dir):
 
 
 def test_choose_storage_keeps_resolution_of_cropped_images(tmp_path):
-    for split in ("train", "test"):
-        write_image(tmp_path / split / "cat" / "0.png", size=(60, 50))
-    assert load_folder(tmp_path).train.images.shape == (1, 4, 4, 3)
+    for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        write_image(tmp_path / name / "0.png", size=(60, 50))
+    assert load_folder(tmp_path).train.images.shape == (2, 4, 4, 3)
     assert not load_folder(tmp_path, crops=True).train.in_memory
-    assert load_folder(tmp_path, crops=True, storage="memory").train.images.shape == (1, 50, 60, 3)
-    assert load_folder(tmp_path, crops=True, image_size=30).train.images.shape == (1, 50, 60, 3)
+    assert load_folder(tmp_path, crops=True, storage="memory").train.images.shape == (2, 50, 60, 3)
+    assert load_folder(tmp_path, crops=True, image_size=30).train.images.shape == (2, 50, 60, 3)
 
 
 def test_dataset_info_matches_load_dataset(image_dir, monkeypatch):
@@ -171,7 +172,7 @@ def test_dataset_info_matches_load_dataset(image_dir, monkeypatch):
         ("digits", {"classes": ("3", "1"), "train_split": "train[:50%]", "test_split": "train[50%:]"}),
         (f"folder:{image_dir}", {}),
         (f"folder:{image_dir}", {"crops": True}),
-        (f"folder:{image_dir}", {"classes": ("dog", "cat"), "test_split": "train[:1]", "train_split": "train[1:]"}),
+        (f"folder:{image_dir}", {"classes": ("dog", "cat"), "test_split": "train[:2]", "train_split": "train[2:]"}),
         (f"folder:{image_dir}", {"device_bytes": 100}),
     ]
     for name, options in cases:
@@ -211,5 +212,5 @@ def test_load_split_returns_split_and_class_names(image_dir):
 
 
 def test_load_dataset_rejects_streaming_of_arrays():
-    with pytest.raises(UsageError, match="storage is 'stream', but only folder:DIR and tfds:NAME can be streamed"):
+    with pytest.raises(UsageError, match="storage is 'stream', but only folder:DIR, csv:FILE and tfds:NAME can"):
         load("digits", storage="stream")

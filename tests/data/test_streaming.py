@@ -38,7 +38,8 @@ def image_dir(tmp_path_factory) -> Path:
 
 
 def load(image_dir, storage="stream", **options):
-    return data.load_dataset(f"folder:{image_dir}", image_size=16, storage=storage, **options)
+    options = {"image_size": 16, "validation_fraction": 0, **options}
+    return data.load_dataset(f"folder:{image_dir}", storage=storage, **options)
 
 
 OPTIONS = {"augment": "none", "margin_color": (127,) * 3, "batch_size": 16, "seed": 0}

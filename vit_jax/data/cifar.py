@@ -69,7 +69,7 @@ def open_cifar(request: Request) -> OpenedSplits:
         whole = {split: _count_images(cifar, split) for split in names}
     else:
         whole = _read_splits(cifar, request.data_dir, names)
-    return slice_splits(whole, slices), cifar.class_names
+    return OpenedSplits(slice_splits(whole, slices), cifar.class_names)
 
 
 def _count_images(cifar: _Cifar, split: str) -> Split:

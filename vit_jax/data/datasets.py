@@ -6,20 +6,22 @@ To add a dataset, write a `Reader` in a new module and add it to `READERS`.
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Protocol, Required, TypedDict, Unpack, runtime_checkable
 
 import numpy as np
 
 from vit_jax.data.cifar import open_cifar
+from vit_jax.data.csv_file import open_csv
+from vit_jax.data.findings import find_duplicates
 from vit_jax.data.fingerprint import count_images
 from vit_jax.data.folder import open_folder
-from vit_jax.data.images import EncodedImages, decode_all
+from vit_jax.data.images import DamagedImagesError, EncodedImages, Failed, ImageError, decode_all
 from vit_jax.data.splits import ROLES, OpenedSplits, Request, nearest_first, slice_splits
 from vit_jax.data.tfds import open_tfds
 from vit_jax.runtime import resources
 from vit_jax.runtime.errors import UsageError, UserError
-from vit_jax.types import Dataset, ImageSource, Split
+from vit_jax.types import Dataset, Findings, ImageSource, Split
 
 
 @runtime_checkable
@@ -47,12 +49,13 @@ def open_digits(request: Request) -> OpenedSplits:
     images, labels = np.repeat(grey[..., None], 3, axis=-1), digits.target[order].astype(np.int32)  # [n h w c], [n]
     stop = len(order) * 4 // 5
     whole = {"train": Split(images[:stop], labels[:stop]), "test": Split(images[stop:], labels[stop:])}
-    return slice_splits(whole, slices), tuple(map(str, digits.target_names))
+    return OpenedSplits(slice_splits(whole, slices), tuple(map(str, digits.target_names)))
 
 
 READERS: dict[str, Reader] = {  # DIR and NAME are placeholders
     "cifar10": open_cifar,
     "cifar100": open_cifar,
+    "csv:FILE": open_csv,
     "digits": open_digits,
     "folder:DIR": open_folder,
     "tfds:NAME": open_tfds,
@@ -65,10 +68,16 @@ class DatasetOptions(TypedDict, total=False):
     Attributes:
         image_size: height and width of the model's input, pixels; required.
         train_split: name of a split, or a slice in TFDS syntax, such as "train[:90%]".
-        validation_split: the same; "" is the directory validation or val of a folder if there is one, otherwise none.
+        validation_split: the same; "" is the validation split of a folder or CSV, or the one made from its training
+            images; none for other datasets.
         test_split: the same as `train_split`; the three must not overlap.
+        test_fraction: of the images of each class, for the test split of a folder or CSV that has none.
+        validation_fraction: the same, of the training images that are left, for the validation split; 0 makes none.
+        split_seed: seed of the splits that are made, and of slices of a folder or CSV.
         data_dir: archive or directory of CIFAR, or data_dir of TFDS; "" downloads CIFAR, or is the default of TFDS.
         classes: class names to keep, in label order, after slicing the splits; all if empty.
+        damaged: "error" raises for images that cannot be decoded, "skip" leaves them out.
+        verified: all files are known to be intact; otherwise, streamed images are decoded once to check them.
         crops: images will be cropped, and so keep their resolution.
         storage: "memory", "stream" or "auto", the default: memory if the images take at most half of it.
         device_bytes: memory of a device; None sets no limit.
@@ -80,6 +89,11 @@ class DatasetOptions(TypedDict, total=False):
     test_split: str
     data_dir: str
     classes: Sequence[str]
+    test_fraction: float
+    validation_fraction: float
+    split_seed: int
+    damaged: str
+    verified: bool
     crops: bool
     storage: str
     device_bytes: int | None
@@ -116,12 +130,12 @@ def load_dataset(name: str, **options: Unpack[DatasetOptions]) -> Dataset:
     """Loads a dataset into host memory, or opens it for streaming.
 
     Args:
-        name: "cifar10", "cifar100", "digits", "folder:DIR" or "tfds:NAME".
+        name: "cifar10", "cifar100", "digits", "folder:DIR", "csv:FILE" or "tfds:NAME".
         **options: see `DatasetOptions`.
 
     Raises:
         UsageError: an unknown name, split or class, empty or overlapping slices, or a storage that is not possible.
-        UserError: missing, damaged or inconsistent files.
+        UserError: missing, damaged or inconsistent files; `DamagedImagesError` for images that cannot be decoded.
 
     Examples:
         >>> from vit_jax import data
@@ -129,8 +143,21 @@ def load_dataset(name: str, **options: Unpack[DatasetOptions]) -> Dataset:
         >>> digits.train.images.shape, digits.train.images.dtype, len(digits.test)
         ((144, 8, 8, 3), dtype('uint8'), 360)
     """
-    splits, class_names = _load(name, **options)
-    return Dataset(**splits, class_names=class_names)
+    splits, class_names, findings = _load(name, **options)
+    return create_dataset(splits, class_names, findings)
+
+
+def create_dataset(
+    splits: Mapping[str, Split], class_names: Sequence[str], findings: Findings | None = None
+) -> Dataset:
+    """Returns a dataset of splits by role."""
+    return Dataset(
+        train=splits["train"],
+        test=splits["test"],
+        class_names=tuple(class_names),
+        validation=splits.get("validation"),
+        findings=findings or Findings(),
+    )
 
 
 def load_split(name: str, *, split: str, **options: Unpack[DatasetOptions]) -> tuple[Split, tuple[str, ...]]:
@@ -139,7 +166,7 @@ def load_split(name: str, *, split: str, **options: Unpack[DatasetOptions]) -> t
     `split` is "train", "validation" or "test", the splits of `load_dataset` with these options, or any other name or
     slice. Raises UsageError if there is no validation split; see also `load_dataset`.
     """
-    splits, class_names = _load(name, only=split, **options)
+    splits, class_names, _ = _load(name, only=split, **options)
     if not splits:
         raise UsageError(f"{name} has no validation split; set dataset.validation_split, such as 'train[90%:]'")
     (loaded,) = splits.values()
@@ -149,10 +176,11 @@ def load_split(name: str, *, split: str, **options: Unpack[DatasetOptions]) -> t
 def dataset_info(name: str, **options: Unpack[DatasetOptions]) -> DatasetInfo:
     """Returns the sizes of what `load_dataset` would return; downloads and decodes nothing.
 
-    Sizes are exact, except that `classes` of CIFAR and TFDS are assumed to be equally frequent in every slice.
+    Sizes are exact, except that `classes` of CIFAR and TFDS are assumed to be equally frequent in every slice, and that
+    only images whose headers are damaged are found.
     """
-    splits, class_names = _load(name, dry_run=True, **options)
-    return DatasetInfo.from_dataset(Dataset(**splits, class_names=class_names))
+    splits, class_names, _ = _load(name, dry_run=True, **options)
+    return DatasetInfo.from_dataset(create_dataset(splits, class_names))
 
 
 def _load(
@@ -164,28 +192,82 @@ def _load(
     test_split: str = "test",
     data_dir: str = "",
     classes: Sequence[str] = (),
+    test_fraction: float = 0.2,
+    validation_fraction: float = 0.1,
+    split_seed: int = 0,
+    damaged: str = "error",
+    verified: bool = False,
     crops: bool = False,
     storage: str = "auto",
     device_bytes: int | None = None,
     only: str = "",
     dry_run: bool = False,
-) -> OpenedSplits:
+) -> tuple[dict[str, Split], tuple[str, ...], Findings]:
     reader = find_reader(name)
-    if data_dir and reader in (open_digits, open_folder):
+    if data_dir and reader in (open_digits, open_folder, open_csv):
         raise UsageError(f"dataset.data_dir is {data_dir!r}, which {name!r} does not use; leave it empty")
-    splits = {"train": train_split, "validation": validation_split, "test": test_split}
+    texts = {"train": train_split, "validation": validation_split, "test": test_split}
     if only and only not in ROLES:
-        splits, only = {"test": only}, "test"
-    opened, class_names = reader(Request(name=name, splits=splits, only=only, data_dir=data_dir, dry_run=dry_run))
-    if classes:
-        opened = {role: keep_classes(split, class_names, classes) for role, split in opened.items()}
-        class_names = tuple(classes)
-    if not opened:
-        return {}, class_names
-    storage, size = choose_storage(
-        list(opened.values()), image_size, crops=crops, storage=storage, device_bytes=device_bytes
+        texts, only = {**texts, "other": only}, "other"
+    splits, class_names, notes = reader(
+        Request(
+            name=name,
+            splits=texts,
+            only=only,
+            data_dir=data_dir,
+            classes=classes,
+            split_seed=split_seed,
+            test_fraction=test_fraction,
+            validation_fraction=validation_fraction,
+            dry_run=dry_run,
+        )
     )
-    return {role: _decode(split, storage, size, dry_run=dry_run) for role, split in opened.items()}, class_names
+    if classes:
+        splits = {role: keep_classes(split, class_names, classes) for role, split in splits.items()}
+        class_names = tuple(classes)
+    if not splits:
+        return {}, class_names, Findings()
+
+    errors: list[ImageError] = []
+    sizes: set[tuple[int, int]] = set()
+    if storage != "stream" and not any(split.in_memory for split in splits.values()):
+        for role, split in splits.items():
+            found, failed = split.images.read_sizes()
+            splits[role], sizes = drop_failed(split, failed, errors), sizes | found
+    storage, size = choose_storage(
+        list(splits.values()), image_size, sizes=sizes, crops=crops, storage=storage, device_bytes=device_bytes
+    )
+    check = damaged == "skip" or not (only or verified)
+    for role, split in splits.items():
+        decoded, failed = _decode(split, storage, size, check=check, dry_run=dry_run)
+        splits[role] = drop_failed(decoded, failed, errors)
+    if errors and damaged == "error":
+        raise DamagedImagesError(errors)
+    check_not_empty(name, splits, class_names, errors)
+    skipped = tuple(f"{error.path} ({error.reason})" for error in errors)
+    duplicates = () if only or dry_run else find_duplicates(list(splits.values()))
+    return splits, class_names, Findings(notes=notes, damaged=skipped, duplicates=duplicates)
+
+
+def drop_failed(split: Split, failed: Failed, errors: list[ImageError]) -> Split:
+    """Removes images that cannot be decoded from a split, and appends their errors to `errors`."""
+    if not failed:
+        return split
+    errors += [failed[row] for row in sorted(failed)]
+    return split.take(np.setdiff1d(np.arange(len(split)), list(failed)))
+
+
+def check_not_empty(
+    name: str, splits: Mapping[str, Split], class_names: Sequence[str], errors: Sequence[ImageError]
+) -> None:
+    """Raises UserError if all images of a split, or all training images of a class, were skipped."""
+    if not errors:
+        return
+    for role, split in splits.items():
+        lost = np.flatnonzero(np.bincount(split.labels, minlength=len(class_names)) == 0)
+        if not len(split) or (role == "train" and len(lost)):
+            which = f"class {class_names[lost[0]]!r}" if len(split) else f"{role} split"
+            raise UserError(f"{name}: no image of the {which} can be decoded; first of {len(errors):,}: {errors[0]}")
 
 
 def check_dataset(dataset: Dataset) -> Dataset:
@@ -202,7 +284,7 @@ def check_dataset(dataset: Dataset) -> Dataset:
         sizes = " and ".join(f"{h} × {w}" for h, w, _ in shapes)
         names = "training, validation and test" if len(shapes) > 2 else "training and test"
         raise UsageError(f"dataset: {names} images are {sizes} pixels; expected the same size")
-    return Dataset(**splits, class_names=tuple(dataset.class_names))
+    return create_dataset(splits, dataset.class_names)
 
 
 def check_split(split: Split, *, num_classes: int, name: str = "split") -> Split:
@@ -247,14 +329,20 @@ def keep_classes(split: Split, class_names: Sequence[str], classes: Sequence[str
     rows = np.flatnonzero(new_labels[split.labels] >= 0)
     if not len(rows):
         raise UserError(f"no images of the classes {', '.join(classes)}; choose larger splits")
-    ids = None if split.ids is None else split.ids[rows]
-    return Split(images=split.images.take(rows, axis=0), labels=new_labels[split.labels[rows]], ids=ids)
+    kept = split.take(rows)
+    return dataclasses.replace(kept, labels=new_labels[kept.labels])
 
 
 def choose_storage(
-    splits: Sequence[Split], image_size: int, *, crops: bool, storage: str, device_bytes: int | None
+    splits: Sequence[Split],
+    image_size: int,
+    *,
+    sizes: Set[tuple[int, int]],
+    crops: bool,
+    storage: str,
+    device_bytes: int | None,
 ) -> tuple[str, tuple[int, int]]:
-    """Returns "memory" or "stream", and the decoded (width, height) in pixels; reads image headers only.
+    """Returns "memory" or "stream", and the decoded (width, height) in pixels; `sizes` are those of all images.
 
     "auto" is "memory" if the images take at most half of the available memory of host and device. Images in memory
     have one size: their own, if all are equal and at most twice `image_size`; otherwise `image_size`. Crops need full
@@ -262,10 +350,9 @@ def choose_storage(
     """
     problem, size = "", (image_size, image_size)
     if splits[0].in_memory:
-        problem = "only folder:DIR and tfds:NAME can be streamed" if storage == "stream" else ""
+        problem = "only folder:DIR, csv:FILE and tfds:NAME can be streamed" if storage == "stream" else ""
     elif storage != "stream":
-        sizes = set().union(*(split.images.read_sizes() for split in splits))
-        common = sizes.pop() if len(sizes) == 1 else None
+        common = next(iter(sizes)) if len(sizes) == 1 else None
         small = common is not None and max(common) <= 2 * image_size
         decoded_size = common if common and (crops or small) else size
         needed = sum(map(len, splits)) * math.prod(decoded_size) * 3
@@ -282,10 +369,12 @@ def choose_storage(
     return storage, size
 
 
-def _decode(split: Split, storage: str, size: tuple[int, int], *, dry_run: bool) -> Split:
+def _decode(split: Split, storage: str, size: tuple[int, int], *, check: bool, dry_run: bool) -> tuple[Split, Failed]:
+    """Decodes a split into memory, or checks the images of a stream; returns the failures as well."""
     if split.in_memory:
-        return split
-    images = dataclasses.replace(split.images, size=size)
-    if storage == "memory":
-        images = np.broadcast_to(np.uint8(0), images.shape) if dry_run else decode_all(images)
-    return dataclasses.replace(split, images=images)
+        return split, {}
+    encoded: EncodedImages = dataclasses.replace(split.images, size=size)
+    if storage == "stream":
+        return dataclasses.replace(split, images=encoded), encoded.check() if check and not dry_run else {}
+    images, failed = (np.broadcast_to(np.uint8(0), encoded.shape), {}) if dry_run else decode_all(encoded)
+    return dataclasses.replace(split, images=images), failed

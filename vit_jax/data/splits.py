@@ -4,15 +4,26 @@ import dataclasses
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt64
 
 from vit_jax.runtime.errors import UsageError
 from vit_jax.types import Split
 
 ROLES = ("train", "validation", "test")
-OpenedSplits = tuple[dict[str, Split], tuple[str, ...]]  # role -> split, and class names
 
 _SPLIT_PATTERN = re.compile(r"(?P<name>[\w.\-]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
+
+
+class OpenedSplits(NamedTuple):
+    """Splits by role, class names, and one line for each kind of files that were not read."""
+
+    splits: dict[str, Split]
+    class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +52,9 @@ class Request:
 
     Attributes:
         name: such as "cifar10" or "folder:DIR".
-        splits: role, one of `ROLES`, -> name or slice of a split; "" for no validation split, or that of a directory.
+        splits: role -> name or slice of a split; the roles are `ROLES`, and "other" for any other split.
         only: role of the only split to open; "" opens all of them.
-        data_dir: see `DatasetOptions`.
+        data_dir, classes, split_seed, test_fraction, validation_fraction: see `DatasetOptions`.
         dry_run: nothing is downloaded or decoded: the numbers of images are right, but the images may be black, with
             evenly distributed labels.
     """
@@ -52,6 +63,10 @@ class Request:
     splits: Mapping[str, str]
     only: str = ""
     data_dir: str = ""
+    classes: Sequence[str] = ()
+    split_seed: int = 0
+    test_fraction: float = 0.0
+    validation_fraction: float = 0.0
     dry_run: bool = False
 
     def slices(self, *, known: Iterable[str] = ()) -> dict[str, SplitSlice]:
@@ -61,6 +76,10 @@ class Request:
             for role, text in self.splits.items()
             if self.only in ("", role) and (text or role != "validation")
         }
+
+    def all_slices(self) -> dict[str, SplitSlice]:
+        """Parses all splits, also those that are not to be opened."""
+        return dataclasses.replace(self, only="").slices()
 
 
 def parse_split(text: str, *, known: Iterable[str] = ()) -> SplitSlice:
@@ -99,6 +118,37 @@ def slice_splits(whole: Mapping[str, Split], slices: Mapping[str, SplitSlice]) -
         role: Split(*(array[rows.start : rows.stop] for array in (whole[name].images, whole[name].labels)))
         for role, rows, name in ((role, rows, slices[role].name) for role, rows in selected.items())
     }
+
+
+def stratified_order(labels: Int[np.ndarray, " n"], hashes: UInt64[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Returns an order of images in which each range has images of all classes, in proportion to their numbers.
+
+    Within a class, images are ordered by their hashes.
+    """
+    ranks, counts = _ranks(labels, hashes)
+    return np.lexsort((hashes, (ranks + 0.5) / counts))
+
+
+def sample_fraction(
+    labels: Int[np.ndarray, " n"], hashes: UInt64[np.ndarray, " n"], fraction: float
+) -> Bool[np.ndarray, " n"]:
+    """Returns a mask of the images with the smallest hashes, a fraction of each class rounded to whole images.
+
+    It does not depend on the order of the images, nor for one class on the images of the others. At least one image of
+    each class is not selected.
+    """
+    ranks, counts = _ranks(labels, hashes)
+    return (ranks + 0.5 < fraction * counts) & (ranks < counts - 1)
+
+
+def _ranks(
+    labels: Int[np.ndarray, " n"], hashes: UInt64[np.ndarray, " n"]
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """Returns the rank of each image among the hashes of its class, from 0, and the number of images of its class."""
+    order, counts = np.lexsort((hashes, labels)), np.bincount(labels)
+    ranks = np.empty(len(labels), np.int64)
+    ranks[order] = np.arange(len(labels)) - (np.cumsum(counts) - counts)[labels[order]]
+    return ranks, counts[labels]
 
 
 def nearest_first(name: str, known: Iterable[str]) -> list[str]:

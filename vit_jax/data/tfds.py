@@ -28,10 +28,11 @@ def open_tfds(request: Request) -> OpenedSplits:
         )
     num_images = {split: info.num_examples for split, info in builder.info.splits.items()}
     slices = request.slices(known=num_images)
-    return {
+    splits = {
         role: _open_split(builder, slices[role].name, np.asarray(rows), read_labels=not request.dry_run)
         for role, rows in select_rows(slices, num_images).items()
-    }, tuple(class_names)
+    }
+    return OpenedSplits(splits, tuple(class_names))
 
 
 def _create_builder(name: str, data_dir: str) -> "tensorflow_datasets.core.DatasetBuilder":

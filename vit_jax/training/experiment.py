@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax import data, models
-from vit_jax.data import DatasetFingerprint, DatasetInfo, batches, preprocess
+from vit_jax.data import DatasetFingerprint, DatasetInfo, batches, findings, preprocess
 from vit_jax.data.batches import Batch
 from vit_jax.data.crops import CROPS
 from vit_jax.data.datasets import DatasetOptions
@@ -152,10 +152,13 @@ def create_experiment(
     config = resolve_config(config, mesh)
     with distributed.main_process_first():
         storage = saved.storage if saved else config.dataset.storage
-        dataset = load_dataset(config, storage=storage) if dataset is None else data.check_dataset(dataset)
+        if dataset is None:
+            dataset = load_dataset(config, storage=storage, verified=saved is not None)
+        else:
+            dataset = data.check_dataset(dataset)
         source = initialize.load_pretrained(config.pretrained) if saved is None else None
     if distributed.process_max(not dataset.train.in_memory) and dataset.train.in_memory:
-        dataset = load_dataset(config, storage="stream")  # another process has less memory
+        dataset = load_dataset(config, storage="stream", verified=saved is not None)  # another process has less memory
     fingerprint = data.fingerprint(dataset)
     check_same_dataset(fingerprint)
     if saved and (difference := fingerprint.difference(saved.dataset)):
@@ -311,6 +314,10 @@ def dataset_options(config: ConfigDict, *, storage: str = "") -> DatasetOptions:
         "train_split": config.dataset.train_split,
         "validation_split": config.dataset.validation_split,
         "test_split": config.dataset.test_split,
+        "test_fraction": config.dataset.test_fraction,
+        "validation_fraction": config.dataset.validation_fraction,
+        "split_seed": config.dataset.split_seed,
+        "damaged": config.dataset.damaged,
         "data_dir": config.dataset.data_dir,
         "image_size": config.image_size,
         "classes": config.dataset.classes,
@@ -320,10 +327,18 @@ def dataset_options(config: ConfigDict, *, storage: str = "") -> DatasetOptions:
     }
 
 
-def load_dataset(config: ConfigDict, *, storage: str = "") -> Dataset:
-    """Loads the config's dataset and prints its sizes."""
-    dataset = data.load_dataset(config.dataset.name, **dataset_options(config, storage=storage))
-    print(f"{config.dataset.name}: {DatasetInfo.from_dataset(dataset)}")
+def load_dataset(config: ConfigDict, *, storage: str = "", verified: bool = False) -> Dataset:
+    """Loads the config's dataset; prints its sizes, images per class and, on stderr, warnings.
+
+    `verified`: streamed images are known to be intact.
+    """
+    options: DatasetOptions = {**dataset_options(config, storage=storage), "verified": verified}
+    dataset = data.load_dataset(config.dataset.name, **options)
+    print("\n".join([*dataset.findings.notes, f"{config.dataset.name}: {DatasetInfo.from_dataset(dataset)}"]))
+    if dataset.train.paths is not None:
+        print(findings.describe_classes(dataset))
+        for line in findings.describe_warnings(dataset):
+            print(f"warning: {line}", file=sys.stderr)
     return dataset
 
 
