@@ -119,6 +119,8 @@ def train_case(case: str, workdir: str, folder: str) -> int:
     for key, value in (_SHORT | CASES[case]).items():
         if key == "dataset":
             config.dataset.name = f"folder:{folder}"
+            if "validation_fraction" in config.dataset:
+                config.dataset.validation_fraction = 0.0
         elif key == "model":
             with config.unlocked():
                 config.model = type(config)(value)

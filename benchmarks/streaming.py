@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report("decoding", [time_decoding(write_images(Path(directory)), arguments)])
         return 0
 
-    whole = data.load_dataset(f"folder:{arguments.directory}", image_size=32, storage="stream")
+    whole = data.load_dataset(f"folder:{arguments.directory}", image_size=32, storage="stream", validation_fraction=0)
     report("decoding", [time_decoding(whole.train, arguments)])
     speeds: dict[str, list[float]] = {"memory": [], "stream": []}
     with contextlib.ExitStack() as stack:
@@ -81,7 +81,7 @@ def write_images(directory: Path) -> Split:
                 top, left = rng.integers(427 - 375), rng.integers(640 - 500)
                 part = photograph[top : top + 375, left : left + 500]
                 Image.fromarray(part).save(directory / split / name / f"{i:03}.jpg", quality=90)
-    return data.load_dataset(f"folder:{directory}", image_size=224, storage="stream").train
+    return data.load_dataset(f"folder:{directory}", image_size=224, storage="stream", validation_fraction=0).train
 
 
 def time_decoding(split: Split, arguments: argparse.Namespace) -> float:

@@ -201,6 +201,24 @@ def test_train_rejects_corrupt_image_before_training(train, image_dir):
     assert f"image {image} cannot be decoded" in train(f"--config.dataset.name=folder:{image_dir}", code=1)
 
 
+def test_train_lists_all_damaged_images_in_workdir(run_cli, image_dir, tmp_path):
+    for i in range(12):
+        for name in ("cat", "dog"):
+            (image_dir / "train" / name / f"bad{i}.png").write_bytes(b"x")
+    argv = ["--config", "configs/digits.py:scratch", "--workdir", tmp_path / "run"]
+    result = run_cli("train", [*argv, f"--config.dataset.name=folder:{image_dir}"])
+    assert result.code == 1 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: 24 images cannot be decoded: ") and "and 4 more" in result.stderr
+    assert result.stderr.endswith(f"{tmp_path}/run/damaged.txt lists all\n")
+    lines = (tmp_path / "run" / "damaged.txt").read_text().splitlines()
+    assert len(lines) == 24 and lines[0] == f"{image_dir}/train/cat/bad0.png (not an image that Pillow can read)"
+
+
+def test_train_rejects_overlapping_test_slice(train, image_dir):
+    overrides = [f"--config.dataset.name=folder:{image_dir}", "--config.dataset.test_split=train[50%:]"]
+    assert "train_split 'train' and test_split 'train[50%:]' overlap in 4 of 8 images" in train(*overrides, code=2)
+
+
 def test_train_rejects_different_train_and_test_classes(train, image_dir):
     (image_dir / "test" / "dog").rename(image_dir / "test" / "dogs")
     line = train(f"--config.dataset.name=folder:{image_dir}", code=1)

@@ -16,7 +16,7 @@ from PIL import Image
 
 import train
 import vit_jax
-from vit_jax import pretrained
+from vit_jax import data, pretrained
 from vit_jax.config import check_config
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -163,6 +163,40 @@ def test_train_accepts_image_directory(run_command, vit_b16_npz, tmp_path):
     result = run_command(*command, f"--config.pretrained={vit_b16_npz}", *FEW_STEPS, timeout=600)
     assert result.returncode == 0, result.stderr
     assert "4 training and 4 test images of 224 × 224 pixels, 2 classes" in result.stdout
+
+
+@pytest.mark.slow
+def test_your_own_images_in_five_minutes(run_command, tmp_path):
+    """Photographs of different sizes: random parts of the two sample photographs of scikit-learn."""
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(0)
+    for name, photograph in zip(("temple", "flower"), load_sample_images().images, strict=True):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(40):
+            height, width = rng.integers(60, 200, 2)
+            top, left = (int(rng.integers(0, limit)) for limit in np.subtract(photograph.shape[:2], (height, width)))
+            part = Image.fromarray(photograph[top : top + height, left : left + width])
+            part.save(tmp_path / "photos" / name / f"{i:02}.jpg", quality=95)
+    page = PAGES[ROOT / "docs/data.md"]
+    (section,) = re.findall(r"## Your own images in five minutes\n(.*?)\n## ", page, re.S)
+    table = tmp_path / "photos.csv"
+    table.write_text("path,label\n" + "\n".join(f"{p},{p.parent.name}" for p in tmp_path.glob("photos/*/*.jpg")))
+    outputs = []
+    for command in commands(section):
+        words = [re.sub(r"(?<![\w.])(runs|photos)(?=/|$)", rf"{tmp_path}/\1", word) for word in command]
+        result = run_command(*words)
+        assert result.returncode == 0, result.stderr
+        outputs.append(result.stdout.replace(f"{tmp_path}/", ""))
+    (printed,) = re.findall(r"```text\n(folder:photos: .*?)```", section, re.S)
+    assert printed in outputs[0]
+    accuracy = re.search(r"test/accuracy +([\d.]+)", outputs[1])
+    assert accuracy and float(accuracy[1]) >= 0.9
+    assert re.search(r"flower +[\d.]+%", outputs[2])
+    folder, listed = (
+        data.load_dataset(name, image_size=32, split_seed=3) for name in (f"folder:{tmp_path}/photos", f"csv:{table}")
+    )
+    assert len(folder.test) == len(listed.test) == 16 and folder.class_names == listed.class_names
 
 
 @pytest.mark.slow

@@ -96,6 +96,63 @@ def test_decode_image_applies_exif_orientation(tmp_path):
     assert np.asarray(images.decode_image(tmp_path / "0.png"))[..., 0].tolist() == [[0], [255]]
 
 
+@pytest.mark.parametrize("suffix", [".bmp", ".gif", ".tif", ".webp", ".avif"])
+def test_decode_image_reads_format(tmp_path, suffix):
+    if suffix not in images.IMAGE_SUFFIXES:
+        pytest.skip(f"this Pillow does not read {suffix}")
+    path = write_image(tmp_path / f"0{suffix}", size=(8, 6), color=(250, 0, 0))
+    pixels = np.asarray(images.decode_image(path)).astype(int)
+    assert pixels.shape == (6, 8, 3) and abs(pixels - (250, 0, 0)).max() <= 8
+    assert images.read_size(path) == (8, 6)
+
+
+def test_decode_image_reads_heic(tmp_path):
+    pytest.importorskip("pillow_heif", reason="needs the extra heif").register_heif_opener()
+    path = write_image(tmp_path / "0.heic", size=(64, 32), color=(250, 0, 0))
+    assert images.decode_image(path).size == images.read_size(path) == (64, 32)
+
+
+def test_decode_image_reads_first_frame(tmp_path):
+    frames = [Image.new("RGB", (4, 4), color) for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    frames[0].save(tmp_path / "0.gif", save_all=True, append_images=frames[1:])
+    assert np.asarray(images.decode_image(tmp_path / "0.gif"))[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(("pixels", "expected"), [([0.0, 0.5, 1.0, -1.0], [0, 127, 255, 0]), ([0, 128, 300, 2], None)])
+def test_decode_image_reads_floating_point_grey(tmp_path, pixels, expected):
+    """From 0 to 1, or from 0 to 255."""
+    Image.fromarray(np.array([pixels], np.float32)).save(tmp_path / "0.tif")
+    decoded = np.asarray(images.decode_image(tmp_path / "0.tif"))
+    assert decoded[0, :, 0].tolist() == (expected or [0, 128, 255, 2])
+
+
+def test_decode_image_reads_lab(tmp_path):
+    write_image(tmp_path / "0.tif", mode="LAB", color=(255, 128, 128))
+    assert np.asarray(images.decode_image(tmp_path / "0.tif"))[0, 0].min() >= 250  # white
+
+
+def test_decode_image_applies_orientation_of_tif(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write_image(tmp_path / "0.tif", size=(6, 4), exif=exif)
+    assert images.decode_image(tmp_path / "0.tif").size == images.read_size(tmp_path / "0.tif") == (4, 6)
+
+
+def test_check_image_finds_truncated_pixels(tmp_path):
+    path = write_image(tmp_path / "0.jpg", size=(64, 64))
+    images.check_image(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(images.ImageError, match="cannot be decoded"):
+        images.check_image(path)
+
+
+def test_damaged_images_error_lists_the_first_20():
+    errors = [images.ImageError(f"{i}.png", "truncated") for i in range(23)]
+    message = str(images.DamagedImagesError(errors))
+    assert message.startswith("23 images cannot be decoded: 0.png (truncated), 1.png (truncated), ")
+    assert "19.png (truncated) and 3 more; replace or remove them" in message and "20.png" not in message
+
+
 def test_decode_image_reads_file_object():
     file = io.BytesIO()
     Image.new("RGB", (2, 3)).save(file, "png")

@@ -304,7 +304,7 @@ def check_split(split: Split, *, num_classes: int, name: str = "split") -> Split
             f"{name}: labels are {labels.dtype} {list(labels.shape)}{limits} of {len(images)} images; "
             f"expected integers [n] from 0 to {num_classes - 1}, n at least 1"
         )
-    return Split(images=images, labels=labels.astype(np.int32), ids=split.ids)
+    return Split(images=images, labels=labels.astype(np.int32), ids=split.ids, paths=split.paths)
 
 
 def find_reader(name: str) -> Reader:

@@ -11,6 +11,7 @@ from jaxtyping import Int, UInt64
 
 from vit_jax.data.images import EncodedImages
 from vit_jax.data.splits import (
+    ROLES,
     OpenedSplits,
     Request,
     SplitSlice,
@@ -90,8 +91,8 @@ def open_listing(listing: Listing, request: Request) -> OpenedSplits:
         held_out = sample_fraction(listing.labels[train], keys[train], request.validation_fraction)
         if held_out.any():
             rows |= {"train": train[~held_out], "validation": train[held_out]}
-            origins["validation"] = slices["train"].name
-    rows = {role: rows[role] for role in rows if request.only in ("", role)}
+            origins["validation"] = origins[slices["train"].name]
+    rows = {role: rows[role] for role in (*ROLES, "other") if role in rows and request.only in ("", role)}
     used = {origins[slices[role].name if role in slices else role] for role in rows}
     class_names = _class_names(listing, sorted(used), classes=request.classes, check=not request.only)
     if not request.only:
@@ -172,13 +173,13 @@ def _class_names(listing: Listing, splits: Sequence[str], *, classes: Sequence[s
 
 def _select(listing: Listing, rows: Int[np.ndarray, " m"], class_names: Sequence[str]) -> Split:
     new_labels = np.full(len(listing.class_names), -1, np.int32)
-    new_labels[[listing.class_names.index(name) for name in class_names]] = np.arange(len(class_names))
-    paths = np.array(listing.paths, object)[rows]
+    label_of = {name: label for label, name in enumerate(listing.class_names)}
+    new_labels[[label_of[name] for name in class_names]] = np.arange(len(class_names))
     return Split(
         images=EncodedImages(listing.paths.__getitem__, rows),
         labels=new_labels[listing.labels[rows]],
         ids=_hash_names(listing.names[row] for row in rows),
-        paths=paths,
+        paths=np.array([listing.paths[row] for row in rows], object),
     )
 
 
