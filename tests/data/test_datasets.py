@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from image_files import load, load_folder, write_image, write_image_dir
@@ -196,6 +198,17 @@ def test_load_dataset_slices_validation_split():
     info = data.dataset_info("digits", image_size=8, train_split="train[:90%]", validation_split="train[90%:]")
     assert info == data.DatasetInfo.from_dataset(dataset) and info.num_validation == 144
     assert str(info).startswith("1,293 training, 144 validation and 360 test images of 8 × 8 pixels")
+
+
+def test_check_dataset_checks_validation_split():
+    dataset = load("digits", train_split="train[:90%]", validation_split="train[90%:]")
+    assert len(data.check_dataset(dataset).validation) == 144
+    wrong = dataclasses.replace(dataset.validation, labels=dataset.validation.labels + 1)
+    with pytest.raises(UsageError, match=r"dataset.validation: labels are int32 \[144\] from 1 to 10"):
+        data.check_dataset(dataclasses.replace(dataset, validation=wrong))
+    small = dataclasses.replace(dataset.validation, images=dataset.validation.images[:, :4])
+    with pytest.raises(UsageError, match="training, validation and test images are 8 × 8 and 4 × 8 and 8 × 8 pixels"):
+        data.check_dataset(dataclasses.replace(dataset, validation=small))
 
 
 def test_load_split_names_missing_validation_split():

@@ -36,7 +36,7 @@ def test_find_duplicates_names_equal_images_of_different_splits(image_dir, stora
     pair = (str(image_dir / "train/cat/0.png"), str(image_dir / "test/cat/other.png"))
     assert dataset.findings.duplicates == (pair,)
     (warning,) = [line for line in describe_warnings(dataset) if "more than one split" in line]
-    assert warning == f"1 images are in more than one split: {pair[0]} = {pair[1]}; remove them from all but one"
+    assert warning == f"equal images in more than one split (1): {pair[0]} = {pair[1]}; remove them from all but one"
 
 
 def test_find_duplicates_compares_decoded_pixels(image_dir):
@@ -80,7 +80,7 @@ def test_load_dataset_skips_damaged_images(image_dir, storage):
     assert dataset.train.images[:][:, 0, 0, 0].tolist() == [0, 1, 10, 11]
     assert dataset.train.labels.tolist() == [0, 0, 1, 1] and len(dataset.train.ids) == 4
     first = next(describe_warnings(dataset))
-    assert first.startswith("2 images cannot be decoded and are skipped: ") and str(path) in first
+    assert first.startswith("skipped images that cannot be decoded (2): ") and str(path) in first
 
 
 def test_load_dataset_rejects_classes_of_which_all_images_are_damaged(image_dir):
@@ -108,7 +108,7 @@ def test_describe_classes_shows_the_smallest_and_largest_of_many():
 def test_describe_warnings_names_small_classes_and_imbalance():
     assert [*describe_warnings(create_dataset([10, 100], [1, 1]))] == []
     assert [*describe_warnings(create_dataset([9, 100], [1, 1]))] == [
-        "1 classes have fewer than 10 training images: class0 (9)",
+        "classes with fewer than 10 training images (1): class0 (9)",
         "classes are imbalanced: 100 training images of class1, 9 of class0",
     ]
 

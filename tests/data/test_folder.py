@@ -126,7 +126,7 @@ def test_open_folder_counts_files_that_are_not_read(image_dir, monkeypatch):
         (image_dir / "train" / "cat" / name).write_text("")
     (image_dir / "train" / "dog" / "gone.png").symlink_to("nowhere.png")
     assert load_folder(image_dir).findings.notes == (
-        f"{image_dir}: 5 files were not read (2 .heic, 1 .txt, 1 broken links or special files, 1 without suffix); "
+        f"{image_dir}: files that were not read: 2 .heic, 1 .txt, 1 broken links or special files, 1 without suffix; "
         "install the extra vit_jax[heif]",
     )
 

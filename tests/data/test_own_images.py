@@ -83,5 +83,5 @@ def test_rare_class_is_in_every_split(records, tmp_path):
     dataset = load_folder(tmp_path, image_size=32)
     counts = {role: collections.Counter(split.labels.tolist())[3] for role, split in dataset.splits.items()}
     assert counts == {"train": 7, "validation": 1, "test": 2} and len(cats) // 20 == 10
-    assert any(line.endswith("training images: cat (7)") for line in describe_warnings(dataset))
+    assert any(line.endswith("training images (1): cat (7)") for line in describe_warnings(dataset))
     assert any("7 of cat" in line for line in describe_warnings(dataset))

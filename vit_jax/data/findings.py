@@ -77,14 +77,14 @@ def describe_warnings(dataset: Dataset) -> Iterator[str]:
     """Yields one line for each problem: damaged images, equal images in several splits, few images, imbalance."""
     findings, names = dataset.findings, dataset.class_names
     if damaged := findings.damaged:
-        yield f"{len(damaged):,} images cannot be decoded and are skipped: {list_first(damaged)}"
+        yield f"skipped images that cannot be decoded ({len(damaged):,}): {list_first(damaged)}"
     if findings.duplicates:
         pairs = [" = ".join(paths) for paths in findings.duplicates]
-        yield f"{len(pairs):,} images are in more than one split: {list_first(pairs)}; remove them from all but one"
+        yield f"equal images in more than one split ({len(pairs):,}): {list_first(pairs)}; remove them from all but one"
     numbers = class_counts(dataset)["train"]
     few = [f"{names[label]} ({numbers[label]})" for label in np.flatnonzero(numbers < MIN_TRAIN_IMAGES)]
     if few:
-        yield f"{len(few):,} classes have fewer than {MIN_TRAIN_IMAGES} training images: {list_first(few, 5)}"
+        yield f"classes with fewer than {MIN_TRAIN_IMAGES} training images ({len(few):,}): {list_first(few, 5)}"
     least, most = int(numbers.argmin()), int(numbers.argmax())
     if numbers[most] > MAX_IMBALANCE * numbers[least]:
         yield (

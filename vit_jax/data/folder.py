@@ -106,7 +106,7 @@ def _describe_unread(root: Path, unread: Mapping[str, int]) -> tuple[str, ...]:
     counts = ", ".join(f"{number:,} {suffix}" for suffix, number in sorted(unread.items()))
     needed = {MISSING_FORMATS[suffix] for suffix in unread if suffix in MISSING_FORMATS}
     advice = f"; {', '.join(sorted(needed))}" if needed else ""
-    return (f"{root}: {sum(unread.values()):,} files were not read ({counts}){advice}",)
+    return (f"{root}: files that were not read: {counts}{advice}",)
 
 
 def _suffixes(suffixes: Sequence[str] = IMAGE_SUFFIXES) -> str:
