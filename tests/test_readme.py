@@ -180,6 +180,7 @@ def test_your_own_images_in_five_minutes(run_command, tmp_path):
             part.save(tmp_path / "photos" / name / f"{i:02}.jpg", quality=95)
     page = PAGES[ROOT / "docs/data.md"]
     (section,) = re.findall(r"## Your own images in five minutes\n(.*?)\n## ", page, re.S)
+    assert commands(section)[0] == command_with("folder:photos")  # the first one, in the README
     table = tmp_path / "photos.csv"
     table.write_text("path,label\n" + "\n".join(f"{p},{p.parent.name}" for p in tmp_path.glob("photos/*/*.jpg")))
     outputs = []
