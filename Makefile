@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 .PHONY: train test test-slow docs lint install clean
 
 train: $(VENV)/installed
-	$(if $(EPOCHS),$(error EPOCHS is not a setting: pass ARGS="--config.num_steps=…"))
+	$(if $(EPOCHS),$(error EPOCHS is not a setting: pass ARGS="--config.num_epochs=$(EPOCHS)"))
 	$(BIN)/python train.py --config $(CONFIG) $(if $(WORKDIR),--workdir $(WORKDIR)) $(ARGS)
 
 test: lint

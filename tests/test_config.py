@@ -222,6 +222,46 @@ def test_check_config_rejects_dict():
         settings.check_config(config_with().to_dict())
 
 
+@pytest.mark.parametrize(
+    ("changes", "num_steps", "eval_every_steps"),
+    [
+        ({"num_steps": 60}, 60, 500),
+        ({"num_steps": 60, "eval_every_steps": 7}, 60, 7),
+        ({"num_steps": 1000, "num_epochs": 3}, 66, 22),  # 1000 is the default
+        ({"num_steps": 0, "num_epochs": 3, "eval_every_steps": 7}, 66, 7),
+        ({"num_steps": 66, "num_epochs": 3}, 66, 22),  # the saved config of a run
+    ],
+)
+def test_resolve_steps_derives_steps_from_epochs(changes, num_steps, eval_every_steps):
+    config = config_with(**{"eval_every_steps": 0, **changes})
+    settings.check_config(config)
+    resolved = settings.resolve_steps(config, steps_per_epoch=22)
+    assert (resolved.num_steps, resolved.eval_every_steps) == (num_steps, eval_every_steps)
+    assert config.num_steps == changes["num_steps"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_steps": 60}, "num_epochs is 3, which is 66 steps, and config.num_steps is 60; set one of them to 0"),
+        (
+            {"num_steps": 0, "warmup_steps": 67},
+            "num_epochs is 3, which is 66 steps; expected from warmup_steps, 67",
+        ),
+        (
+            {"num_steps": 0, "num_epochs": 10**8},
+            "2200000000 steps; expected from warmup_steps, 22, to 2^31 - 1",
+        ),
+    ],
+)
+def test_resolve_steps_rejects_contradictions(changes, message):
+    config = config_with(**{"num_epochs": 3, "warmup_steps": 22, **changes})
+    settings.check_config(config)
+    with pytest.raises(UsageError) as error:
+        settings.resolve_steps(config, steps_per_epoch=22)
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["seed", "optimizer", "optimizer.name", "model", "model.patch_size"])
 def test_check_key_accepts_keys_groups_and_model_arguments(name):
     settings.check_key(name)
@@ -239,7 +279,9 @@ def test_check_key_accepts_keys_groups_and_model_arguments(name):
         ("wd", "did you mean optimizer.weight_decay?"),
         ("bs", "did you mean batch_size?"),
         ("model_name", "did you mean pretrained?"),
-        ("epochs", "did you mean num_steps = epochs × (training images // batch_size)?"),
+        ("epochs", "did you mean num_epochs?"),
+        ("num_train_epochs", "did you mean num_epochs?"),
+        ("max_steps", "did you mean num_steps?"),
         ("warmup_epochs", "did you mean warmup_steps = epochs × (training images // batch_size)?"),
         ("momentum", "did you mean optimizer.momentum?"),
         ("test_augment", "did you mean ablation.test_augment?"),
@@ -305,6 +347,15 @@ def test_check_same_reports_differences(tmp_path):
     write_config(tmp_path)
     with pytest.raises(UsageError, match=r"learning_rate: 0.001 → 0.5; model.num_heads: 4 → 2; seed: 0 → 7\)"):
         settings.check_same(config_with(**{"learning_rate": 0.5, "seed": 7, "model.num_heads": 2}), tmp_path)
+
+
+def test_check_same_adopts_steps_of_epochs(tmp_path):
+    write_config(tmp_path, num_epochs=3, num_steps=66)
+    config = config_with(num_epochs=3, num_steps=0)
+    settings.check_same(config, tmp_path)
+    assert config.num_steps == 66
+    with pytest.raises(UsageError, match=r"another config \(num_epochs: 3 → 4\); delete"):
+        settings.check_same(config_with(num_epochs=4, num_steps=0), tmp_path)
 
 
 def test_check_same_ignores_resumable_keys(tmp_path):
@@ -397,8 +448,9 @@ def test_parse_flags_sets_keys_and_new_model_arguments():
     ("argv", "message"),
     [
         (["--config.learning_rat=0.1"], "config.learning_rat: no such key; did you mean learning_rate?"),
-        (["--config.epochs=20"], "config.epochs: no such key; did you mean num_steps = epochs × ("),
-        (["--epochs=20"], "unknown flag --epochs; did you mean --config.num_steps = epochs × ("),
+        (["--config.epochs=20"], "config.epochs: no such key; did you mean num_epochs?"),
+        (["--epochs=20"], "unknown flag --epochs; did you mean --config.num_epochs?"),
+        (["--config.num_epochs=2", "--config.num_steps=9"], "--config.num_epochs and --config.num_steps are both set"),
         (["--lr", "0.1"], "unknown flag --lr; did you mean --config.learning_rate?"),
         (["--batch_size=3"], "unknown flag --batch_size; did you mean --config.batch_size?"),
         (["--noconfig.frozen_dropout"], "config.frozen_dropout: no such key; did you mean ablation.frozen_dropout?"),
@@ -415,6 +467,21 @@ def test_parse_flags_rejects_invalid_flags(argv, message):
     with pytest.raises(UsageError) as error:
         train.parse_flags(["--config=configs/digits.py", *argv])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@old_import
+@pytest.mark.parametrize(
+    ("flags", "set_in_file", "expected"),
+    [
+        (["--config.num_epochs=3"], "num_steps = 220", (3, 0)),
+        (["--config.num_steps", "9"], "num_epochs = 3", (0, 9)),
+        (["--config.num_epochs=0", "--config.num_steps=9"], "num_epochs = 3", (0, 9)),
+        (["--config.seed=1"], "num_epochs = 3", (3, 1000)),
+    ],
+)
+def test_parse_flags_replaces_duration_of_config_file(config_file, flags, set_in_file, expected):
+    config = train.parse_flags([f"--config={config_file(f'config.{set_in_file}; return config')}", *flags]).config
+    assert (config.num_epochs, config.num_steps) == expected
 
 
 @old_import

@@ -24,6 +24,7 @@ from vit_jax.runtime.files import write_atomically
 MODES = ("full", "head", "mlp", "attention", "bias", "lora")  # of `trainable`; patterns are in `training.optim`
 _ABOVE_0, _BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
 _INT32_MAX, _FLOAT32_MAX = 2**31 - 1, 1e38  # steps and seeds are int32 on the device
+_NUM_STEPS, _EVAL_EVERY_STEPS = 1000, 500  # defaults without num_epochs
 
 
 class Check(NamedTuple):
@@ -168,9 +169,14 @@ KEYS = (
     Key("mesh.fsdp", 1, _POSITIVE, "devices that shard parameters and optimizer state", resumable=True),
     Key("mesh.data", 0, _COUNT, "copies of parameters and optimizer state; 0: devices / fsdp", resumable=True),
 
-    Key("num_steps", 1000, _COUNT, "updates; epochs × (training images // batch_size)"),
+    Key("num_epochs", 0, _COUNT,
+        "passes over the training images; sets num_steps to num_epochs × (training images // batch_size); 0: num_steps "
+        "counts"),
+    Key("num_steps", _NUM_STEPS, _COUNT, "updates; leave the default if num_epochs is set"),
     Key("log_every_steps", 10, _POSITIVE, "updates between training lines of metrics.jsonl", resumable=True),
-    Key("eval_every_steps", 500, _POSITIVE, "updates between evaluations; one more at the end", resumable=True),
+    Key("eval_every_steps", 0, _COUNT,
+        "updates between evaluations; one more at the end; 0: once per epoch with num_epochs, else every 500",
+        resumable=True),
     Key("checkpoint_every_steps", 500, _POSITIVE, "updates; one more after each evaluation", resumable=True),
     Key("reference_results", (), _RESULTS, "test accuracies of other work, for the report", resumable=True),
 
@@ -204,7 +210,8 @@ _OTHER_NAMES = {  # key -> names in other projects
     "ema_decay": "ema model_ema",
     "batch_size": "bs batch train_batch_size per_device_train_batch_size",
     "accumulation_steps": "accum grad_accum accum_steps gradient_accumulation_steps",
-    "num_steps": "epochs num_epochs max_epochs total_epochs num_train_epochs steps total_steps max_steps",
+    "num_epochs": "epochs max_epochs total_epochs num_train_epochs",
+    "num_steps": "steps total_steps max_steps",
     "dtype": "fp16 bf16 amp precision half_precision",
     "model.dropout_rate": "dropout drop drop_rate",
     "model.stochastic_depth_rate": "drop_path drop_path_rate stochastic_depth",
@@ -279,13 +286,18 @@ def check_key(name: str) -> None:
 
 
 def suggest_key(name: str) -> str:
-    """Returns the key that is most likely meant, with the formula if `name` is in epochs; "" if none is similar."""
+    """Returns the key that is most likely meant; "" if none is similar.
+
+    If `name` is in epochs and the key in steps, the formula follows.
+    """
     keys, last = [key.name for key in KEYS], name.rpartition(".")[2].replace("-", "_")
     near = [key for key, words in _OTHER_NAMES.items() if last.lower() in words.split()]
     near += [key for key in keys if key.rpartition(".")[2] == last]
     near += difflib.get_close_matches(name, keys, n=1)
-    epochs = " = epochs × (training images // batch_size)" if "epoch" in name else ""
-    return f"{near[0]}{epochs}" if near else ""
+    if not near:
+        return ""
+    epochs = "epoch" in name and near[0].endswith("steps")
+    return f"{near[0]} = epochs × (training images // batch_size)" if epochs else near[0]
 
 
 def to_tuple(name: str, text: str) -> str:
@@ -328,17 +340,37 @@ def _complaints(config: ConfigDict) -> Iterator[str]:
         yield "config.model.head_init: set config.ablation.head_init instead"
     if config.batch_size % (config.accumulation_steps or 1):
         yield f"config.accumulation_steps is {config.accumulation_steps}; it must divide batch_size {config.batch_size}"
-    if config.warmup_steps > config.num_steps:
+    if config.warmup_steps > config.num_steps and not config.num_epochs:  # with num_epochs: in `resolve_steps`
         yield f"config.warmup_steps is {config.warmup_steps}; expected at most num_steps, {config.num_steps}"
     if 0 < config.ablation.schedule_steps <= config.warmup_steps:
         steps = config.ablation.schedule_steps
         yield f"config.ablation.schedule_steps is {steps}; expected more than warmup_steps, {config.warmup_steps}"
 
 
+def resolve_steps(config: ConfigDict, *, steps_per_epoch: int) -> ConfigDict:
+    """Returns a copy of the config whose num_steps follows from num_epochs, and eval_every_steps 0 from both.
+
+    Raises UsageError if num_epochs and another num_steps are set, or the run is too long or shorter than its warm-up.
+    """
+    config, epochs = config.copy_and_resolve_references(), config.num_epochs
+    if epochs:
+        num_steps, found = epochs * steps_per_epoch, f"config.num_epochs is {epochs}"
+        if config.num_steps not in (0, _NUM_STEPS, num_steps):
+            raise UsageError(
+                f"{found}, which is {num_steps} steps, and config.num_steps is {config.num_steps}; set one of them to 0"
+            )
+        if not config.warmup_steps <= num_steps <= _INT32_MAX:
+            limits = f"warmup_steps, {config.warmup_steps}, to 2^31 - 1"
+            raise UsageError(f"{found}, which is {num_steps} steps; expected from {limits}")
+        config.num_steps = num_steps
+    config.eval_every_steps = config.eval_every_steps or (steps_per_epoch if epochs else _EVAL_EVERY_STEPS)
+    return config
+
+
 def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | None = None) -> None:
     """Raises UsageError if keys that must not change on resume differ; for `saved`, see `load_config`.
 
-    First replaces "auto" and accumulation_steps 0 in `config` by the choices of the run.
+    First replaces "auto", accumulation_steps 0 and the default num_steps in `config` by the choices of the run.
     """
     run_config = load_config(workdir, saved=saved)
     _adopt_choices(config, run_config)
@@ -354,6 +386,8 @@ def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | Non
 def _adopt_choices(config: ConfigDict, run_config: ConfigDict) -> None:
     if config.dtype == "auto":
         config.dtype = run_config.dtype
+    if config.num_epochs and config.num_steps in (0, _NUM_STEPS):
+        config.num_steps = run_config.num_steps
     if config.accumulation_steps == 0:
         config.accumulation_steps = run_config.accumulation_steps
     if config.model.get("attention", "auto") == "auto" and "attention" in run_config.model:
@@ -417,7 +451,19 @@ def parse_config(parser: argparse.ArgumentParser, file: str, overrides: list[str
         raise UsageError(f"unexpected {' '.join(rest)}; keys are set as --config.key=value")
     if missing:
         raise UsageError(f"{file} returns no config; expected get_config() to return a ConfigDict with keys")
+    _override_duration(config, argv)
     return config
+
+
+def _override_duration(config: ConfigDict, argv: Sequence[str]) -> None:
+    """Makes the unit of --config.num_epochs=… or --config.num_steps=… count, whichever the config file sets."""
+    given = {name: config[name] for name in ("num_epochs", "num_steps") if any(f".{name}=" in word for word in argv)}
+    if len(given) == 2 and all(given.values()):
+        raise UsageError("--config.num_epochs and --config.num_steps are both set; give one of them")
+    if given.get("num_epochs") and "num_steps" in config:
+        config.num_steps = 0
+    elif given.get("num_steps") and "num_epochs" in config:
+        config.num_epochs = 0
 
 
 def _set_tuples(words: Sequence[str]) -> list[str]:

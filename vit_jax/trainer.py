@@ -81,18 +81,18 @@ def train_and_evaluate(
             experiment, state = create_experiment(
                 config, dataset=dataset, augment=augment, optimizer=optimizer, saved=saved
             )
-        config = experiment.config
+        config, per_epoch = experiment.config, experiment.steps_per_epoch
         if saved:
-            print(f"resuming from step {step:,}")
+            print(f"resuming from step {step:,}, epoch {format_number(step / per_epoch)}")
             state = checkpoints.restore(step, state)
-        if main_process := distributed.is_main_process():
+        if not (silent := not distributed.is_main_process()):
             save_config(config, workdir)
             save_findings(experiment.dataset.findings, workdir)
         train_step = experiment.compile_train_step()
         examples = experiment.load_examples(state)
         with (
             contextlib.closing(experiment.train_batches(examples, step)) as batches,
-            Writer(workdir, step=step, num_steps=config.num_steps, silent=not main_process) as writer,
+            Writer(workdir, step=step, num_steps=config.num_steps, steps_per_epoch=per_epoch, silent=silent) as writer,
             stop_signals() as signals,
         ):
             for step, batch in batches:

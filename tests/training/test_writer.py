@@ -41,7 +41,7 @@ def test_read_results_rejects_missing_metrics(tmp_path):
 
 def test_read_results_rejects_changed_metrics(tmp_path):
     path, metrics = tmp_path / "metrics.jsonl", {"test/loss": 1.0, "test/accuracy": 0.5, "test/accuracy_top5": 0.9}
-    with Writer(tmp_path, step=0, num_steps=8) as writer:
+    with Writer(tmp_path, step=0, num_steps=8, steps_per_epoch=4) as writer:
         writer.log_evaluation(8, metrics)
     assert read_results(tmp_path, 8, writer.checksum)[1] == {"step": 8, **metrics}
     path.write_text(path.read_text().replace("0.5", "0.6"))
@@ -58,7 +58,7 @@ def test_read_records_stops_at_last_step(tmp_path):
 def test_writer_truncates_to_restored_step_and_resumes(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10}\n{"step": 20}\n{"step": 30')
-    with Writer(tmp_path, step=10, num_steps=40) as writer:
+    with Writer(tmp_path, step=10, num_steps=40, steps_per_epoch=4) as writer:
         writer.log_training(20, {"train/loss": 1.5, "train/accuracy": 0.5, "learning_rate": 0.1}, batch_size=4)
         writer.log_evaluation(20, {"test/loss": 1.0, "test/accuracy": 0.75, "test/accuracy_top5": 1.0})
     first, second, third = (json.loads(line) for line in path.read_text().splitlines())
@@ -82,7 +82,7 @@ def read_events(workdir):
 
 def test_writer_writes_one_tensorboard_curve_across_restarts(tmp_path):
     for step in range(60):
-        with Writer(tmp_path, step=step, num_steps=200) as writer:
+        with Writer(tmp_path, step=step, num_steps=200, steps_per_epoch=4) as writer:
             for new in (step + 1, step + 2):  # the second one is written again after the restart
                 scalars = {"train/loss": new / 8, "train/accuracy": 0.5, "learning_rate": 0.25}
                 writer.log_training(new, scalars, batch_size=4)
@@ -99,7 +99,7 @@ def test_writer_writes_one_tensorboard_curve_across_restarts(tmp_path):
 def test_writer_keeps_other_files(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "events.out.tfevents.1.host").write_bytes(b"old")
-    with Writer(tmp_path, step=0, num_steps=1):
+    with Writer(tmp_path, step=0, num_steps=1, steps_per_epoch=1):
         pass
     assert read_events(tmp_path) == []
     assert (tmp_path / "notes.txt").read_text() == "mine"

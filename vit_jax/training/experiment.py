@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax import data, models
+from vit_jax.config import resolve_steps
 from vit_jax.data import DatasetFingerprint, DatasetInfo, batches, findings, preprocess
 from vit_jax.data.batches import Batch
 from vit_jax.data.crops import CROPS
@@ -31,6 +32,7 @@ from vit_jax.training.initialize import Pretrained
 from vit_jax.training.plan import Plan
 from vit_jax.training.run_info import RunInfo
 from vit_jax.training.steps import TrainState, TrainStep
+from vit_jax.training.writer import format_steps
 from vit_jax.types import Dataset, ImageModel, ImageSource, Params, Split
 
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[[optax.Schedule], optax.GradientTransformation]
@@ -203,9 +205,13 @@ def plan_experiment(
 ) -> Plan:
     """Builds an experiment from shapes: nothing is loaded, and the devices of the mesh need not exist.
 
-    With accumulation_steps 0, compiles the training step to find the smallest number that fits; see `device_fit`.
+    Resolves num_epochs. With accumulation_steps 0, compiles the training step to find the smallest number that fits;
+    see `device_fit`.
     """
     check_batch(config, num_shards=mesh.size, num_images=info.num_train)
+    steps_per_epoch = info.num_train // config.batch_size
+    config = resolve_steps(config, steps_per_epoch=steps_per_epoch)
+    print(f"training: {format_steps(config.num_steps, steps_per_epoch)} of {steps_per_epoch:,} steps")
     patterns = optim.trainable_patterns(config.trainable)
     tx, schedule = create_optimizer(config, model, optimizer)
 

@@ -34,6 +34,12 @@ class Plan:
     compiled: jax.stages.Compiled | None = None  # `train_step`, if it was compiled to choose accumulation_steps
 
     @property
+    def steps_per_epoch(self) -> int:
+        """Number of whole batches in the training images."""
+        steps: int = self.dataset_info.num_train // self.config.batch_size
+        return steps
+
+    @property
     def max_updates(self) -> int:
         """Maximum number of updates per batch."""
         return len(self.abstract_batch.labels) // self.train_step.batch_size

@@ -69,6 +69,12 @@ def format_number(number: float) -> str:
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
+def format_steps(num_steps: int, steps_per_epoch: int) -> str:
+    """Formats a duration in both units, such as "220 steps = 10 epochs"."""
+    epochs = format_number(num_steps / steps_per_epoch)
+    return f"{num_steps:,} step{'s' * (num_steps != 1)} = {epochs} epoch{'s' * (epochs != '1')}"
+
+
 class Writer:
     """Writes the metrics of one run; a context manager.
 
@@ -79,10 +85,11 @@ class Writer:
         workdir: run directory; exists.
         step: finished updates; 0 starts a run.
         num_steps: number of steps of the whole run, for the progress bar.
+        steps_per_epoch: steps of an epoch.
         silent: write nothing, as another process does.
     """
 
-    def __init__(self, workdir: Path, *, step: int, num_steps: int, silent: bool = False):
+    def __init__(self, workdir: Path, *, step: int, num_steps: int, steps_per_epoch: int, silent: bool = False):
         from tensorboardX import SummaryWriter  # takes long to import
 
         path = Path(os.devnull) if silent else workdir / "metrics.jsonl"
@@ -105,7 +112,7 @@ class Writer:
             dynamic_ncols=True,
             disable=silent,
         )
-        self._silent = silent
+        self._silent, self._steps_per_epoch = silent, steps_per_epoch
         self.start_clock(step)
 
     def __enter__(self) -> "Writer":
@@ -144,7 +151,9 @@ class Writer:
         raw = f" (without EMA {results['test_raw/accuracy']:.2%})" if "test_raw/accuracy" in results else ""
         accuracy, loss = results["test/accuracy"], results["test/loss"]
         if not self._silent:
-            tqdm.write(f"step {step}: test accuracy {accuracy:.2%}{raw}, test loss {loss:.4f}", file=sys.stderr)
+            epoch = format_number(step / self._steps_per_epoch)
+            line = f"step {step}, epoch {epoch}: test accuracy {accuracy:.2%}{raw}, test loss {loss:.4f}"
+            tqdm.write(line, file=sys.stderr)
 
     def flush(self) -> None:
         """Syncs metrics.jsonl to disk; called before each checkpoint, so that no checkpoint lacks its metrics."""
