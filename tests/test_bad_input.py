@@ -250,7 +250,7 @@ def test_train_rejects_unwritable_workdir(run_cli, tmp_path):
     [
         ([], 2, "one of the arguments --workdir --model is required"),
         (["--workdir", "x", "--stp", "3"], 2, "unrecognized arguments: --stp 3; did you mean --step?"),
-        (["--workdir", "x", "--step", "last"], 2, "invalid int value: 'last'"),
+        (["--workdir", "x", "--step", "last"], 2, "argument --step: got 'last'; expected a step of the run, or best"),
         (["--workdir", "{tmp}"], 1, "has no checkpoints"),
     ],
 )

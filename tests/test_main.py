@@ -25,4 +25,4 @@ def test_commands_print_help_with_example(run_cli, name):
 def test_commands_declare_model_flags_alike(run_cli, name):
     words = " ".join(run_cli(f"vit_jax.{name}", ["--help"]).stdout.split())
     assert "--workdir RUN run directory --model NAME_OR_PATH pretrained checkpoint by name (" in words
-    assert "--step STEP step of the run's checkpoint (default: latest)" in words
+    assert "--step STEP step of the run's checkpoint, or best (default: latest)" in words

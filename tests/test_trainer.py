@@ -15,6 +15,7 @@ from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.training import device_fit
 from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training.writer import read_records
 from vit_jax.types import Dataset, Split
 
 
@@ -76,6 +77,36 @@ def test_train_and_evaluate_returns_last_evaluation(finished):
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"step": 40, **results} == last
     assert trainer.train_and_evaluate(small_config(), workdir) == results
+
+
+def test_train_and_evaluate_chooses_on_validation_and_stops_early(tmp_path, capsys):
+    """Trains with learning rate 0, so that no evaluation is better than the first, after one of three epochs."""
+    config = small_config(num_steps=0, num_epochs=3, eval_every_steps=0, early_stopping_patience=1, learning_rate=0.0)
+    config.dataset.update(train_split="train[:640]", validation_split="train[640:]")
+    results = trainer.train_and_evaluate(config, tmp_path)
+    evaluations = [record for record in read_records(tmp_path / "metrics.jsonl") if "train/loss" not in record]
+    assert [record["step"] for record in evaluations] == [10, 20]
+    assert ["test/loss" in record for record in evaluations] == [False, True]
+    assert evaluations[0]["validation/accuracy"] == evaluations[1]["validation/accuracy"]
+    run = load_run(tmp_path, step="best")
+    assert run.step == 20  # the later of equals
+    validation = run.evaluate(run.load_split("validation"), prefix="validation")
+    assert results == pytest.approx({**run.evaluate(), **validation})
+    assert trainer.train_and_evaluate(config, tmp_path) == results
+    text = capsys.readouterr().out
+    assert "training: 30 steps = 3 epochs of 10 steps" in text
+    assert "already finished at step 20, nothing trained" in text
+    accuracy = f"{results['validation/accuracy']:.2%}"
+    assert text.count(f"best checkpoint       step 20 (--step best), validation accuracy {accuracy}\n") == 2
+    assert "steps                 20 × 64 images, 2 epochs, of 30 (stopped early)" in text
+
+
+def test_train_and_evaluate_says_that_best_is_chosen_on_test(finished, capsys):
+    trainer.train_and_evaluate(small_config(), finished[0])
+    expected = (
+        f"step 40 (--step best), test accuracy {finished[1]['test/accuracy']:.2%}; chosen on test, as there are no"
+    )
+    assert expected in capsys.readouterr().out
 
 
 def test_train_and_evaluate_prints_evaluation_call_for_own_dataset(tmp_path, capsys):

@@ -7,7 +7,7 @@ The public API: `load` and the `Classifier` it returns, `trainer.train_and_evalu
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from vit_jax.classifier import Classifier
@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 
-def load(source: str | os.PathLike[str], *, step: int | None = None, use_ema: bool = True) -> "Classifier":
+def load(
+    source: str | os.PathLike[str], *, step: int | Literal["best"] | None = None, use_ema: bool = True
+) -> "Classifier":
     """Loads a classifier: `load("runs/digits").predict(images)`.
 
     Args:
         source: a run directory, an export, a pretrained checkpoint by name or path, or a directory of Hugging Face's
             `ViTForImageClassification`.
-        step: training step of the run's checkpoint to load; None: the latest.
+        step: training step of the run's checkpoint to load; "best": the one with the highest accuracy on validation, or
+            on test if the run has no validation images; None: the latest.
         use_ema: load the EMA parameters of a run that has them.
 
     Returns:

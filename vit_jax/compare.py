@@ -48,7 +48,7 @@ class Row:
             "test accuracy": f"{self.results['test/accuracy']:.2%}",
             **({"±": f"{self.accuracy_std:.2%}"} if self.num_seeds else {}),
             "top-5 accuracy": f"{self.results['test/accuracy_top5']:.2%}" if self.num_classes > 5 else "–",
-            "images": f"{self.config.num_steps * self.config.batch_size:,}",
+            "images": f"{self.results['step'] * self.config.batch_size:,.0f}",
             "time": f"{self.seconds:.1f} s" if self.seconds < 60 else str(time),
             "images/s": f"{self.images_per_second:,.0f}",
         }
@@ -91,7 +91,7 @@ def read_row(workdir: Path) -> Row:
         step = checkpoints.require_step()
         info = RunInfo.from_json(checkpoints.read_metadata(step))
     config = load_config(workdir, saved=info.config)
-    if step != config.num_steps:
+    if not info.is_finished(step):
         raise UserError(f"{workdir} is at step {step} of {config.num_steps}; expected a finished run")
     records, results = writer.read_results(workdir, step, info.metrics_checksum)
     lines = [record for record in records if "images_per_second" in record]

@@ -178,6 +178,9 @@ KEYS = (
         "updates between evaluations; one more at the end; 0: once per epoch with num_epochs, else every 500",
         resumable=True),
     Key("checkpoint_every_steps", 500, _POSITIVE, "updates; one more after each evaluation", resumable=True),
+    Key("early_stopping_patience", 0, _COUNT,
+        "the run ends after this many evaluations without a higher accuracy on validation, or on test if there are no "
+        "validation images; 0: off"),
     Key("reference_results", (), _RESULTS, "test accuracies of other work, for the report", resumable=True),
 
     # Only ablation runs set these.
@@ -210,6 +213,7 @@ _OTHER_NAMES = {  # key -> names in other projects
     "ema_decay": "ema model_ema",
     "batch_size": "bs batch train_batch_size per_device_train_batch_size",
     "accumulation_steps": "accum grad_accum accum_steps gradient_accumulation_steps",
+    "early_stopping_patience": "patience early_stopping",
     "num_epochs": "epochs max_epochs total_epochs num_train_epochs",
     "num_steps": "steps total_steps max_steps",
     "dtype": "fp16 bf16 amp precision half_precision",

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from ml_collections import ConfigDict
 
@@ -44,17 +45,23 @@ class Run(Classifier):
         return "dataset" in self.info.custom
 
     def load_test_split(self, data_dir: str | None = None) -> Split:
-        """Loads the test split of the run's config.
+        """Loads the test split of the run's config; see `load_split`."""
+        return self.load_split("test", data_dir)
+
+    def load_split(self, name: str, data_dir: str | None = None) -> Split:
+        """Loads a split of the run's config.
 
         Args:
+            name: "train", "validation" or "test".
             data_dir: directory of the dataset; None uses that of the config.
 
         Raises:
             UserError: the dataset cannot be read, or its classes differ from the run's.
+            UsageError: the run has no validation split.
         """
         if self.dataset_given:
             raise UserError(
-                f"{self.workdir} was trained on a dataset given from Python; give its test split there: "
+                f"{self.workdir} was trained on a dataset given from Python; give its {name} split there: "
                 "vit_jax.load(workdir).evaluate(split) or vit_jax.report.write_report(workdir, split=split)"
             )
         config = self.config.copy_and_resolve_references()
@@ -62,7 +69,7 @@ class Run(Classifier):
             config.dataset.data_dir = data_dir
         # A run that streamed its images is also evaluated from a stream; the pixels are the same.
         storage = "stream" if self.info.storage == "stream" else config.dataset.storage
-        split, class_names = experiment.load_split(config, storage=storage)
+        split, class_names = experiment.load_split(config, name, storage=storage)
         if class_names != self.class_names:
             ours, theirs = (
                 f"{len(names)} classes ({', '.join(names[:5])}, …)" for names in (self.class_names, class_names)
@@ -73,10 +80,11 @@ class Run(Classifier):
         return split
 
 
-def load_run(workdir: str | Path, *, step: int | None = None, use_ema: bool = True) -> Run:
+def load_run(workdir: str | Path, *, step: int | Literal["best"] | None = None, use_ema: bool = True) -> Run:
     """Loads a run from its directory; raises UserError if the checkpoint is missing or damaged.
 
-    `step` defaults to the latest. With `use_ema`, the EMA parameters are loaded if the run has them.
+    `step` defaults to the latest; for "best" see `Checkpoints.best_step`. With `use_ema`, the EMA parameters are loaded
+    if the run has them.
     """
     workdir, mesh = Path(workdir), sharding.create_mesh()
     with Checkpoints(workdir, read_only=True) as checkpoints:

@@ -34,7 +34,7 @@ from vit_jax.runtime import distributed
 from vit_jax.runtime.errors import UserError
 from vit_jax.runtime.signals import stop_requested, stop_signals
 from vit_jax.training.checkpoint import Checkpoints
-from vit_jax.training.experiment import Optimizer, create_experiment
+from vit_jax.training.experiment import Examples, Experiment, Optimizer, create_experiment
 from vit_jax.training.run_info import RunInfo
 from vit_jax.training.steps import TrainState
 from vit_jax.training.writer import Writer, checksum_of, format_number, read_records, read_results
@@ -60,8 +60,9 @@ def train_and_evaluate(
             a transformation, "learning_rate" is not logged.
 
     Returns:
-        "test/loss", "test/accuracy", "test/accuracy_top5" after the last step; with EMA also "test_raw/…", the results
-        without EMA. Empty if SIGTERM stopped the run, and in all processes but the first.
+        "test/loss", "test/accuracy", "test/accuracy_top5" after the last step; "validation/…" likewise if there are
+        validation images; with EMA also "test_raw/…" and "validation_raw/…", the results without EMA. Empty if SIGTERM
+        stopped the run, and in all processes but the first.
 
     Raises:
         UsageError: the config is invalid, or differs from the config of the run in `workdir`.
@@ -74,7 +75,7 @@ def train_and_evaluate(
     with lock_workdir(workdir), Checkpoints(workdir) as checkpoints:
         saved = check_resumable(config, workdir, checkpoints)
         step = checkpoints.latest_step() or 0
-        if saved and step == config.num_steps:
+        if saved and saved.is_finished(step):
             print(f"already finished at step {step:,}, nothing trained")
             return summarize(config, workdir, checkpoints)
         with list_damaged_images(workdir):
@@ -88,6 +89,7 @@ def train_and_evaluate(
         if not (silent := not distributed.is_main_process()):
             save_config(config, workdir)
             save_findings(experiment.dataset.findings, workdir)
+        info, selected = experiment.info, f"{experiment.selection_split}/accuracy"
         train_step = experiment.compile_train_step()
         examples = experiment.load_examples(state)
         with (
@@ -109,18 +111,23 @@ def train_and_evaluate(
                         raise UserError(describe_nonfinite(nonfinite_step, checkpoints))
                 if logging:
                     writer.log_training(step, metrics, batch_size=config.batch_size)
-                results = experiment.evaluate(state, examples) if evaluating else {}
+                results: dict[str, float] = {}
                 if evaluating:
+                    results, info = evaluate(experiment, state, examples, info, step, checkpoints.best_accuracy())
                     writer.log_evaluation(step, results)
+                    last = info.is_finished(step)
                 if saving:
-                    save(step, state, experiment.info, checkpoints, writer, accuracy=results.get("test/accuracy"))
+                    save(step, state, info, checkpoints, writer, accuracy=results.get(selected))
                 if stopping and not last:
                     checkpoints.finish()
                     report_stop(stopping, f"saved checkpoint {step} to {workdir}; rerun to resume")
                     return {}
+                if last:
+                    break
             if config.num_steps == 0:
-                writer.log_evaluation(0, results := experiment.evaluate(state, examples))
-                save(0, state, experiment.info, checkpoints, writer, accuracy=results["test/accuracy"])
+                results, info = evaluate(experiment, state, examples, info, 0, None)
+                writer.log_evaluation(0, results)
+                save(0, state, info, checkpoints, writer, accuracy=results[selected])
         checkpoints.finish()
         return summarize(config, workdir, checkpoints)
 
@@ -135,6 +142,21 @@ def list_damaged_images(workdir: Path) -> Iterator[None]:
         if distributed.is_main_process() and save_lines(lines, workdir / "damaged.txt"):
             raise UserError(f"{error}; {workdir / 'damaged.txt'} lists all") from error
         raise
+
+
+def evaluate(
+    experiment: Experiment, state: TrainState, examples: Examples, info: RunInfo, step: int, best: float | None
+) -> tuple[dict[str, float], RunInfo]:
+    """Evaluates on validation, if there is any, and at the end of the run on test; otherwise on test.
+
+    Also returns the metadata with the evaluation counted; `best` is the best accuracy so far.
+    """
+    split = experiment.selection_split
+    results = experiment.evaluate(state, examples, split)
+    info = info.count_evaluation(results[f"{split}/accuracy"], best=best)
+    if split != "test" and info.is_finished(step):
+        results |= experiment.evaluate(state, examples, "test")
+    return results, info
 
 
 def save(
@@ -221,17 +243,24 @@ def summarize(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> di
         return {}
     from vit_jax.visualization import plotting  # matplotlib takes long to import
 
-    info = RunInfo.from_json(checkpoints.read_metadata(config.num_steps))
-    records, results = read_results(workdir, config.num_steps, info.metrics_checksum)
+    step = checkpoints.require_step()
+    info = RunInfo.from_json(checkpoints.read_metadata(step))
+    records, results = read_results(workdir, step, info.metrics_checksum)
     plotting.plot_curves(records, title=workdir.name).savefig(workdir / "curves.png", dpi=120)
-    epochs = config.num_steps / (info.dataset.num_train // config.batch_size)
+    epochs = format_number(step / (info.dataset.num_train // config.batch_size))
+    early = f", of {config.num_steps:,} (stopped early)" if step < config.num_steps else ""
+    split = "validation" if "validation/accuracy" in results else "test"
+    best = f"step {checkpoints.best_step():,} (--step best), {split} accuracy {checkpoints.best_accuracy():.2%}"
+    warning = "; chosen on test, as there are no validation images" if split == "test" else ""
     speeds = [record["images_per_second"] for record in records if "images_per_second" in record]
     rows = {
         "test accuracy": f"{results['test/accuracy']:.2%}",
         **({"top-5 accuracy": f"{results['test/accuracy_top5']:.2%}"} if len(info.dataset.class_names) > 5 else {}),
         "test loss": f"{results['test/loss']:.4f}",
         **({"without EMA": f"{results['test_raw/accuracy']:.2%}"} if "test_raw/accuracy" in results else {}),
-        "steps": f"{config.num_steps:,} × {config.batch_size} images, {format_number(epochs)} epochs",
+        **({f"{split} accuracy": f"{results[f'{split}/accuracy']:.2%}"} if split != "test" else {}),
+        "best checkpoint": best + warning,
+        "steps": f"{step:,} × {config.batch_size} images, {epochs} epochs{early}",
         "images/s, median": format_number(statistics.median_high(speeds)) if speeds else "–",
         "checkpoints": workdir / "checkpoints",
         "metrics": workdir / "metrics.jsonl",

@@ -89,6 +89,7 @@ def test_save_keeps_latest_and_best_checkpoint(tmp_path):
         checkpoints.save(6, state, {}, accuracy=0.6)
         checkpoints.finish()
         assert checkpoints.steps() == [2, 6]
+        assert (checkpoints.best_accuracy(), Checkpoints(tmp_path, read_only=True).require_step("best")) == (0.9, 2)
         checkpoints.save(7, state, {}, accuracy=0.9)  # on a tie, the later one is the best
         checkpoints.finish()
         assert checkpoints.steps() == [7]

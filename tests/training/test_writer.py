@@ -1,11 +1,12 @@
 import json
+import re
 import struct
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from vit_jax.runtime.errors import UserError
-from vit_jax.training.writer import Writer, read_records, read_results
+from vit_jax.training.writer import Writer, format_steps, read_records, read_results
 
 
 def test_read_records_ignores_truncated_last_line(tmp_path):
@@ -66,6 +67,23 @@ def test_writer_truncates_to_restored_step_and_resumes(tmp_path):
     assert second.pop("images_per_second") > 0
     assert second == {"step": 20, "train/loss": 1.5, "train/accuracy": 0.5, "learning_rate": 0.1}
     assert third == {"step": 20, "test/loss": 1.0, "test/accuracy": 0.75, "test/accuracy_top5": 1.0}
+
+
+def test_log_evaluation_prints_every_split(tmp_path, capsys):
+    results = {"validation/accuracy": 0.75, "validation_raw/accuracy": 0.5, "validation/loss": 1.25}
+    with Writer(tmp_path, step=0, num_steps=8, steps_per_epoch=4) as writer:
+        writer.log_evaluation(6, results)
+        writer.log_evaluation(8, {**results, "test/accuracy": 1.0, "test/loss": 0.0})
+    first, last = re.findall(r"step \d+, epoch .*", capsys.readouterr().err)
+    assert first == "step 6, epoch 1.5: validation accuracy 75.00% (without EMA 50.00%), validation loss 1.2500"
+    assert last == first.replace("6, epoch 1.5", "8, epoch 2") + "; test accuracy 100.00%, test loss 0.0000"
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(220, "220 steps = 10 epochs"), (22, "22 steps = 1 epoch"), (1, "1 step = 0.045 epochs")]
+)
+def test_format_steps_shows_both_units(steps, expected):
+    assert format_steps(steps, 22) == expected
 
 
 def read_events(workdir):

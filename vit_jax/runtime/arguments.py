@@ -28,7 +28,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME_OR_PATH",
         help="pretrained checkpoint by name (python -m vit_jax.pretrained --list), .npz file, or export",
     )
-    parser.add_argument("--step", type=int, help="step of the run's checkpoint (default: latest)")
+    parser.add_argument(
+        "--step", type=_step, metavar="STEP", help="step of the run's checkpoint, or best (default: latest)"
+    )
+
+
+def _step(text: str) -> int | str:
+    if text != "best" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a step of the run, or best")
+    return text if text == "best" else int(text)
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

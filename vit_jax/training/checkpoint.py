@@ -2,7 +2,8 @@
 
 A checkpoint is the directory `checkpoints/<step>`. Its items are `params` (the model's parameters, named as in the
 pretrained checkpoints, and LoRA weights), `ema` (EMA parameters, if any), `training` (the rest of the `TrainState`) and
-`metadata`: JSON of the caller's metadata, the test accuracy, and dtype, shape and checksum of every array.
+`metadata`: JSON of the caller's metadata, the accuracy on validation or test, and dtype, shape and checksum of every
+array.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Literal, TypedDict, cast
 
 import jax
 import numpy as np
@@ -53,7 +54,6 @@ class Checkpoints:
     def __init__(self, workdir: Path, *, read_only: bool = False):
         self._workdir = workdir
         self._directory = workdir.absolute() / "checkpoints"
-        self._accuracies: dict[int, float | None] = {}
         self._unfinished: set[int] = set()
         if read_only:
             return
@@ -61,7 +61,6 @@ class Checkpoints:
             # Orbax cleans up in a thread, which logs errors if the run fails first.
             _remove_half_written(self._directory)
         distributed.sync_processes("removed half-written checkpoints")
-        self._accuracies = {step: self._read_content(step)["accuracy"] for step in self.steps()}
         if self._accuracies:
             with self._saving():
                 _ = self._manager  # fails now rather than after training
@@ -87,9 +86,23 @@ class Checkpoints:
         """Returns the step that a run resumes from; None if there are no checkpoints."""
         return max(self.steps(), default=None)
 
-    def require_step(self, step: int | None = None) -> int:
-        """Returns `step`, or the latest; raises UserError if there is no such checkpoint."""
+    def best_step(self) -> int | None:
+        """Returns the step with the highest accuracy, the later of equals; None if no accuracy was measured."""
+        return _best_step(self._accuracies, self.steps())
+
+    def best_accuracy(self) -> float | None:
+        """Returns the accuracy of `best_step`; None if no accuracy was measured."""
+        best = self.best_step()
+        return None if best is None else self._accuracies[best]
+
+    def require_step(self, step: int | Literal["best"] | None = None) -> int:
+        """Returns `step`, the best or, for None, the latest; raises UserError if there is no such checkpoint."""
         steps = self.steps()
+        if steps and step == "best":
+            step = self.best_step()
+            if step is None:
+                known = ", ".join(map(str, steps))
+                raise UserError(f"{self._workdir} has no evaluated checkpoint; give one of the steps {known}")
         if steps and step in (None, *steps):
             return steps[-1] if step is None else step
         found = f"has no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
@@ -99,7 +112,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, metadata: dict[str, Json], *, accuracy: float | None) -> None:
         """Starts saving a state and any metadata; its arrays may be donated, and `finish` waits until it is on disk.
 
-        `accuracy` is that of the test split, if measured; it determines the best checkpoint.
+        `accuracy` is that on validation or test, if measured; it determines the best checkpoint.
         """
         items = _items(state)
         content = _Content(
@@ -162,6 +175,11 @@ class Checkpoints:
         return optim.merge_params(items.get("ema", {}), items["params"]), content["metadata"]
 
     @functools.cached_property
+    def _accuracies(self) -> dict[int, float | None]:
+        """Accuracy of each checkpoint, and of those deleted since."""
+        return {step: self._read_content(step)["accuracy"] for step in self.steps()}
+
+    @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
         """Orbax's manager, which keeps the latest and the best; created lazily, as it creates the directory."""
         options = ocp.CheckpointManagerOptions(preservation_policy=_LatestAndBest(self._accuracies))
@@ -215,7 +233,7 @@ class Checkpoints:
 
 @dataclasses.dataclass
 class _LatestAndBest:
-    """Keeps the latest checkpoint and the one with the highest accuracy, the later of equals."""
+    """Keeps the latest checkpoint and the best one."""
 
     accuracies: Mapping[int, float | None]  # by step
 
@@ -223,9 +241,13 @@ class _LatestAndBest:
         self, checkpoints: Sequence[managers.PolicyCheckpointInfo], *, context: object
     ) -> Sequence[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]  # ascending
-        measured = [(self.accuracies[step], step) for step in steps if self.accuracies[step] is not None]
-        best = max(measured)[1] if measured else steps[-1]
-        return [step in (steps[-1], best) for step in steps]
+        return [step in (steps[-1], _best_step(self.accuracies, steps)) for step in steps]
+
+
+def _best_step(accuracies: Mapping[int, float | None], steps: Sequence[int]) -> int | None:
+    """Returns the step with the highest accuracy, the later of equals; None if no accuracy was measured."""
+    measured = [(accuracy, step) for step in steps if (accuracy := accuracies.get(step)) is not None]
+    return max(measured)[1] if measured else None
 
 
 def _items(state: TrainState) -> Params:

@@ -43,12 +43,10 @@ _STEP_OPTIONS = ("batch_size", "accumulation_steps", "label_smoothing", "mixup_a
 
 
 class Examples(NamedTuple):
-    """The examples of a run [n …] and their int32 labels [n]: on every device, or on the host if streamed."""
+    """The examples of each split [n …] and their int32 labels [n]: on every device, or on the host if streamed."""
 
-    train_inputs: jax.Array | ImageSource
-    train_labels: jax.Array | np.ndarray
-    test_inputs: jax.Array | ImageSource
-    test_labels: jax.Array | np.ndarray
+    inputs: dict[str, jax.Array | ImageSource]
+    labels: dict[str, jax.Array | np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,17 +63,19 @@ class Experiment(Plan):
 
     def load_examples(self, state: TrainState) -> Examples:
         """Puts images on the devices unless they are streamed, or caches the features of the frozen backbone."""
-        config, train, test = self.config, self.dataset.train, self.dataset.test
+        config, images = self.config, {name: split.images for name, split in self.dataset.splits.items()}
         augment, test_augment = config.augment, config.ablation.test_augment
+        inputs = {"train": images.pop("train")}
         if self.storage == "features":
             params = optim.merge_params(state.trainable, state.frozen)
             compute = functools.partial(compute_features, self.image_forward, params, mesh=self.mesh)
-            train_inputs = compute(train.images, augment=augment, num_views=config.feature_views, seed=config.seed)
-            test_inputs: ImageSource = compute(test.images, augment=test_augment)
+            views = {"num_views": config.feature_views, "seed": config.seed}
+            inputs["train"] = compute(inputs["train"], augment=augment, **views)
+            inputs |= {name: compute(split, augment=test_augment) for name, split in images.items()}
         else:
-            train_inputs = train.images
-            test_inputs = batches.crop_when_decoded(test.images, augment=test_augment, image_mean=config.image_mean)
-        examples = Examples(train_inputs, train.labels, test_inputs, test.labels)
+            crop = functools.partial(batches.crop_when_decoded, augment=test_augment, image_mean=config.image_mean)
+            inputs |= {name: crop(split) for name, split in images.items()}
+        examples = Examples(inputs, {name: split.labels for name, split in self.dataset.splits.items()})
         if self.storage == "stream":
             return examples
         on_device: Examples = sharding.device_put(examples, sharding.replicated(self.mesh))
@@ -83,7 +83,7 @@ class Experiment(Plan):
 
     def train_batches(self, examples: Examples, first_step: int) -> Generator[tuple[int, Batch], None, None]:
         """Yields (finished updates after the batch, batch), starting after `first_step`."""
-        config, inputs, labels = self.config, examples.train_inputs, examples.train_labels
+        config, inputs, labels = self.config, examples.inputs["train"], examples.labels["train"]
         if isinstance(inputs, jax.Array) and isinstance(labels, jax.Array):
             return batches.resident_batches(
                 inputs,
@@ -113,16 +113,21 @@ class Experiment(Plan):
             read, self.mesh, first_step=first_step, num_steps=config.num_steps, num_workers=num_workers
         )
 
-    def evaluate(self, state: TrainState, examples: Examples) -> dict[str, float]:
-        """Evaluates a state on every test example.
+    @property
+    def selection_split(self) -> str:
+        """The split that is evaluated during training, for the best checkpoint and early stopping."""
+        return "test" if self.dataset.validation is None else "validation"
+
+    def evaluate(self, state: TrainState, examples: Examples, split: str) -> dict[str, float]:
+        """Evaluates a state on every example of a split, "validation" or "test".
 
         With EMA, "test/…" are the results of the EMA parameters, and "test_raw/…" those without EMA.
         """
         results: dict[str, float] = {}
-        for prefix, use_ema in (("test", True), ("test_raw", False)):
+        for prefix, use_ema in ((split, True), (f"{split}_raw", False)):
             if use_ema or state.ema:
                 params = steps.evaluated_params(state, use_ema=use_ema, lora_alpha=self.config.lora.alpha)
-                sums = self.inference.sum_metrics(params, examples.test_inputs, examples.test_labels)
+                sums = self.inference.sum_metrics(params, examples.inputs[split], examples.labels[split])
                 results |= metrics.means(sums, prefix=prefix)
         return results
 
@@ -186,6 +191,7 @@ def create_experiment(
         num_trainable=sum(leaf.size for leaf in jax.tree.leaves(plan.abstract_state.trainable)),
         command=shlex.join(["python", *sys.argv]),
         custom=custom,
+        stale_evaluations=saved.stale_evaluations if saved else 0,
     )
     experiment = Experiment(**vars(plan), dataset=dataset, info=info)
     if saved:

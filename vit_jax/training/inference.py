@@ -114,7 +114,7 @@ class Inference:
         batch_size = sharding.pad_to_devices(self.batch_size, len(labels), self.mesh)
         batches = evaluation_batches(images, labels, self.mesh, batch_size=batch_size)
         sums: list[metrics.Sums] = []
-        for batch in progress_bar(batches, total=-(-len(labels) // batch_size), desc="test", unit="batch"):
+        for batch in progress_bar(batches, total=-(-len(labels) // batch_size), desc="evaluation", unit="batch"):
             sums.append(self._eval_step(params, batch))
             jax.block_until_ready(sums[-2:-1])  # keeps the bar accurate; the device already has the next batch
         total: dict[str, float] = functools.reduce(functools.partial(jax.tree.map, np.add), jax.device_get(sums))

@@ -67,7 +67,8 @@ class Plan:
             return 2 * bytes_per_device(self.abstract_batch)
         views = self.config.feature_views if self.storage == "features" else 1
         example = math.prod(inputs.shape[1:]) * inputs.dtype.itemsize
-        return (views * info.num_train + info.num_test) * example + 4 * (info.num_train + info.num_test)  # int32 labels
+        num_evaluated = info.num_validation + info.num_test
+        return (views * info.num_train + num_evaluated) * example + 4 * (info.num_train + num_evaluated)  # int32 labels
 
 
 def bytes_per_device(tree: PyTree) -> int:

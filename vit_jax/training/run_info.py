@@ -21,6 +21,18 @@ class RunInfo:
     command: str  # that started the run
     custom: tuple[str, ...] = ()  # those of "dataset", "augment" and "optimizer" that were given from Python
     metrics_checksum: str = ""  # of metrics.jsonl up to the step of the checkpoint
+    stale_evaluations: int = 0  # since the accuracy was last exceeded
+
+    def is_finished(self, step: int) -> bool:
+        """Returns True if the run ended at this step: the last one, or that of early stopping."""
+        patience: int = self.config.get("early_stopping_patience", 0)
+        num_steps: int = self.config["num_steps"]
+        return step == num_steps or 0 < patience <= self.stale_evaluations
+
+    def count_evaluation(self, accuracy: float, *, best: float | None) -> "RunInfo":
+        """Returns the metadata after an evaluation, given the best accuracy before it."""
+        improved = best is None or accuracy > best
+        return dataclasses.replace(self, stale_evaluations=0 if improved else self.stale_evaluations + 1)
 
     def to_json(self) -> dict[str, Json]:
         """Returns the fields as JSON values."""

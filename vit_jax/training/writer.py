@@ -148,12 +148,15 @@ class Writer:
     def log_evaluation(self, step: int, results: dict[str, float]) -> None:
         """Writes an evaluation line, and prints it above the progress bar."""
         self._write({"step": step, **results})
-        raw = f" (without EMA {results['test_raw/accuracy']:.2%})" if "test_raw/accuracy" in results else ""
-        accuracy, loss = results["test/accuracy"], results["test/loss"]
+        line = f"step {step}, epoch {format_number(step / self._steps_per_epoch)}:"
+        for split in ("validation", "test"):
+            if f"{split}/accuracy" in results:
+                raw = f"{split}_raw/accuracy"
+                without = f" (without EMA {results[raw]:.2%})" if raw in results else ""
+                line += f" {split} accuracy {results[f'{split}/accuracy']:.2%}{without},"
+                line += f" {split} loss {results[f'{split}/loss']:.4f};"
         if not self._silent:
-            epoch = format_number(step / self._steps_per_epoch)
-            line = f"step {step}, epoch {epoch}: test accuracy {accuracy:.2%}{raw}, test loss {loss:.4f}"
-            tqdm.write(line, file=sys.stderr)
+            tqdm.write(line[:-1], file=sys.stderr)
 
     def flush(self) -> None:
         """Syncs metrics.jsonl to disk; called before each checkpoint, so that no checkpoint lacks its metrics."""

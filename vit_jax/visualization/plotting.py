@@ -21,7 +21,7 @@ WIDTH = 8.0
 
 # Okabe and Ito's palette, which color-blind readers can tell apart.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_TRAIN, _TEST = _COLORS[:2]
+_TRAIN, _TEST, _VALIDATION = _COLORS[:3]
 _MARKERS = "os^Dv<>"
 _SMALL = 8  # points
 
@@ -39,6 +39,8 @@ def plot_curves(records: Records, *, title: str = "") -> Figure:
     loss, accuracy, rate = figure.subplots(1, 3)
     for axes, metric in ((loss, "loss"), (accuracy, "accuracy")):
         _plot_metric(axes, records, f"train/{metric}", label="train (single batches)", color=_TRAIN)
+        if any("validation/loss" in record for record in records):
+            _plot_metric(axes, records, f"validation/{metric}", label="validation", color=_VALIDATION, marker="s")
         _plot_metric(axes, records, f"test/{metric}", label="test", color=_TEST, marker="o")
         axes.legend(fontsize=_SMALL)
     _plot_metric(rate, records, "learning_rate", label="learning rate", color=_TRAIN)
