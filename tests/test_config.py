@@ -388,9 +388,10 @@ def test_load_config_prefers_config_of_checkpoint(tmp_path, text):
 
 def test_load_config_fills_missing_keys_with_defaults(tmp_path):
     tree = json.loads(json.dumps(digits.get_config().to_dict()))
-    del tree["dataset"]["storage"], tree["ablation"]
+    del tree["dataset"]["storage"], tree["dataset"]["test_resize"], tree["ablation"]
     write_text(tmp_path, json.dumps(tree))
     assert settings.load_config(tmp_path).dataset.storage == "auto"
+    assert settings.load_config(tmp_path).dataset.test_resize == "squash"  # as before the key
     assert settings.load_config(tmp_path).ablation.head_init == "zeros"
     settings.check_same(digits.get_config(), tmp_path)
     with pytest.raises(UsageError, match="ablation.head_init: 'zeros' → 'xavier'"):

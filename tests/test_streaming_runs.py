@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from configs import digits
-from vit_jax import data, trainer, visualize
+from vit_jax import data, predict, trainer, visualize
 from vit_jax.run import load_run
 from vit_jax.runtime import resources
 from vit_jax.training import dry_run
@@ -88,6 +88,21 @@ def test_train_and_evaluate_accumulates_gradients_of_streamed_batches(image_dir,
     trainer.train_and_evaluate(config_for(image_dir, accumulation_steps=2), tmp_path / "run")
     for actual, expected in zip(records_of(tmp_path / "run"), records_of(uninterrupted), strict=True):
         assert actual == pytest.approx(expected, abs=1e-5)
+
+
+def test_predict_resizes_as_evaluation(image_dir, uninterrupted, tmp_path):
+    """Images of a folder are center-cropped, unless they have the model's size."""
+    run = load_run(uninterrupted)
+    assert run.config.dataset.test_resize == run.metadata.test_resize == "center_crop"
+    images = run.load_test_split().images
+    paths = [str(path) for label in "01" for path in sorted((image_dir / "test" / label).iterdir())]
+    np.testing.assert_array_equal(np.stack([run.decode(path) for path in paths]), images[:])
+    predicted = np.stack([probabilities for _, probabilities in predict.predict_files(run, paths)])
+    np.testing.assert_allclose(predicted, run.predict(images), atol=1e-6)
+    wide = Image.open(paths[0]).resize((48, 24))
+    wide.save(tmp_path / "wide.png")
+    on_device = np.asarray(run.preprocess(np.asarray(wide)[None])[0])
+    np.testing.assert_array_equal(run.decode(tmp_path / "wide.png"), np.round(on_device * 127.5 + 127.5))
 
 
 def test_evaluate_matches_in_memory_results_for_streamed_images(image_dir, uninterrupted, tmp_path):

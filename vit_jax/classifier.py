@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float32, UInt8
 from vit_jax import pretrained
 from vit_jax.data import check_split, preprocess
 from vit_jax.data.batches import crop_when_decoded
-from vit_jax.data.images import EncodedImages
+from vit_jax.data.images import EncodedImages, decode_image
 from vit_jax.models import model_arguments
 from vit_jax.pretrained import ModelMetadata
 from vit_jax.runtime import sharding
@@ -62,7 +63,8 @@ class Classifier:
         """Returns class probabilities.
 
         Args:
-            images: uint8 [n h w 3], RGB, or one image [h w 3]; resized to `image_size`.
+            images: uint8 [n h w 3], RGB, or one image [h w 3]; resized to `image_size`, unless they have that size, by
+                `metadata.test_resize`.
             batch_size: images per batch, rounded up to a multiple of the number of devices.
 
         Returns:
@@ -97,6 +99,11 @@ class Classifier:
             (2, 96)
         """
         return self._apply(self.model.clone(num_classes=None), images, batch_size=batch_size)
+
+    def decode(self, path: str | Path) -> UInt8[np.ndarray, "s s 3"]:
+        """Decodes an image file and resizes it as in evaluation; raises UserError if it cannot be read."""
+        size = (self.image_size, self.image_size)
+        return np.asarray(decode_image(Path(path), size=size, resize=self.metadata.test_resize))
 
     def preprocess(self, images: UInt8[np.ndarray | Array, "n h w 3"]) -> Float32[Array, "n s s 3"]:
         """Resizes and normalizes uint8 images [n h w 3]; returns the model's inputs, float32 [n s s 3]."""
@@ -152,7 +159,8 @@ class Classifier:
 
     def _forward(self, model: ImageModel, augment: str = "none") -> ImageForward:
         data = self.metadata
-        return ImageForward(model, data.image_size, data.image_mean, data.image_std, test_augment=augment)
+        normalization = data.image_size, data.image_mean, data.image_std
+        return ImageForward(model, *normalization, resize=data.test_resize, test_augment=augment)
 
     @functools.cached_property
     def _placed(self) -> Params:

@@ -133,6 +133,7 @@ def _test_settings(config: ConfigDict) -> dict[str, str]:
         "image size": str(config.image_size),
         "image mean": ", ".join(f"{mean:g}" for mean in config.image_mean),
         "image std": ", ".join(f"{std:g}" for std in config.image_std),
+        "test resize": config.dataset.test_resize,
         "test augment": config.ablation.test_augment,
         "data directory": str(Path(data_dir).resolve()) if data_dir else "default",
     }

@@ -123,6 +123,10 @@ KEYS = (
     Key("dataset.storage", "auto", _one_of("auto", "memory", "stream"),
         "memory: images are decoded once and kept on the device; stream: they are decoded at every step; auto: memory "
         "if half of it is enough, but stream for crops of large or differently sized images; same results"),
+    Key("dataset.test_resize", "auto", _one_of("auto", "squash", "center_crop"),
+        "resize of test images, and of training images that augment does not crop; squash: the whole image; "
+        "center_crop: short side to image_size / 0.875, then the center; auto: center_crop for folder:DIR and "
+        "csv:FILE, otherwise squash"),
     Key("dataset.num_workers", 0, Check("an integer from 0 to 1,024", partial(_is_integer, low=0, high=1024)),
         "processes that decode streamed images; 0: one per available CPU", resumable=True),
     Key("image_size", 224, Check("an integer from 1 to 16,384", partial(_is_integer, low=1, high=16_384)),
@@ -390,6 +394,8 @@ def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | Non
 def _adopt_choices(config: ConfigDict, run_config: ConfigDict) -> None:
     if config.dtype == "auto":
         config.dtype = run_config.dtype
+    if config.dataset.test_resize == "auto":
+        config.dataset.test_resize = run_config.dataset.test_resize
     if config.num_epochs and config.num_steps in (0, _NUM_STEPS):
         config.num_steps = run_config.num_steps
     if config.accumulation_steps == 0:
@@ -409,6 +415,7 @@ def load_config(workdir: Path, *, saved: dict[str, Any] | None = None) -> Config
     `saved` is the config from a checkpoint, as JSON values; None reads config.json, which has no checksum.
     """
     path, config = workdir / ("config.json" if saved is None else "checkpoints"), get_config()
+    config.dataset.test_resize = "squash"  # before the key
     try:
         with config.unlocked():
             config.update(json.loads(path.read_text()) if saved is None else saved)

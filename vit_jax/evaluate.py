@@ -72,6 +72,7 @@ def evaluate_on_dataset(arguments: argparse.Namespace) -> tuple[dict[str, int], 
         data_dir=arguments.data_dir or "",
         split=arguments.test_split or "test",
         image_size=model.image_size,
+        test_resize=model.metadata.test_resize,
         device_bytes=sharding.device_memory(jax.local_devices()[0])[0],
     )
     columns = match_classes(class_names, model.class_names)

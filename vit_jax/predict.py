@@ -17,7 +17,7 @@ import numpy as np
 
 import vit_jax
 from vit_jax.classifier import Classifier
-from vit_jax.data import IMAGE_SUFFIXES, decode_image
+from vit_jax.data import IMAGE_SUFFIXES
 from vit_jax.runtime import resources
 from vit_jax.runtime.arguments import add_model_arguments, create_parser, parse_arguments
 from vit_jax.runtime.errors import UserError, one_line, run_command
@@ -93,7 +93,7 @@ def predict_files(classifier: Classifier, paths: Sequence[str]) -> Iterator[tupl
 
     def decode(path: str) -> np.ndarray | UserError:
         try:
-            return np.asarray(decode_image(Path(path), size=(size, size)))
+            return classifier.decode(path)
         except UserError as error:
             return error
 

@@ -20,7 +20,7 @@ from vit_jax.run import Run, load_run
 from vit_jax.runtime.arguments import create_parser, parse_arguments
 from vit_jax.runtime.errors import UsageError, run_command
 from vit_jax.runtime.files import write_atomically
-from vit_jax.training.writer import format_steps
+from vit_jax.training.writer import format_number
 from vit_jax.types import Split
 from vit_jax.visualization import html
 
@@ -104,7 +104,7 @@ def describe_run(run: Run, row: Row) -> list[tuple[str, str]]:
     dataset = f"{config.dataset.name}, {config.dataset.train_split} → {config.dataset.test_split}"
     model = ", ".join(f"{key} {value}" for key, value in config.model.to_dict().items())
     finished = datetime.datetime.fromtimestamp((run.workdir / "metrics.jsonl").stat().st_mtime)
-    cells, duration = row.cells(), format_steps(config.num_steps, counts.num_train // config.batch_size)
+    cells, epochs = row.cells(), format_number(run.step / (counts.num_train // config.batch_size))
     return [
         ("dataset", "given from Python" if run.dataset_given else dataset),
         ("training images", _format_counts(counts.train_counts)),
@@ -113,7 +113,7 @@ def describe_run(run: Run, row: Row) -> list[tuple[str, str]]:
         ("model", f"{config.architecture}: {model or 'sizes of the checkpoint'}"),
         ("pretrained", config.pretrained or "none"),
         ("trainable", f"{cells['trainable']}; {cells['parameters']} parameters"),
-        ("training", f"{duration}, {config.batch_size} images of {config.image_size} px per step"),
+        ("training", f"{run.step:,} steps × {config.batch_size} images of {config.image_size} px = {epochs} epochs"),
         ("duration", f"{cells['time']} at {cells['images/s']} images/s, without evaluation"),
         ("finished", f"{finished:%Y-%m-%d %H:%M}"),
         ("versions", f"vit_jax {run.metadata.vit_jax}, jax {jax.__version__}, Python {platform.python_version()}"),

@@ -14,6 +14,12 @@ FlatParams = dict[str, np.ndarray]
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
+RESIZES = ("squash", "center_crop")
+"""Resizes of images that are not cropped at random: of the whole image, or of its center."""
+
+CENTER_FRACTION = 0.875
+"""Fraction of the short side that "center_crop" keeps: at 224 pixels, the short side is resized to 256."""
+
 
 @runtime_checkable
 class ImageSource(Protocol):

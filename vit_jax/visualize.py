@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 
 import vit_jax
 from vit_jax.classifier import Classifier
-from vit_jax.data import decode_image
 from vit_jax.models import VisionTransformer
 from vit_jax.run import Run
 from vit_jax.runtime.arguments import add_model_arguments, create_parser, parse_arguments
@@ -54,8 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         if value is not None and not 0 <= value < size:
             parser.error(f"--{flag} is {value}; this {type(classifier.model).__name__} has {size}, counted from 0")
     options = {"num_images": arguments.num_images, "layer": arguments.layer, "head": arguments.head}
-    square = (classifier.image_size, classifier.image_size)
-    images = {path: np.asarray(decode_image(Path(path), size=square)) for path in arguments.images}
+    images = {path: classifier.decode(path) for path in arguments.images}
     test = None
     if isinstance(classifier, Run) and not classifier.dataset_given:
         test = classifier.load_test_split(arguments.data_dir)

@@ -60,6 +60,14 @@ def test_sample_box_matches_between_numpy_and_jax(augment):
     assert np.mean(np.abs(actual - expected).max(axis=1) > 1e-3) < 0.02
 
 
+def test_resized_size_keeps_aspect_ratio_for_center_crop():
+    """224 / 0.875 is 256, and 640 · 256 / 480 is 341.3."""
+    assert crops.resized_size("center_crop", 480, 640, image_size=224) == (256, 341)
+    assert crops.resized_size("center_crop", 640, 480, image_size=224) == (341, 256)
+    assert crops.resized_size("squash", 480, 640, image_size=224) == (224, 224)
+    assert crops.center(341, 224) == slice(58, 282)
+
+
 def test_square_box_covers_whole_pixels_of_resized_image():
     top, left, rows, columns = sample_boxes("square_crop", np, 4000, height=32, width=16, image_size=224).T
     side = rows * 224 / 32

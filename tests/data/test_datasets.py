@@ -1,7 +1,10 @@
 import dataclasses
+import functools
+from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.datasets
 from image_files import load, load_folder, write_image, write_image_dir
 from PIL import Image
 
@@ -165,6 +168,34 @@ def test_choose_storage_keeps_resolution_of_cropped_images(tmp_path):
     assert not load_folder(tmp_path, crops=True).train.in_memory
     assert load_folder(tmp_path, crops=True, storage="memory").train.images.shape == (2, 50, 60, 3)
     assert load_folder(tmp_path, crops=True, image_size=30).train.images.shape == (2, 50, 60, 3)
+
+
+def test_load_dataset_center_crops_unless_images_have_image_size(tmp_path):
+    """In memory, decoded when indexed, and kept at full resolution for crops, to be resized on the device."""
+    for name in ("china", "flower"):
+        image = Image.open(Path(sklearn.datasets.__file__).parent / f"images/{name}.jpg").resize((90, 60))
+        for split, each in {"train": image, "test": image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)}.items():
+            (tmp_path / split / name).mkdir(parents=True)
+            each.save(tmp_path / split / name / "0.png")
+    load_cropped = functools.partial(load_folder, tmp_path, validation_fraction=0.0, test_resize="center_crop")
+    whole = load_folder(tmp_path, image_size=60, validation_fraction=0.0).test.images
+    small = load_cropped(image_size=28).test.images  # short side 32, resized to 32 × 48 pixels
+    large = [Image.fromarray(image).resize((48, 60), 2).resize((48, 32), 2) for image in whole]  # columns first
+    np.testing.assert_array_equal(small, [np.asarray(image.crop((10, 2, 38, 30))) for image in large])
+    np.testing.assert_array_equal(load_cropped(image_size=28, storage="stream").test.images[:], small)
+    kept = load_cropped(image_size=28, storage="memory", crops=True).test.images
+    assert kept.shape == whole.shape == (2, 60, 90, 3)
+    on_device = data.preprocess.prepare(None, kept, image_size=28, resize="center_crop")
+    np.testing.assert_array_equal(np.round(np.asarray(on_device) * 127.5 + 127.5), small)
+    write_image_dir(tmp_path / "pets")
+    np.testing.assert_array_equal(
+        load_folder(tmp_path / "pets", image_size=4, test_resize="center_crop").test.images,
+        load_folder(tmp_path / "pets", image_size=4).test.images,
+    )
+
+
+def test_default_resize_crops_folders():
+    assert [data.default_resize(name) for name in ("folder:x", "cifar10", "")] == ["center_crop", "squash", "squash"]
 
 
 def test_dataset_info_matches_load_dataset(image_dir, monkeypatch):

@@ -1,17 +1,20 @@
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sklearn.datasets
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from vit_jax import data
 from vit_jax.data import crops, preprocess
 from vit_jax.runtime import rng as sampling
 
 
-@functools.partial(jax.jit, static_argnames=("image_size", "augment", "mean", "std"))
+@functools.partial(jax.jit, static_argnames=("image_size", "augment", "resize", "mean", "std"))
 def prepare(keys, images, **options):
     return preprocess.prepare(keys, images, **options)
 
@@ -93,6 +96,24 @@ def test_prepare_matches_pillow_crops(tmp_path, augment, height, width):
     differences = np.round(np.abs(actual - expected) * 255)
     assert np.mean(differences > 0) < 0.06
     assert np.mean(differences > 1) <= 1 / 64  # the box of one image may be rounded to the next pixel
+
+
+@pytest.mark.parametrize(("photo", "image_size"), [("china.jpg", 224), ("flower.jpg", 96)])
+def test_prepare_matches_resize_and_center_crop(photo, image_size):
+    """On the device and decoded from the file, pixels equal those of Pillow's resize and crop."""
+    image = load_sample_image(photo)  # 427 × 640
+    short = {224: 256, 96: 110}[image_size]
+    width = short * 640 // 427
+    resized = Image.fromarray(image).resize((width, 427), Image.Resampling.BILINEAR)  # columns first
+    left, top = (width - image_size) // 2, (short - image_size) // 2
+    crop = resized.resize((width, short), Image.Resampling.BILINEAR).crop(
+        (left, top, left + image_size, top + image_size)
+    )
+    result = prepare(None, image[None], image_size=image_size, resize="center_crop")
+    np.testing.assert_array_equal(np.round(np.asarray(result)[0] * 127.5 + 127.5), crop)
+    path = str(Path(sklearn.datasets.__file__).parent / "images" / photo)
+    encoded = data.EncodedImages(lambda number: path, np.arange(1), (image_size, image_size), resize="center_crop")
+    np.testing.assert_array_equal(encoded[0], crop)
 
 
 def test_prepare_flips_horizontally_only():

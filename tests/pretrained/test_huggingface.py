@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -82,6 +83,15 @@ def test_save_huggingface_writes_model_and_preprocessor_configs(approximate, act
     assert (config["hidden_act"], config["num_hidden_layers"], config["intermediate_size"]) == (activation, 3, 8)
     assert config["id2label"]["4"] == "e" and config["label2id"]["e"] == 4
     assert (preprocessor["size"], preprocessor["image_std"]) == ({"height": 8, "width": 8}, [0.2, 0.2, 0.2])
+
+
+def test_save_huggingface_crops_as_the_model(tmp_path):
+    metadata = dataclasses.replace(create_metadata(), test_resize="center_crop")
+    huggingface.save_huggingface(tmp_path, nest(flat_params()), metadata)
+    preprocessor = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert (preprocessor["size"], preprocessor["crop_size"]) == ({"shortest_edge": 9}, {"height": 8, "width": 8})
+    assert preprocessor["do_center_crop"] and preprocessor["image_processor_type"] == "BitImageProcessor"
+    assert huggingface.load_huggingface(tmp_path)[1].test_resize == "center_crop"
 
 
 def test_load_huggingface_sorts_class_names_numerically(directory):

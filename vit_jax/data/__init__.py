@@ -6,6 +6,7 @@ from vit_jax.data.datasets import (
     check_dataset,
     check_split,
     dataset_info,
+    default_resize,
     load_dataset,
     load_split,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "check_split",
     "dataset_info",
     "decode_image",
+    "default_resize",
     "fingerprint",
     "load_dataset",
     "load_split",

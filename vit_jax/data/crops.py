@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from vit_jax.types import CENTER_FRACTION
+
 WEIGHT_BITS = 22  # fractional bits of fixed-point resize weights
 EDGE_SLACK = 1e-3  # pixels by which rounding may move the edge of a box
 
@@ -57,6 +59,24 @@ def inception_box(uniforms: Number, height: int, width: int, *, image_size: int,
     rows = xp.clip(rows, 1, height)
     columns = xp.clip(xp.round(rows * aspect), 1, width)
     return xp.floor(uniforms[2] * (height - rows)), xp.floor(uniforms[3] * (width - columns)), rows, columns
+
+
+def resized_size(resize: str, height: int, width: int, *, image_size: int) -> tuple[int, int]:
+    """Returns the (height, width) in pixels that an image is resized to before its center of `image_size` is taken.
+
+    "squash" resizes to `image_size`; "center_crop" resizes the short side to `image_size` / 0.875, and keeps the aspect
+    ratio, with the rounding of Hugging Face's image processors.
+    """
+    if resize != "center_crop":
+        return image_size, image_size
+    short = round(image_size / CENTER_FRACTION)
+    return short * height // min(height, width), short * width // min(height, width)
+
+
+def center(length: int, image_size: int) -> slice:
+    """Returns the central `image_size` of `length` pixels."""
+    start = (length - image_size) // 2
+    return slice(start, start + image_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,7 +78,8 @@ class DatasetOptions(TypedDict, total=False):
         classes: class names to keep, in label order, after slicing the splits; all if empty.
         damaged: "error" raises for images that cannot be decoded, "skip" leaves them out.
         verified: all files are known to be intact; otherwise, streamed images are decoded once to check them.
-        crops: images will be cropped, and so keep their resolution.
+        test_resize: one of `types.RESIZES`, for images that are not cropped; see `crops.resized_size`.
+        crops: training images will be cropped at random, and so keep their resolution.
         storage: "memory", "stream" or "auto", the default: memory if the images take at most half of it.
         device_bytes: memory of a device; None sets no limit.
     """
@@ -94,6 +95,7 @@ class DatasetOptions(TypedDict, total=False):
     split_seed: int
     damaged: str
     verified: bool
+    test_resize: str
     crops: bool
     storage: str
     device_bytes: int | None
@@ -197,6 +199,7 @@ def _load(
     split_seed: int = 0,
     damaged: str = "error",
     verified: bool = False,
+    test_resize: str = "squash",
     crops: bool = False,
     storage: str = "auto",
     device_bytes: int | None = None,
@@ -237,9 +240,11 @@ def _load(
     storage, size = choose_storage(
         list(splits.values()), image_size, sizes=sizes, crops=crops, storage=storage, device_bytes=device_bytes
     )
+    # Images that keep another size are resized on the device, with the same result.
+    resize = test_resize if size == (image_size, image_size) else "squash"
     check = damaged == "skip" or not (only or verified)
     for role, split in splits.items():
-        decoded, failed = _decode(split, storage, size, check=check, dry_run=dry_run)
+        decoded, failed = _decode(split, storage, size, resize, check=check, dry_run=dry_run)
         splits[role] = drop_failed(decoded, failed, errors)
     if errors and damaged == "error":
         raise DamagedImagesError(errors)
@@ -268,6 +273,11 @@ def check_not_empty(
         if not len(split) or (role == "train" and len(lost)):
             which = f"class {class_names[lost[0]]!r}" if len(split) else f"{role} split"
             raise UserError(f"{name}: no image of the {which} can be decoded; first of {len(errors):,}: {errors[0]}")
+
+
+def default_resize(name: str) -> str:
+    """Returns the resize of a dataset's test images, one of `types.RESIZES`, if the config does not give it."""
+    return "center_crop" if name.partition(":")[0] in ("folder", "csv") else "squash"
 
 
 def check_dataset(dataset: Dataset) -> Dataset:
@@ -369,11 +379,13 @@ def choose_storage(
     return storage, size
 
 
-def _decode(split: Split, storage: str, size: tuple[int, int], *, check: bool, dry_run: bool) -> tuple[Split, Failed]:
+def _decode(
+    split: Split, storage: str, size: tuple[int, int], resize: str, *, check: bool, dry_run: bool
+) -> tuple[Split, Failed]:
     """Decodes a split into memory, or checks the images of a stream; returns the failures as well."""
     if split.in_memory:
         return split, {}
-    encoded: EncodedImages = dataclasses.replace(split.images, size=size)
+    encoded: EncodedImages = dataclasses.replace(split.images, size=size, resize=resize)
     if storage == "stream":
         return dataclasses.replace(split, images=encoded), encoded.check() if check and not dry_run else {}
     images, failed = (np.broadcast_to(np.uint8(0), encoded.shape), {}) if dry_run else decode_all(encoded)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float32, Int, UInt8
 from PIL import Image, ImageCms, ImageOps, features
 
-from vit_jax.data.crops import AUGMENTATIONS, EDGE_SLACK, Box
+from vit_jax.data.crops import AUGMENTATIONS, EDGE_SLACK, Box, center, resized_size
 from vit_jax.runtime import resources
 from vit_jax.runtime.errors import UserError, one_line
 from vit_jax.runtime.progress import progress_bar
@@ -83,6 +83,7 @@ def decode_image(
     source: ImageFile,
     *,
     size: tuple[int, int] | None = None,
+    resize: str = "squash",
     sample_box: Callable[[int, int], Box] | None = None,
     margin_color: Color = (127, 127, 127),
 ) -> Image.Image:
@@ -91,8 +92,9 @@ def decode_image(
     EXIF or XMP orientation is applied, transparent pixels become white, 16-bit grey keeps its upper 8 bits, and of
     several frames the first is read. The image
     is resized to `size` (width, height) with Pillow's bilinear filter and antialiasing; the pixels equal those of
-    `preprocess.prepare`. `sample_box` maps (height, width) to the box to resize instead of the whole image; pixels
-    outside the image have the `margin_color`.
+    `preprocess.prepare`. For `resize` "center_crop", `size` is square; see `crops.resized_size`. An image of `size`
+    is not resized. `sample_box` maps (height, width) to the box to resize instead of the whole image; pixels outside
+    the image have the `margin_color`.
     """
     with _open(source) as image:
         image.load()  # first, as a PNG may store its orientation after the pixels
@@ -100,7 +102,7 @@ def decode_image(
     if not size or (rgb.size == size and not sample_box):
         return rgb
     if not sample_box:
-        return _resize(rgb, (0, 0, *rgb.size), size)
+        return _resize_and_crop(rgb, size) if resize == "center_crop" else _resize(rgb, (0, 0, *rgb.size), size)
     top, left, rows, columns = map(float, sample_box(rgb.height, rgb.width))
     return _crop_and_resize(rgb, (left, top, left + columns, top + rows), size, margin_color)
 
@@ -132,6 +134,7 @@ class EncodedImages:
     open_image: Callable[[int], ImageFile]  # number of an image -> path or binary file
     numbers: Int[np.ndarray, " n"]
     size: tuple[int, int] = (0, 0)  # (width, height) that images are resized to; (0, 0) if unknown
+    resize: str = "squash"  # one of `types.RESIZES`, unless images are cropped
     augment: str = "none"  # key of `crops.AUGMENTATIONS`; only its crop is applied
     uniforms: Float32[np.ndarray, "n 4"] | None = None  # random numbers in [0, 1) for the crop of each image
     margin_color: Color = (127, 127, 127)
@@ -155,7 +158,10 @@ class EncodedImages:
         source, sampler, sample_box = self.open_image(self.numbers[rows]), AUGMENTATIONS[self.augment].sample_box, None
         if sampler and self.uniforms is not None:
             sample_box = functools.partial(sampler, self.uniforms[rows], image_size=self.size[0], xp=np)
-        return np.asarray(decode_image(source, size=self.size, sample_box=sample_box, margin_color=self.margin_color))
+        image = decode_image(
+            source, size=self.size, resize=self.resize, sample_box=sample_box, margin_color=self.margin_color
+        )
+        return np.asarray(image)
 
     def take(self, rows: Int[np.ndarray, " m"], axis: int = 0) -> "EncodedImages":
         """Selects images without decoding them; `axis` is 0, as in `numpy.ndarray.take`."""
@@ -252,6 +258,13 @@ def _convert_to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
+
+
+def _resize_and_crop(rgb: Image.Image, size: tuple[int, int]) -> Image.Image:
+    height, width = resized_size("center_crop", rgb.height, rgb.width, image_size=size[0])
+    columns, rows = center(width, size[0]), center(height, size[1])
+    resized = _resize(rgb, (0, 0, *rgb.size), (width, height))
+    return resized.crop((columns.start, rows.start, columns.stop, rows.stop))
 
 
 def _crop_and_resize(

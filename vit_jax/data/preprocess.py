@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Num, Shaped, UInt8
 
-from vit_jax.data.crops import AUGMENTATIONS, CROPS, WEIGHT_BITS, Box, Number, resize_weights
+from vit_jax.data.crops import AUGMENTATIONS, CROPS, WEIGHT_BITS, Box, Number, center, resize_weights, resized_size
 from vit_jax.runtime.errors import UsageError
 
 HALF = (0.5, 0.5, 0.5)  # mean and std that map pixels to [-1, 1], as for the pretrained models
@@ -36,14 +36,16 @@ def prepare(
     *,
     image_size: int,
     augment: Augment = "none",
+    resize: str = "squash",
     mean: Sequence[float] = HALF,
     std: Sequence[float] = HALF,
 ) -> Float32[Array, "b {image_size} {image_size} 3"]:
     """Crops, resizes, flips and normalizes images of one size, with one random key per image.
 
     Random numbers depend only on the image's key, not on sharding or accumulation; `keys` may be None if nothing is
-    sampled. `mean` and `std` are in [0, 1]; "pad_crop" pads with the color of the `mean`. A user's function is applied
-    before the resize, except to streamed images, which are already resized.
+    sampled. `resize`, one of `types.RESIZES`, is that of images that are not cropped, unless they have the
+    `image_size`. `mean` and `std` are in [0, 1]; "pad_crop" pads with the color of the `mean`. A user's function is
+    applied before the resize, except to streamed images, which are already resized.
     """
     images, augmentation = jnp.asarray(images), AUGMENTATIONS[augment if isinstance(augment, str) else "none"]
     if not isinstance(augment, str):
@@ -64,8 +66,7 @@ def prepare(
 
         images = jax.vmap(crop)(images, sample_uniforms(cast(Array, keys)))
     elif (height, width) != (image_size, image_size):
-        resize = functools.partial(_resize, box=(0, 0, height, width), image_size=image_size, xp=np)
-        images = jax.vmap(resize)(images)
+        images = jax.vmap(functools.partial(_resize_and_crop, resize=resize, image_size=image_size))(images)
     if augmentation.flips:
         flips = jax.vmap(lambda key: jax.random.bernoulli(jax.random.split(key)[1]))(keys)
         images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
@@ -137,6 +138,20 @@ def _resize(image: Array, box: Box, *, image_size: int, xp: ModuleType) -> Array
     top, left, height, width = box
     columns = resize_weights(left, width, input_size=image.shape[1], output_size=image_size, xp=xp)
     rows = resize_weights(top, height, input_size=image.shape[0], output_size=image_size, xp=xp)
+    return _apply_both_weights(rows, columns, image)
+
+
+def _resize_and_crop(image: Array, *, resize: str, image_size: int) -> Array:
+    """Resizes an image [h w c] as in `crops.resized_size` and takes the center, int32 [image_size image_size c]."""
+    sizes = resized_size(resize, *image.shape[:2], image_size=image_size)
+    rows, columns = (
+        resize_weights(0, length, input_size=length, output_size=size, xp=np)[center(size, image_size)]
+        for length, size in zip(image.shape[:2], sizes, strict=True)
+    )
+    return _apply_both_weights(rows, columns, image)
+
+
+def _apply_both_weights(rows: Number, columns: Number, image: Array) -> Array:
     image = _apply_weights("jw,hwc->hjc", columns, image)  # columns first, as in `data.decode_image`
     return _apply_weights("ih,hwc->iwc", rows, image)
 

@@ -15,7 +15,7 @@ from vit_jax.models.common import num_input_axes
 from vit_jax.pretrained.metadata import ModelMetadata, load_metadata, save_metadata
 from vit_jax.pretrained.sizes import POSITION_KEY, differences, parameter_shapes, shapes_of
 from vit_jax.runtime.errors import UserError, one_line
-from vit_jax.types import FlatParams, Params
+from vit_jax.types import CENTER_FRACTION, FlatParams, Params
 
 _LAYERS = {  # vit_jax -> Hugging Face, in a block
     "LayerNorm_0": "layernorm_before",
@@ -92,10 +92,20 @@ def _configs(metadata: ModelMetadata) -> tuple[dict[str, Any], dict[str, Any]]:
         "label2id": {name: i for i, name in enumerate(metadata.class_names)},
         "torch_dtype": "float32",
     }
+    square = {"height": size, "width": size}
+    resizes: dict[str, dict[str, Any]] = {
+        "squash": {"image_processor_type": "ViTImageProcessor", "size": square},
+        "center_crop": {
+            "image_processor_type": "BitImageProcessor",  # unlike ViTImageProcessor, it crops
+            "size": {"shortest_edge": round(size / CENTER_FRACTION)},
+            "do_center_crop": True,
+            "crop_size": square,
+            "do_convert_rgb": True,
+        },
+    }
     preprocessor = {
-        "image_processor_type": "ViTImageProcessor",
+        **resizes[metadata.test_resize],
         "do_resize": True,
-        "size": {"height": size, "width": size},
         "resample": 2,  # PIL's bilinear
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -146,7 +156,8 @@ def _metadata(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Mod
         "class_names": [names[key] for key in sorted(names, key=int)],
     }
     normalization = {key: preprocessor[key] for key in ("image_mean", "image_std") if key in preprocessor}
-    return ModelMetadata.from_json({**value, **normalization})
+    resize = "center_crop" if preprocessor.get("do_center_crop") else "squash"
+    return ModelMetadata.from_json({**value, **normalization, "test_resize": resize})
 
 
 def _from_huggingface(tensors: FlatParams, metadata: ModelMetadata) -> Params:

@@ -14,7 +14,7 @@ from vit_jax.pretrained.imagenet import imagenet_classes
 from vit_jax.pretrained.sizes import few, infer_image_size, infer_sizes
 from vit_jax.runtime.checksums import checksum_json, checksums
 from vit_jax.runtime.errors import UserError, one_line
-from vit_jax.types import ImageModel, Json, Params
+from vit_jax.types import RESIZES, ImageModel, Json, Params
 
 _RENAMED = {"pixel_mean": "image_mean", "pixel_deviation": "image_std"}  # since version 0.1
 
@@ -30,6 +30,7 @@ class ModelMetadata:
     dtype: str = "float32"  # of the computation
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # per channel, of pixels from 0 to 1
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    test_resize: str = "squash"  # one of `types.RESIZES`
     vit_jax: str = vit_jax.__version__  # version that wrote the metadata
 
     def __post_init__(self) -> None:
@@ -42,6 +43,7 @@ class ModelMetadata:
             "class_names": (isinstance(names, tuple) and all(isinstance(name, str) for name in names), "strings"),
             "dtype": (self.dtype in ("float32", "bfloat16", "float64"), "one of float32, bfloat16"),
             "image_mean": (_are_channels(mean), "three numbers from 0 to 1"),
+            "test_resize": (self.test_resize in RESIZES, f"one of {', '.join(RESIZES)}"),
             "image_std": (_are_channels(std) and min(std) > 0, "three numbers above 0, at most 1"),
         }
         for name, (valid, expected) in rules.items():
@@ -57,11 +59,14 @@ class ModelMetadata:
         class_names: tuple[str, ...],
         image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
+        test_resize: str = "squash",
     ) -> "ModelMetadata":
         """Returns the metadata of a module."""
         architecture = next(name for name, module in ARCHITECTURES.items() if isinstance(model, module))
         dtype = jnp.dtype(model.dtype).name
-        return cls(architecture, model_arguments(model), image_size, class_names, dtype, image_mean, image_std)
+        return cls(
+            architecture, model_arguments(model), image_size, class_names, dtype, image_mean, image_std, test_resize
+        )
 
     @classmethod
     def from_params(cls, params: Params) -> "ModelMetadata":

@@ -184,6 +184,7 @@ def create_experiment(
             image_size=config.image_size,
             image_mean=config.image_mean,
             image_std=config.image_std,
+            test_resize=config.dataset.test_resize,
         ),
         config=plan.config.to_dict(),
         dataset=fingerprint,
@@ -242,6 +243,7 @@ def plan_experiment(
         image_size=config.image_size,
         image_mean=tuple(config.image_mean),
         image_std=tuple(config.image_std),
+        resize=config.dataset.test_resize,
         augment=augment or preprocess.device_augment(config.augment, in_memory=info.in_memory),
         test_augment=preprocess.device_augment(config.ablation.test_augment, in_memory=info.in_memory),
         dropout=initialize.has_dropout(model) and (config.ablation.frozen_dropout or not head_only),
@@ -275,8 +277,16 @@ def plan_experiment(
 
 
 def resolve_config(config: ConfigDict, mesh: Mesh) -> ConfigDict:
-    """Returns a copy of the config in which dtype "auto" is replaced by the dtype for the devices, and prints it."""
+    """Returns a copy of the config without dtype "auto", which is printed, and dataset.test_resize "auto"."""
     config = config.copy_and_resolve_references()
+    crops = config.ablation.test_augment in CROPS
+    if config.dataset.test_resize == "auto":
+        config.dataset.test_resize = "squash" if crops else data.default_resize(config.dataset.name)
+    if config.dataset.test_resize == "center_crop" and crops:
+        raise UsageError(
+            f"config.ablation.test_augment is {config.ablation.test_augment!r}, which crops test images itself; set "
+            "dataset.test_resize to 'squash'"
+        )
     if config.dtype == "auto":
         config.dtype = device_fit.auto_dtype(mesh.devices.flat[0])
         print(f"dtype: {config.dtype}, for {mesh.devices.flat[0].device_kind}")
@@ -333,6 +343,7 @@ def dataset_options(config: ConfigDict, *, storage: str = "") -> DatasetOptions:
         "data_dir": config.dataset.data_dir,
         "image_size": config.image_size,
         "classes": config.dataset.classes,
+        "test_resize": config.dataset.test_resize,
         "crops": not {config.augment, config.ablation.test_augment}.isdisjoint(CROPS),
         "storage": storage or config.dataset.storage,
         "device_bytes": sharding.device_memory(jax.local_devices()[0])[0],

@@ -36,6 +36,7 @@ class ImageForward:
     image_size: int
     image_mean: tuple[float, ...] = preprocess.HALF
     image_std: tuple[float, ...] = preprocess.HALF
+    resize: str = "squash"  # one of `types.RESIZES`
     augment: Augment = "none"
     test_augment: str = "none"  # with the same random numbers at every evaluation
     dropout: bool = False  # enables the model's dropout in training
@@ -47,6 +48,7 @@ class ImageForward:
             examples,
             image_size=self.image_size,
             augment=self.augment if train else self.test_augment,
+            resize=self.resize,
             mean=self.image_mean,
             std=self.image_std,
         )
