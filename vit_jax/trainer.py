@@ -82,54 +82,81 @@ def train_and_evaluate(
             experiment, state = create_experiment(
                 config, dataset=dataset, augment=augment, optimizer=optimizer, saved=saved
             )
-        config, per_epoch = experiment.config, experiment.steps_per_epoch
         if saved:
-            print(f"resuming from step {step:,}, epoch {format_number(step / per_epoch)}")
+            print(f"resuming from step {step:,}, epoch {format_number(step / experiment.steps_per_epoch)}")
             state = checkpoints.restore(step, state)
-        if not (silent := not distributed.is_main_process()):
-            save_config(config, workdir)
+        if distributed.is_main_process():
+            save_config(experiment.config, workdir)
             save_findings(experiment.dataset.findings, workdir)
-        info, selected = experiment.info, f"{experiment.selection_split}/accuracy"
-        train_step = experiment.compile_train_step()
-        examples = experiment.load_examples(state)
-        with (
-            contextlib.closing(experiment.train_batches(examples, step)) as batches,
-            Writer(workdir, step=step, num_steps=config.num_steps, steps_per_epoch=per_epoch, silent=silent) as writer,
-            stop_signals() as signals,
-        ):
-            for step, batch in batches:
-                state, metrics = train_step(state, batch)
-
-                last = step == config.num_steps
-                logging = last or step % config.log_every_steps == 0
-                stopping = stop_requested(signals, synchronize=logging)
-                evaluating = last or step % config.eval_every_steps == 0
-                saving = evaluating or stopping or step % config.checkpoint_every_steps == 0
-                if logging or saving:
-                    metrics, nonfinite_step = fetch((metrics, state.first_nonfinite_step))
-                    if nonfinite_step:
-                        raise UserError(describe_nonfinite(nonfinite_step, checkpoints))
-                if logging:
-                    writer.log_training(step, metrics, batch_size=config.batch_size)
-                results: dict[str, float] = {}
-                if evaluating:
-                    results, info = evaluate(experiment, state, examples, info, step, checkpoints.best_accuracy())
-                    writer.log_evaluation(step, results)
-                    last = info.is_finished(step)
-                if saving:
-                    save(step, state, info, checkpoints, writer, accuracy=results.get(selected))
-                if stopping and not last:
-                    checkpoints.finish()
-                    report_stop(stopping, f"saved checkpoint {step} to {workdir}; rerun to resume")
-                    return {}
-                if last:
-                    break
-            if config.num_steps == 0:
-                results, info = evaluate(experiment, state, examples, info, 0, None)
-                writer.log_evaluation(0, results)
-                save(0, state, info, checkpoints, writer, accuracy=results[selected])
+        finished = train(experiment, state, step, workdir, checkpoints)
         checkpoints.finish()
-        return summarize(config, workdir, checkpoints)
+        return summarize(experiment.config, workdir, checkpoints) if finished else {}
+
+
+def train(experiment: Experiment, state: TrainState, step: int, workdir: Path, checkpoints: Checkpoints) -> bool:
+    """Trains a state after `step` updates to the end of the run; returns False if a signal stopped it before."""
+    config, info, per_epoch = experiment.config, experiment.info, experiment.steps_per_epoch
+    train_step = experiment.compile_train_step()
+    examples = experiment.load_examples(state)
+    silent = not distributed.is_main_process()
+    with (
+        contextlib.closing(experiment.train_batches(examples, step)) as batches,
+        Writer(workdir, step=step, num_steps=config.num_steps, steps_per_epoch=per_epoch, silent=silent) as writer,
+        stop_signals() as signals,
+    ):
+        for step, batch in batches:
+            state, metrics = train_step(state, batch)
+
+            last = step == config.num_steps
+            logging = last or step % config.log_every_steps == 0
+            stopping = stop_requested(signals, synchronize=logging)
+            evaluating = last or step % config.eval_every_steps == 0
+            saving = evaluating or stopping or step % config.checkpoint_every_steps == 0
+            if logging or saving:
+                metrics, nonfinite_step = fetch((metrics, state.first_nonfinite_step))
+                if nonfinite_step:
+                    raise UserError(describe_nonfinite(nonfinite_step, checkpoints))
+            if logging:
+                writer.log_training(step, metrics, batch_size=config.batch_size)
+            accuracy = None
+            if evaluating:
+                accuracy, info = evaluate(experiment, state, examples, info, step, checkpoints, writer)
+                last = info.is_finished(step)
+            if saving:
+                save(step, state, info, checkpoints, writer, accuracy=accuracy)
+            if stopping and not last:
+                checkpoints.finish()
+                report_stop(stopping, f"saved checkpoint {step} to {workdir}; rerun to resume")
+                return False
+            if last:
+                break
+        if config.num_steps == 0:
+            accuracy, info = evaluate(experiment, state, examples, info, 0, checkpoints, writer)
+            save(0, state, info, checkpoints, writer, accuracy=accuracy)
+    return True
+
+
+def evaluate(
+    experiment: Experiment,
+    state: TrainState,
+    examples: Examples,
+    info: RunInfo,
+    step: int,
+    checkpoints: Checkpoints,
+    writer: Writer,
+) -> tuple[float, RunInfo]:
+    """Evaluates on validation, and at the end of the run on test; always on test if there are no validation images.
+
+    Returns the accuracy that determines the best checkpoint, and `info` with the evaluation counted.
+    """
+    split = experiment.selection_split
+    results = experiment.evaluate(state, examples, split)
+    accuracy = results[f"{split}/accuracy"]
+    info = info.count_evaluation(accuracy, best=checkpoints.best_accuracy())
+    if split != "test" and info.is_finished(step):
+        results |= experiment.evaluate(state, examples, "test")
+    writer.log_evaluation(step, results)
+    return accuracy, info
 
 
 @contextlib.contextmanager
@@ -142,21 +169,6 @@ def list_damaged_images(workdir: Path) -> Iterator[None]:
         if distributed.is_main_process() and save_lines(lines, workdir / "damaged.txt"):
             raise UserError(f"{error}; {workdir / 'damaged.txt'} lists all") from error
         raise
-
-
-def evaluate(
-    experiment: Experiment, state: TrainState, examples: Examples, info: RunInfo, step: int, best: float | None
-) -> tuple[dict[str, float], RunInfo]:
-    """Evaluates on validation, if there is any, and at the end of the run on test; otherwise on test.
-
-    Also returns the metadata with the evaluation counted; `best` is the best accuracy so far.
-    """
-    split = experiment.selection_split
-    results = experiment.evaluate(state, examples, split)
-    info = info.count_evaluation(results[f"{split}/accuracy"], best=best)
-    if split != "test" and info.is_finished(step):
-        results |= experiment.evaluate(state, examples, "test")
-    return results, info
 
 
 def save(
