@@ -173,6 +173,7 @@ def config_of_run(classifier: Classifier, arguments: argparse.Namespace) -> Conf
 def load_dataset(config: ConfigDict, classifier: Classifier) -> Dataset:
     """Loads the config's dataset, to be preprocessed as the classifier's test images."""
     config.update(image_size=classifier.image_size, augment="none")
+    config.dataset.test_resize = classifier.metadata.test_resize
     config.ablation.test_augment = classifier.test_augment
     return data.load_dataset(config.dataset.name, **experiment.dataset_options(config))
 
