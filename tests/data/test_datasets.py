@@ -9,7 +9,7 @@ from image_files import load, load_folder, write_image, write_image_dir
 from PIL import Image
 
 from vit_jax import data
-from vit_jax.data import images
+from vit_jax.data import images, preprocess
 from vit_jax.runtime import resources
 from vit_jax.runtime.errors import UsageError, UserError
 
@@ -185,13 +185,19 @@ def test_load_dataset_center_crops_unless_images_have_image_size(tmp_path):
     np.testing.assert_array_equal(load_cropped(image_size=28, storage="stream").test.images[:], small)
     kept = load_cropped(image_size=28, storage="memory", crops=True).test.images
     assert kept.shape == whole.shape == (2, 60, 90, 3)
-    on_device = data.preprocess.prepare(None, kept, image_size=28, resize="center_crop")
+    on_device = preprocess.prepare(None, kept, image_size=28, resize="center_crop")
     np.testing.assert_array_equal(np.round(np.asarray(on_device) * 127.5 + 127.5), small)
     write_image_dir(tmp_path / "pets")
     np.testing.assert_array_equal(
         load_folder(tmp_path / "pets", image_size=4, test_resize="center_crop").test.images,
         load_folder(tmp_path / "pets", image_size=4).test.images,
     )
+
+
+def test_describe_storage_counts_bytes_of_all_splits():
+    info = data.DatasetInfo(700, 100, (512, 256, 3), ("cat", "dog"), in_memory=True, num_validation=200)
+    assert info.describe_storage() == "memory: 375.0 MiB, decoded once to 512 × 256 pixels"  # 1,000 × 384 KiB
+    assert dataclasses.replace(info, in_memory=False).describe_storage().startswith("stream: every step decodes")
 
 
 def test_default_resize_crops_folders():

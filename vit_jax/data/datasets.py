@@ -120,6 +120,14 @@ class DatasetInfo:
             f"{len(self.class_names)} classes{'' if self.in_memory else ', streamed'}"
         )
 
+    def describe_storage(self) -> str:
+        """Returns a line with the memory that image files take once they are decoded, or that they are streamed."""
+        height, width, channels = self.image_shape
+        if not self.in_memory:
+            return "stream: every step decodes its images; crops are taken from all pixels of a file"
+        num_bytes = (self.num_train + self.num_validation + self.num_test) * height * width * channels
+        return f"memory: {num_bytes / 2**20:,.1f} MiB, decoded once to {height} × {width} pixels"
+
     @classmethod
     def from_dataset(cls, dataset: Dataset) -> "DatasetInfo":
         """Returns the sizes and class names of a loaded dataset."""

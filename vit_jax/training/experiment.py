@@ -359,6 +359,7 @@ def load_dataset(config: ConfigDict, *, storage: str = "", verified: bool = Fals
     dataset = data.load_dataset(config.dataset.name, **options)
     print("\n".join([*dataset.findings.notes, f"{config.dataset.name}: {DatasetInfo.from_dataset(dataset)}"]))
     if dataset.train.paths is not None:
+        print(DatasetInfo.from_dataset(dataset).describe_storage())
         print(findings.describe_classes(dataset))
         for line in findings.describe_warnings(dataset):
             print(f"warning: {line}", file=sys.stderr)
