@@ -13,6 +13,7 @@ from vit_jax.pretrained import ModelMetadata
 from vit_jax.run import load_run
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
+from vit_jax.training import calibration
 from vit_jax.types import Split
 
 
@@ -47,6 +48,15 @@ def test_predict_does_not_depend_on_batch_size(classifier, images):
     np.testing.assert_allclose(classifier.predict(images, batch_size=3), expected, atol=1e-6)
     np.testing.assert_allclose(classifier.predict(images[2]), expected[2], atol=1e-6)
     assert classifier.predict(images[:0]).shape == (0, 5)
+
+
+def test_measure_equals_evaluate_and_fits_temperature_on_validation_images(classifier, images):
+    split = Split(images, np.array([0, 1, 2, 3, 4, 0, 1]))
+    evaluation = classifier.measure(split, validation=Split(images[:3], np.array([0, 0, 1])), batch_size=4)
+    assert evaluation.means == classifier.evaluate(split, batch_size=4)
+    np.testing.assert_array_equal(evaluation.probabilities, classifier.predict(images, batch_size=4))
+    assert evaluation.temperature == calibration.fit_temperature(evaluation.logits[:3], np.array([0, 0, 1]))
+    assert classifier.measure(split).temperature is None
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Evaluation of runs and checkpoints, also on datasets with a subset of the model's classes."""
 
+import csv
 import json
 
 import numpy as np
@@ -10,8 +11,9 @@ from PIL import Image
 
 import vit_jax
 from configs import digits
-from vit_jax import evaluate, pretrained, trainer
+from vit_jax import data, evaluate, pretrained, trainer
 from vit_jax.runtime.errors import UsageError, UserError
+from vit_jax.training import calibration
 
 SIZES = {"patch_size": 8, "hidden_size": 12, "num_layers": 1, "num_heads": 2, "mlp_dim": 8}
 LABELS = {"n02099601": 207, "n01440764": 0, "n11939491": 985}  # golden retriever, tench, daisy
@@ -69,7 +71,12 @@ def test_main_maps_labels_to_classes_of_model(checkpoint, image_dir, capsys):
     pretrained.save_npz(checkpoint.with_name("retriever.npz"), params)
     flags = ["--dataset", f"folder:{image_dir}", "--test_split", "val"]
     assert evaluate.main(["--workdir", str(checkpoint.with_name("retriever.npz")), *flags]) == 0
-    assert "test/accuracy         0.2500" in capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
+    assert "test/accuracy             0.2500" in lines
+    header, *rows = (line.split() for line in lines[-4:])
+    assert header == ["class", "precision", "recall", "F1", "images", "most", "frequent", "error"]
+    assert ["golden", "retriever", "0.250", "1.000", "0.400", "6", "–"] in rows
+    assert ["tench", "–", "0.000", "0.000", "8", "golden", "retriever", "(8)"] in rows
 
 
 def test_match_classes_finds_imagenet_classes_by_name_or_wordnet_id():
@@ -96,20 +103,56 @@ def test_predict_prints_imagenet_class_names(checkpoint, image_dir, run_command)
     assert vit_jax.load(checkpoint).image_size == 16
 
 
-def test_main_with_dataset_equals_main_without_dataset(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run of two steps on 64 handwritten digits, with 40 validation images and 50 test images."""
     config = digits.get_config()
     config.update(num_steps=2, warmup_steps=0, learning_rate=0.1, trainable="head")
-    config.dataset.update(train_split="train[:64]", test_split="test[:50]")
-    trainer.train_and_evaluate(config, tmp_path / "run")
-    argv = ["--workdir", str(tmp_path / "run"), "--json"]
+    config.dataset.update(train_split="train[:64]", validation_split="train[64:104]", test_split="test[:50]")
+    trainer.train_and_evaluate(config, path := tmp_path_factory.mktemp("runs") / "run")
+    return path
+
+
+def test_main_with_dataset_equals_main_without_dataset(workdir, capsys):
+    argv = ["--workdir", str(workdir), "--json"]
     capsys.readouterr()
     assert evaluate.main(argv) == 0
     default = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert evaluate.main([*argv, "--dataset", "digits", "--test_split", "test[:50]", "--step", "2"]) == 0
     explicit = json.loads(capsys.readouterr().out.splitlines()[-1])
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {key: last[key] for key in last if key.startswith("test/")}.items() <= default.items()
     assert default.pop("step") == 2
     assert (explicit.pop("images"), explicit.pop("classes")) == (50, 10)
-    assert explicit == pytest.approx(default)
+    assert explicit.items() <= default.items()
+    assert default.keys() - explicit.keys() == {"test/temperature", "test/ece_calibrated", "test/loss_calibrated"}
+
+
+def test_main_fits_temperature_on_validation_images(workdir, capsys):
+    assert evaluate.main(["--workdir", str(workdir), "--json"]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    run = vit_jax.load(workdir)
+    validation = data.load_split("digits", split="train[64:104]", image_size=run.image_size)[0]
+    logits = run.logits(validation.images)
+    losses = {
+        scale: calibration.cross_entropy(logits, validation.labels, temperature=results["test/temperature"] * scale)
+        for scale in (0.99, 1, 1.01)
+    }
+    assert min(losses, key=losses.get) == 1
+
+
+def test_main_writes_predictions(workdir, run_cli, tmp_path):
+    result = run_cli("vit_jax.evaluate", ["--workdir", workdir, "--csv", tmp_path / "predictions.csv"])
+    assert result.code == 0, result.stderr
+    header, *rows = csv.reader((tmp_path / "predictions.csv").read_text().splitlines())
+    assert header == ["image", "true", "predicted", *(f"p({i})" for i in range(10))]
+    test = data.load_split("digits", split="test[:50]", image_size=16)[0]
+    assert [row[:2] for row in rows] == [[str(i), str(label)] for i, label in enumerate(test.labels)]
+    probabilities = np.array([row[3:] for row in rows], np.float32)
+    np.testing.assert_array_equal(probabilities, vit_jax.load(workdir).predict(test.images, batch_size=256))
+    assert [int(row[2]) for row in rows] == probabilities.argmax(axis=1).tolist()
+    accuracy = np.mean([row[1] == row[2] for row in rows])
+    assert f"test/accuracy             {accuracy:.4f}" in result.stdout.splitlines()
 
 
 def test_main_evaluates_micro_on_cifar10(cifar10_archive, capsys):
@@ -133,6 +176,7 @@ def test_main_evaluates_micro_on_cifar10(cifar10_archive, capsys):
         (["--workdir", "FILE", "--dataset", "digits", "--batch_size", "0"], UsageError, "--batch_size is 0"),
         (["--workdir", "FILE", "--dataset", "digits"], UserError, "lacks 10 of the dataset's 10 classes: 0, 1"),
         (["--workdir", "nowhere"], UserError, "nowhere has no checkpoints"),
+        (["--workdir", "nowhere", "--csv", "/missing/a.csv"], UsageError, "--csv: /missing is not a directory"),
     ],
 )
 def test_main_rejects_invalid_arguments(checkpoint, argv, error, message):

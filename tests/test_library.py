@@ -261,7 +261,7 @@ def test_write_report_accepts_test_split(finished, copy_of):
     counts = np.bincount(DATASET.test.labels)
     assert f"<th>test images</th><td>24; {counts.min()} to {counts.max()} per class</td>" in page
     assert "<th>dataset</th><td>given from Python</td>" in page
-    assert f"{finished[1]['test/accuracy']:.2%}" in page and page.count("<img") == 7  # no errors
+    assert f"{finished[1]['test/accuracy']:.2%}" in page and page.count("<img") == 8  # no errors
     with pytest.raises(UsageError, match="split has 48 images; expected the 24 of "):
         report.write_report(workdir, split=DATASET.train)
 

@@ -295,7 +295,7 @@ def test_predict_and_evaluate_accept_checkpoint_name(run_command, tmp_path):
         assert result.returncode == 0, result.stderr
         outputs.append(result.stdout)
     assert outputs[0].count("%") == 5
-    assert "images                2" in outputs[1] and "test/accuracy" in outputs[1]
+    assert "images                    2" in outputs[1] and "test/accuracy" in outputs[1]
 
 
 def test_micro_checkpoint_matches_its_config():

@@ -30,7 +30,7 @@ def page(workdir, run_command):
 def test_write_report_creates_self_contained_page(workdir, page):
     page = page.read_text()
     sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) == 8 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert len(sources) == 9 and all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"https?://|<script", page)
     accuracy = load_run(workdir).evaluate()["test/accuracy"]
     assert f"{accuracy:.2%}" in page and "20 steps × 64 images of 16 px" in page
@@ -121,7 +121,7 @@ def test_write_report_fits_width_of_browser(workdir, page, browser, width):
 
     assert browser.execute_script("return innerWidth") == width
     images = browser.find_elements("css selector", "img")
-    assert len(images) == 8
+    assert len(images) == 9
     for image in images:
         assert image.get_property("complete") and image.get_property("naturalWidth") > 500
         assert min(width, 600) - 50 <= image.rect["width"] <= width  # a scroll bar may take 15 px

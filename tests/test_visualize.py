@@ -6,7 +6,8 @@ from vit_jax import pretrained, visualize
 from vit_jax.run import load_run
 
 FIGURES = (
-    "curves position_similarity position_matrix patch_filters confusion errors attention_rollout attention_heads"
+    "curves position_similarity position_matrix patch_filters confusion reliability errors attention_rollout "
+    "attention_heads"
 ).split()
 
 
@@ -52,8 +53,13 @@ def test_main_plots_checkpoint_on_given_images(tiny_npz, run_cli, tmp_path, monk
     argv = ["--model", tmp_path / "x.npz", "--out", tmp_path / "out", "--images", tmp_path / "a.png"]
     result = run_cli("vit_jax.visualize", argv)
     assert result.code == 0, result.stderr
-    assert {path.stem for path in (tmp_path / "out").iterdir()} == set(FIGURES) - {"curves", "confusion", "errors"}
-    assert "not a run: curves, confusion matrix and errors are omitted" in result.stderr
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == set(FIGURES) - {
+        "curves",
+        "confusion",
+        "reliability",
+        "errors",
+    }
+    assert "not a run: curves, confusion matrix, reliability and errors are omitted" in result.stderr
     assert titles[0][0].startswith("a.png\npredicted: " if is_trained else "a.png")
     assert ("predicted" in titles[0][0]) == is_trained
 

@@ -18,7 +18,8 @@ from vit_jax.models import model_arguments
 from vit_jax.pretrained import ModelMetadata
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
-from vit_jax.training import metrics
+from vit_jax.training import calibration, metrics
+from vit_jax.training.evaluation import Evaluation
 from vit_jax.training.inference import ImageForward, Inference
 from vit_jax.types import ImageModel, ImageSource, Params, Split
 
@@ -125,6 +126,41 @@ class Classifier:
         split = check_split(split, num_classes=len(self.class_names))
         images, inference = self._prepare(self.model, split.images, batch_size=batch_size)
         return metrics.means(jax.device_get(inference.sum_metrics(self._placed, images, split.labels)), prefix=prefix)
+
+    def measure(self, split: Split, *, validation: Split | None = None, batch_size: int = 256) -> Evaluation:
+        """Evaluates as `evaluate`, and returns the logits, from which all other figures follow.
+
+        Args:
+            split: its labels are logit indices.
+            validation: images to fit the temperature on, used neither for training nor in `split`; None fits none.
+            batch_size: as in `predict`.
+
+        Raises:
+            UsageError: see `data.check_split`.
+
+        Examples:
+            >>> import vit_jax
+            >>> from vit_jax import data
+            >>> digits = data.load_dataset("digits", train_split="train[:64]", test_split="test[:32]", image_size=32)
+            >>> evaluation = vit_jax.load("micro").measure(digits.test, validation=digits.train)
+            >>> sorted(evaluation.summary())[:3]
+            ['test/accuracy', 'test/accuracy_interval', 'test/accuracy_top5']
+        """
+        split = check_split(split, num_classes=len(self.class_names))
+        images, inference = self._prepare(self.model, split.images, batch_size=batch_size)
+        logits, sums = inference.logits_and_sums(self._placed, images, split.labels)
+        temperature = None
+        if validation is not None:
+            validation = check_split(validation, num_classes=len(self.class_names), name="validation")
+            validation_logits = self.logits(validation.images, batch_size=batch_size)
+            temperature = calibration.fit_temperature(validation_logits, validation.labels)
+        return Evaluation(
+            class_names=self.class_names,
+            labels=split.labels,
+            logits=np.asarray(logits, np.float32),
+            means=metrics.means(sums),
+            temperature=temperature,
+        )
 
     @property
     def has_trained_head(self) -> bool:

@@ -6,6 +6,7 @@ if __name__ == "__main__":
     prepare_process()  # before JAX is imported
 
 import argparse
+import csv
 import dataclasses
 import json
 import sys
@@ -17,10 +18,14 @@ import numpy as np
 
 import vit_jax
 from vit_jax import data, pretrained
+from vit_jax.data.images import EncodedImages
 from vit_jax.run import load_run
 from vit_jax.runtime import sharding
 from vit_jax.runtime.arguments import add_model_arguments, create_parser, parse_arguments
 from vit_jax.runtime.errors import UserError, run_command
+from vit_jax.runtime.files import atomic_path
+from vit_jax.training.evaluation import ClassScores, Evaluation, select_classes
+from vit_jax.types import Split
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         "python -m vit_jax.evaluate",
         "Evaluate a run on its test split, or a run or pretrained checkpoint on any dataset that has its classes.",
         "--workdir runs/digits",
+        "--workdir runs/digits --json --csv predictions.csv",
         "--model imagenet21k+imagenet2012/ViT-B_16 --dataset folder:DIR --test_split test",
     )
     add_model_arguments(parser)
@@ -36,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--test_split", help="split of --dataset (default: test)")
     parser.add_argument("--data_dir", metavar="DIR", help="directory of the dataset, if it has moved since training")
     parser.add_argument("--batch_size", type=int, default=256, help="images per batch, with --dataset (default: 256)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--csv", metavar="FILE", help="write the true class and the probabilities of each image")
     arguments = parse_arguments(parser, argv)
     if arguments.batch_size < 1:
         parser.error(f"--batch_size is {arguments.batch_size}; expected a positive integer")
@@ -44,27 +51,62 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--test_split requires --dataset; give both, or neither for the run's own")
     if not arguments.dataset and (pretrained.is_name(arguments.model) or Path(arguments.model).is_file()):
         parser.error(f"{arguments.model} is a checkpoint, not a run; give --dataset as well")
-    facts, results = evaluate_on_dataset(arguments) if arguments.dataset else evaluate_run(arguments)
+    if arguments.csv and not Path(arguments.csv).absolute().parent.is_dir():
+        parser.error(f"--csv: {Path(arguments.csv).parent} is not a directory; create it, or give another path")
+    facts, split, evaluation, raw = evaluate_on_dataset(arguments) if arguments.dataset else evaluate_run(arguments)
+    if arguments.csv:
+        write_predictions(Path(arguments.csv), split, evaluation)
+    results = {**evaluation.summary(), **raw}
     if arguments.json:
-        print(json.dumps({**facts, **results}))
+        classes = [dataclasses.asdict(scores) for scores in evaluation.class_scores]
+        print(json.dumps({**facts, **results, "per_class": classes}, ensure_ascii=False))
     else:
-        print("\n".join(f"{name:<22}{value}" for name, value in facts.items()))
-        print("\n".join(f"{name:<22}{value:.4f}" for name, value in results.items()))
+        print("\n".join(f"{name:<26}{value}" for name, value in facts.items()))
+        print("\n".join(f"{name:<26}{_format_result(value)}" for name, value in results.items()))
+        print(f"\n{format_classes(evaluation.class_scores)}")
     return 0
 
 
-def evaluate_run(arguments: argparse.Namespace) -> tuple[dict[str, int], dict[str, float]]:
-    """Evaluates a run on its test split, also without EMA if it has EMA parameters; returns step and results."""
+def _format_result(value: float | Sequence[float]) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else " to ".join(f"{end:.4f}" for end in value)
+
+
+def _shorten(text: str, width: int = 40) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def format_classes(scores: Sequence[ClassScores]) -> str:
+    """Formats an aligned table of the classes that `select_classes` selects."""
+    shown = select_classes(scores)
+    rows = [row.cells() for row in shown]
+    columns = []
+    for title in rows[0] if rows else ():
+        texts = [title, *(_shorten(row[title]) for row in rows)]
+        width, is_text = max(map(len, texts)), title in ("class", "most frequent error")
+        columns.append([text.ljust(width) if is_text else text.rjust(width) for text in texts])
+    lines = ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
+    if len(shown) < len(scores):
+        lines.append(f"({len(shown)} of {len(scores):,} classes, those with the lowest F1; --json prints all)")
+    return "\n".join(lines)
+
+
+Measured = tuple[dict[str, int], Split, Evaluation, dict[str, float]]
+"""Step or numbers of images and classes; test split; its evaluation; results without EMA, if any."""
+
+
+def evaluate_run(arguments: argparse.Namespace) -> Measured:
+    """Evaluates a run on its test split, also without EMA if it has EMA parameters; calibrates on validation images."""
     run = load_run(arguments.model, step=arguments.step)
     split = run.load_test_split(arguments.data_dir)
-    results = run.evaluate(split)
+    evaluation = run.measure(split, validation=run.load_validation_split(arguments.data_dir))
+    raw = {}
     if run.config.ema_decay:
-        results |= load_run(arguments.model, step=run.step, use_ema=False).evaluate(split, prefix="test_raw")
-    return {"step": run.step}, results
+        raw = load_run(arguments.model, step=run.step, use_ema=False).evaluate(split, prefix="test_raw")
+    return {"step": run.step}, split, evaluation, raw
 
 
-def evaluate_on_dataset(arguments: argparse.Namespace) -> tuple[dict[str, int], dict[str, float]]:
-    """Evaluates a model on a dataset whose classes are a subset of the model's; returns counts and results."""
+def evaluate_on_dataset(arguments: argparse.Namespace) -> Measured:
+    """Evaluates a model on a dataset whose classes are a subset of the model's."""
     model = vit_jax.load(arguments.model, step=arguments.step)
     model.require_trained_head(arguments.model)
     split, class_names = data.load_split(
@@ -77,8 +119,27 @@ def evaluate_on_dataset(arguments: argparse.Namespace) -> tuple[dict[str, int], 
     )
     columns = match_classes(class_names, model.class_names)
     split = dataclasses.replace(split, labels=columns[split.labels])
-    results = model.evaluate(split, batch_size=arguments.batch_size)
-    return {"images": len(split), "classes": len(class_names)}, results
+    evaluation = model.measure(split, batch_size=arguments.batch_size)
+    evaluation = dataclasses.replace(evaluation, classes=tuple(columns.tolist()))
+    return {"images": len(split), "classes": len(class_names)}, split, evaluation, {}
+
+
+def write_predictions(path: Path, split: Split, evaluation: Evaluation) -> None:
+    """Writes a CSV file with one line per image: path or row number, true class, predicted class, probabilities."""
+    names = evaluation.class_names
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "true", "predicted", *(f"p({name})" for name in names)])
+        for row, probabilities in enumerate(evaluation.probabilities):
+            classes = [names[index[row]] for index in (evaluation.labels, evaluation.predictions)]
+            writer.writerow([_image_name(split, row), *classes, *(f"{value:.9g}" for value in probabilities)])
+
+
+def _image_name(split: Split, row: int) -> str:
+    """Returns the path of an image, or its row number in the split if it is not a file."""
+    images = split.images
+    path = images.open_image(images.numbers[row]) if isinstance(images, EncodedImages) else None
+    return str(path) if isinstance(path, str | Path) else str(row)
 
 
 def match_classes(names: Sequence[str], known: Sequence[str]) -> np.ndarray:

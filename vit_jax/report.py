@@ -20,6 +20,7 @@ from vit_jax.run import Run, load_run
 from vit_jax.runtime.arguments import create_parser, parse_arguments
 from vit_jax.runtime.errors import UsageError, run_command
 from vit_jax.runtime.files import write_atomically
+from vit_jax.training.evaluation import ClassScores, Evaluation, select_classes
 from vit_jax.training.writer import format_number
 from vit_jax.types import Split
 from vit_jax.visualization import html
@@ -27,6 +28,8 @@ from vit_jax.visualization import html
 _CAPTIONS = {
     "curves": "Curves. Loss and accuracy of single training batches and of all test images, and the learning rate.",
     "confusion": "Confusion matrix. Numbers of test images by true class (rows) and predicted class (columns).",
+    "reliability": "Reliability. Accuracy of test images by confidence: above the diagonal the model is too cautious, "
+    "below it too confident. Temperature scaling is fitted on the validation images.",
     "errors": "Most confident errors. Misclassified test images with the highest predicted probability.",
     "attention_rollout": "Attention rollout. Attention accumulated over all layers, beside random test images.",
     "attention_heads": "Attention heads. Attention of each head of each layer on one test image.",
@@ -62,10 +65,13 @@ def write_report_of_finished_run(workdir: Path) -> None:
     print(f"report: {workdir / 'report.html'}")
 
 
-def write_report(workdir: str | Path, *, data_dir: str | None = None, split: Split | None = None) -> Path:
+def write_report(
+    workdir: str | Path, *, data_dir: str | None = None, split: Split | None = None, validation: Split | None = None
+) -> Path:
     """Writes `workdir/report.html` of a finished run: results, settings, command, figures, config.
 
-    `data_dir` replaces the dataset directory of the config. `split` is the test split of a dataset given from Python.
+    `data_dir` replaces the dataset directory of the config. `split` is the test split, and `validation` the validation
+    split, if any, of a dataset given from Python.
     """
     from vit_jax import visualize  # matplotlib takes long to import
     from vit_jax.visualization import plotting
@@ -75,27 +81,57 @@ def write_report(workdir: str | Path, *, data_dir: str | None = None, split: Spl
     test = run.load_test_split(data_dir) if split is None else check_split(split, num_classes=len(run.class_names))
     if len(test) != run.info.dataset.num_test:
         raise UsageError(f"split has {len(test):,} images; expected the {run.info.dataset.num_test:,} of {workdir}")
-    figures = {name: plotting.to_png(figure) for name, figure in visualize.draw_all(run, test)}
+    if split is None:
+        validation = run.load_validation_split(data_dir)
+    evaluation = run.measure(test, validation=validation)
+    figures = {name: plotting.to_png(figure) for name, figure in visualize.draw_all(run, test, evaluation)}
     accuracy = f"{row.results['test/accuracy']:.2%}"
     texts = {
         "title": workdir.name,
         "accuracy": accuracy,
         "summary": f"Test accuracy on {len(test):,} images after {run.step:,} steps.",
+        "classes": describe_selection(evaluation.class_scores),
         "command": run.info.command,
         "config": json.dumps(run.config.to_dict(), indent=2),
     }
-    results = [("this run: test accuracy", accuracy)]
-    if len(run.class_names) > 5:
-        results.append(("top-5 accuracy", f"{row.results['test/accuracy_top5']:.2%}"))
+    results = [("this run: test accuracy", accuracy), *describe_evaluation(evaluation)]
     if "test_raw/accuracy" in row.results:
         results.append(("without EMA", f"{row.results['test_raw/accuracy']:.2%}"))
     if not run.config.dataset.classes:  # reference results are for all classes
         references = [row for row in run.config.reference_results if row[0] == run.config.dataset.name]
         results += [(label, f"{value:.2%}") for _, label, value in references]
     captioned = {caption: figures[name] for name, caption in _CAPTIONS.items() if name in figures}
-    page = html.format_report(texts, results=results, settings=describe_run(run, row), figures=captioned)
+    page = html.format_report(
+        texts,
+        results=results,
+        classes=[scores.cells() for scores in select_classes(evaluation.class_scores)],
+        settings=describe_run(run, row),
+        figures=captioned,
+    )
     write_atomically(workdir / "report.html", page)
     return workdir / "report.html"
+
+
+def describe_evaluation(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Returns (name, value) pairs of the results beside the accuracy."""
+    summary, (low, high) = evaluation.summary(), evaluation.accuracy_interval
+    names = {
+        "top-5 accuracy": "test/accuracy_top5",
+        "balanced accuracy": "test/balanced_accuracy",
+        "expected calibration error": "test/ece",
+        "the same, calibrated on validation images": "test/ece_calibrated",
+    }
+    if len(evaluation.class_names) <= 5:
+        del names["top-5 accuracy"]
+    rows = [("95% interval (Wilson)", f"{low:.2%} to {high:.2%}")]
+    return rows + [(name, f"{summary[key]:.2%}") for name, key in names.items() if key in summary]
+
+
+def describe_selection(scores: Sequence[ClassScores]) -> str:
+    """Returns the caption of the table of classes."""
+    shown = len(select_classes(scores))
+    which = f"{shown} of {len(scores):,} classes, those with the lowest F1" if shown < len(scores) else "All classes"
+    return f"{which}. Precision, recall and F1 on the test images, and the most frequent wrong prediction."
 
 
 def describe_run(run: Run, row: Row) -> list[tuple[str, str]]:
@@ -108,6 +144,7 @@ def describe_run(run: Run, row: Row) -> list[tuple[str, str]]:
     return [
         ("dataset", "given from Python" if run.dataset_given else dataset),
         ("training images", _format_counts(counts.train_counts)),
+        *([("validation images", _format_counts(counts.validation_counts))] if counts.validation_counts else []),
         ("test images", _format_counts(counts.test_counts)),
         ("classes", f"{len(names)}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"),
         ("model", f"{config.architecture}: {model or 'sizes of the checkpoint'}"),

@@ -12,6 +12,7 @@ from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
 from vit_jax.training import device_fit, experiment, lora
 from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training.evaluation import Evaluation
 from vit_jax.training.run_info import RunInfo
 from vit_jax.types import Split
 
@@ -39,6 +40,13 @@ class Run(Classifier):
         split = self.load_test_split() if split is None else split
         return super().evaluate(split, batch_size=batch_size or self.config.eval_batch_size, prefix=prefix)
 
+    def measure(
+        self, split: Split | None = None, *, validation: Split | None = None, batch_size: int | None = None
+    ) -> Evaluation:
+        """Evaluates as `Classifier.measure`, by default on the run's own test split."""
+        split = self.load_test_split() if split is None else split
+        return super().measure(split, validation=validation, batch_size=batch_size or self.config.eval_batch_size)
+
     @property
     def dataset_given(self) -> bool:
         """True if the dataset was given from Python and cannot be loaded by name."""
@@ -47,6 +55,10 @@ class Run(Classifier):
     def load_test_split(self, data_dir: str | None = None) -> Split:
         """Loads the test split of the run's config; see `load_split`."""
         return self.load_split("test", data_dir)
+
+    def load_validation_split(self, data_dir: str | None = None) -> Split | None:
+        """Loads the validation split of the run's config; returns None if it has none. See `load_split`."""
+        return self.load_split("validation", data_dir) if self.info.dataset.validation_counts else None
 
     def load_split(self, name: str, data_dir: str | None = None) -> Split:
         """Loads a split of the run's config.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
 import vit_jax
@@ -20,6 +20,8 @@ from vit_jax.run import Run
 from vit_jax.runtime.arguments import add_model_arguments, create_parser, parse_arguments
 from vit_jax.runtime.errors import run_command
 from vit_jax.runtime.files import write_atomically
+from vit_jax.training import calibration
+from vit_jax.training.evaluation import Evaluation
 from vit_jax.training.writer import read_records
 from vit_jax.types import Split
 from vit_jax.visualization import analysis, plotting
@@ -54,12 +56,13 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{flag} is {value}; this {type(classifier.model).__name__} has {size}, counted from 0")
     options = {"num_images": arguments.num_images, "layer": arguments.layer, "head": arguments.head}
     images = {path: classifier.decode(path) for path in arguments.images}
-    test = None
+    test = evaluation = None
     if isinstance(classifier, Run) and not classifier.dataset_given:
         test = classifier.load_test_split(arguments.data_dir)
+        evaluation = classifier.measure(test, validation=classifier.load_validation_split(arguments.data_dir))
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    for name, figure in draw_all(classifier, test, images=images, **options):
+    for name, figure in draw_all(classifier, test, evaluation, images=images, **options):
         write_atomically(out / f"{name}.png", plotting.to_png(figure))
         print(out / f"{name}.png", flush=True)
     return 0
@@ -68,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 def draw_all(
     classifier: Classifier,
     test: Split | None = None,
+    evaluation: Evaluation | None = None,
     *,
     images: Mapping[str, UInt8[np.ndarray, "h w 3"]] | None = None,
     num_images: int = 9,
@@ -77,9 +81,10 @@ def draw_all(
     """Yields the figures of a run: curves, parameters, predictions, attention; for a ResNet curves and predictions.
 
     Attention is plotted for all layers (rollout) and heads, for the mean over the heads of one `layer`, or for one
-    `head`: on `images`, by name, or on `num_images` random images of `test`, by default the run's test split. A dataset
-    given from Python needs `test`: without it, predictions are not plotted, and attention only for `images`. A
-    `classifier` that is not a run has only the figures of its parameters, and attention for `images`.
+    `head`: on `images`, by name, or on `num_images` random images of `test`, by default the run's test split.
+    `evaluation` is of `test`, by default without calibration. A dataset given from Python needs `test`: without it,
+    predictions are not plotted, and attention only for `images`. A `classifier` that is not a run has only the figures
+    of its parameters, and attention for `images`.
     """
     run = classifier if isinstance(classifier, Run) else None
     if run and (records := read_records(run.workdir / "metrics.jsonl", last_step=run.step)):
@@ -90,8 +95,8 @@ def draw_all(
     if run and test is None and not run.dataset_given:
         test = run.load_test_split()
     if run and test is not None:
-        probabilities = run.predict(test.images)
-        yield from draw_predictions(run, test, probabilities)
+        evaluation = evaluation or run.measure(test)
+        yield from draw_predictions(run, test, evaluation)
     else:
         print(_omissions(run), file=sys.stderr)
     if not is_vit:
@@ -100,11 +105,11 @@ def draw_all(
     if images:
         titles, shown = [Path(path).name for path in images], np.stack(list(images.values()))
         predictions = classifier.predict(shown).argmax(axis=-1)
-    elif run and test is not None:
+    elif run and test is not None and evaluation is not None:
         chosen = np.random.default_rng(run.config.seed).permutation(len(test))[:num_images]
         titles = [f"true: {run.class_names[i]}" for i in test.labels[chosen]]
         shown = np.stack([test.images[i] for i in chosen])
-        predictions = probabilities[chosen].argmax(axis=-1)
+        predictions = evaluation.predictions[chosen]
     else:
         return
     if classifier.has_trained_head:
@@ -116,7 +121,9 @@ def draw_all(
 def _omissions(run: Run | None) -> str:
     """Names the figures that cannot be plotted for a checkpoint (None), or for a run on a dataset given from Python."""
     if run is None:
-        return "not a run: curves, confusion matrix and errors are omitted; attention is plotted for --images"
+        return (
+            "not a run: curves, confusion matrix, reliability and errors are omitted; attention is plotted for --images"
+        )
     return (
         f"{run.workdir} was trained on a dataset given from Python: no predictions are plotted; for all figures, "
         "call vit_jax.report.write_report(workdir, split=split)"
@@ -134,14 +141,23 @@ def draw_parameters(classifier: Classifier) -> Iterator[tuple[str, Figure]]:
     yield "patch_filters", plotting.plot_filters(*analysis.filter_components(np.asarray(filters)))
 
 
-def draw_predictions(run: Run, test: Split, probabilities: Float[np.ndarray, "n c"]) -> Iterator[tuple[str, Figure]]:
-    """Plots the confusion matrix and, if there are any, the most confident errors."""
-    names, predictions = run.class_names, probabilities.argmax(axis=-1)
+def draw_predictions(run: Run, test: Split, evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
+    """Plots the confusion matrix, the reliability and, if there are any, the most confident errors."""
+    names, predictions, probabilities = run.class_names, evaluation.predictions, evaluation.probabilities
     counts = analysis.confusion_matrix(test.labels, predictions, num_classes=len(names))
     accuracy = np.trace(counts) / counts.sum()
     title = f"Confusion matrix of {run.workdir.name}: test accuracy {accuracy:.2%} ({len(test):,} images)"
     pairs = analysis.most_frequent_confusions(counts)
     yield "confusion", plotting.plot_confusion(counts, pairs, names, title=title)
+    curves = {"probabilities of the model": evaluation.reliability}
+    if evaluation.calibrated_reliability is not None:
+        curves[f"with temperature {evaluation.temperature:.3f}"] = evaluation.calibrated_reliability
+    labelled = {
+        f"{name}: ECE {bins.error:.2%}": (bins.confidences, bins.accuracies, bins.counts)
+        for name, bins in curves.items()
+    }
+    title = f"Reliability of {run.workdir.name} in {calibration.NUM_BINS} bins of equal mass"
+    yield "reliability", plotting.plot_reliability(labelled, title=title)
     wrong = analysis.most_confident_errors(probabilities, test.labels)
     if not len(wrong):
         return

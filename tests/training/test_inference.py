@@ -45,6 +45,14 @@ def test_sum_metrics_counts_every_image_once_for_any_batch_size(digits, params, 
     assert float(sums["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
 
 
+def test_logits_and_sums_equals_outputs_and_sum_metrics(digits, params):
+    inference = inference_of(ImageForward(MODEL, image_size=8), num_devices=8, batch_size=16)
+    placed = sharding.device_put(params, sharding.replicated(inference.mesh))
+    logits, sums = inference.logits_and_sums(placed, digits.images, digits.labels)
+    np.testing.assert_array_equal(logits, inference.outputs(placed, digits.images))
+    assert sums == inference.sum_metrics(placed, digits.images, digits.labels)
+
+
 def test_sum_metrics_samples_same_test_crops_for_any_batch_size(digits, params):
     def loss(test_augment, batch_size):
         forward = ImageForward(MODEL, image_size=8, test_augment=test_augment)

@@ -2,13 +2,27 @@ import base64
 
 from vit_jax.visualization import html
 
-TEXTS = {"title": "<run>", "accuracy": "97.22%", "summary": "$5", "command": "python train.py", "config": "{}"}
+TEXTS = {
+    "title": "<run>",
+    "classes": "All & more",
+    "accuracy": "97.22%",
+    "summary": "$5",
+    "command": "python train.py",
+    "config": "{}",
+}
 
 
 def test_format_report_escapes_strings_and_embeds_figures():
     figures = {"Curves. Loss & accuracy.": b"png"}
-    page = html.format_report(TEXTS, results=[("a < b", "1")], settings=[("model", "vit")], figures=figures)
+    page = html.format_report(
+        TEXTS,
+        results=[("a < b", "1")],
+        classes=[{"class": "<c>", "F1": "0.5"}],
+        settings=[("model", "vit")],
+        figures=figures,
+    )
     assert page.count("&lt;run&gt;") == 2 and "<run>" not in page
     assert "<tr><th>a &lt; b</th><td>1</td></tr>" in page and "$5" in page
-    assert "<h2>Curves</h2>\n<p>Loss &amp; accuracy.</p>" in page
+    assert "<tr><th>class</th><th>F1</th></tr>\n<tr><td>&lt;c&gt;</td><td>0.5</td></tr>" in page
+    assert "<p>All &amp; more</p>" in page and "<h2>Curves</h2>\n<p>Loss &amp; accuracy.</p>" in page
     assert f'src="data:image/png;base64,{base64.b64encode(b"png").decode()}"' in page

@@ -87,3 +87,14 @@ def test_plot_position_similarity_arranges_maps_by_patch():
     canvas = image.get_array().filled(-9)
     np.testing.assert_array_equal(canvas[:2, 3:], similarity[1].reshape(2, 2))
     np.testing.assert_array_equal(canvas[2], -9)
+
+
+def test_plot_reliability_plots_accuracy_and_images_of_each_bin():
+    bins = (np.array([0.51, 0.72, 0.95]), np.array([0.4, 0.8, 1.0]), np.array([10, 20, 30]))
+    figure = plotting.plot_reliability({"raw": bins, "calibrated": bins}, title="Reliability")
+    axes, masses = figure.axes
+    diagonal, *lines = axes.lines
+    assert diagonal.get_xydata().tolist() == [[0, 0], [1, 1]]
+    assert [line.get_xydata().tolist() for line in lines] == [[[0.51, 0.4], [0.72, 0.8], [0.95, 1.0]]] * 2
+    assert sum(patch.get_height() for patch in masses.patches) == 120
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["perfect calibration", "raw", "calibrated"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -95,6 +96,7 @@ class Inference:
         self.forward, self.mesh, self.batch_size = forward, mesh, batch_size
         self._apply = jax.jit(self.apply, static_argnames="seed", out_shardings=sharding.replicated(mesh))
         self._eval_step = jax.jit(self.eval_step, out_shardings=sharding.replicated(mesh))
+        self._sums = jax.jit(metrics.masked_sums, out_shardings=sharding.replicated(mesh))
 
     def apply(self, params: Params, batch: Batch, *, seed: int = 0) -> jax.Array:
         """Returns the outputs for a batch, preprocessed with the keys of `rng.row_keys` for the seed."""
@@ -113,14 +115,27 @@ class Inference:
 
         Examples [n …] are on every device, or on the host; labels are int32 [n].
         """
-        batch_size = sharding.pad_to_devices(self.batch_size, len(labels), self.mesh)
-        batches = evaluation_batches(images, labels, self.mesh, batch_size=batch_size)
         sums: list[metrics.Sums] = []
-        for batch in progress_bar(batches, total=-(-len(labels) // batch_size), desc="evaluation", unit="batch"):
+        for batch in self._batches(images, labels):
             sums.append(self._eval_step(params, batch))
             jax.block_until_ready(sums[-2:-1])  # keeps the bar accurate; the device already has the next batch
-        total: dict[str, float] = functools.reduce(functools.partial(jax.tree.map, np.add), jax.device_get(sums))
-        return total
+        return _total(sums)
+
+    def logits_and_sums(
+        self, params: Params, images: ImageSource | jax.Array, labels: np.ndarray | jax.Array
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """Returns the logits [n classes] on the host, and the same sums as `sum_metrics`."""
+        logits, sums = [], []
+        for batch in self._batches(images, labels):
+            outputs = self._apply(params, batch)
+            sums.append(self._sums(outputs, batch.labels, batch.labels >= 0))
+            logits.append(jax.device_get(outputs))  # of all images, they might not fit on the device
+        return np.concatenate(logits)[: len(labels)], _total(sums)
+
+    def _batches(self, images: ImageSource | jax.Array, labels: np.ndarray | jax.Array) -> Iterator[Batch]:
+        batch_size = sharding.pad_to_devices(self.batch_size, len(labels), self.mesh)
+        batches = evaluation_batches(images, labels, self.mesh, batch_size=batch_size)
+        yield from progress_bar(batches, total=-(-len(labels) // batch_size), desc="evaluation", unit="batch")
 
     def outputs(self, params: Params, images: ImageSource, *, num_views: int = 1, seed: int = 0) -> np.ndarray:
         """Applies the model to all views of all images, uint8 [n h w 3] on the host, n > 0.
@@ -135,3 +150,9 @@ class Inference:
             outputs.append(self._apply(params, batch, seed=seed))
             jax.block_until_ready(outputs[-2:-1])
         return np.concatenate(jax.device_get(outputs))[:num_rows]
+
+
+def _total(sums: Sequence[metrics.Sums]) -> dict[str, float]:
+    """Adds the sums of batches, on the host."""
+    total: dict[str, float] = functools.reduce(functools.partial(jax.tree.map, np.add), jax.device_get(sums))
+    return total

@@ -10,16 +10,25 @@ Rows = Sequence[tuple[str, str]]
 """Names and values."""
 
 
-def format_report(texts: Mapping[str, str], *, results: Rows, settings: Rows, figures: Mapping[str, bytes]) -> str:
+def format_report(
+    texts: Mapping[str, str],
+    *,
+    results: Rows,
+    classes: Sequence[Mapping[str, str]],
+    settings: Rows,
+    figures: Mapping[str, bytes],
+) -> str:
     """Fills the template `assets/report.html`; escapes all values.
 
-    The keys of `texts` are "title", "accuracy", "summary", "command" and "config"; `figures` maps captions, "Title.
-    Explanation.", to PNG files, in the order of the page.
+    The keys of `texts` are "title", "accuracy", "summary", "classes" (the caption of their table), "command" and
+    "config"; `classes` maps column titles to cells, in each row; `figures` maps captions, "Title. Explanation.", to PNG
+    files, in the order of the page.
     """
     template = importlib.resources.files("vit_jax").joinpath("assets/report.html").read_text(encoding="utf-8")
     return string.Template(template).substitute(
         {name: html.escape(text) for name, text in texts.items()},
         results=_format_rows(results),
+        class_table=_format_table(classes),
         settings=_format_rows(settings),
         figures="\n".join(_format_figure(title, png) for title, png in figures.items()),
     )
@@ -27,6 +36,15 @@ def format_report(texts: Mapping[str, str], *, results: Rows, settings: Rows, fi
 
 def _format_rows(rows: Rows) -> str:
     return "\n".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
+
+
+def _format_table(rows: Sequence[Mapping[str, str]]) -> str:
+    lines = [_format_cells("th", list(rows[0]))] if rows else []
+    return "\n".join([*lines, *(_format_cells("td", list(row.values())) for row in rows)])
+
+
+def _format_cells(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def _format_figure(caption: str, png: bytes) -> str:

@@ -16,6 +16,9 @@ from matplotlib.ticker import MaxNLocator
 Records = Sequence[Mapping[str, float]]
 """The lines of a metrics.jsonl."""
 
+Curve = tuple[Float[np.ndarray, " bins"], Float[np.ndarray, " bins"], Int[np.ndarray, " bins"]]
+"""Confidence, accuracy and number of images of each bin."""
+
 WIDTH = 8.0
 """Width of every figure in inches: at 800 pixels, text of 8 points and more is readable."""
 
@@ -227,6 +230,28 @@ def plot_errors(
         axes.imshow(image)
         caption = f"true: {_shorten(label, 16)}\npredicted: {_shorten(prediction, 16)}\nprobability: {probability:.0%}"
         axes.set_title(caption, loc="left", fontsize=_SMALL, pad=3)
+    return figure
+
+
+def plot_reliability(curves: Mapping[str, Curve], *, title: str) -> Figure:
+    """Plots accuracy over confidence, one line per curve: (confidences, accuracies, numbers of images) of bins.
+
+    Below, the numbers of images at each confidence. The dashed diagonal is perfect calibration.
+    """
+    figure = _create_figure(5.4, title)
+    axes, masses = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    axes.plot([0, 1], [0, 1], color="0.5", linestyle="--", linewidth=1, label="perfect calibration")
+    for i, (name, (confidences, accuracies, counts)) in enumerate(curves.items()):
+        color, marker = _COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]
+        axes.plot(confidences, accuracies, label=name, color=color, marker=marker, markersize=4, linewidth=1)
+        edges = np.linspace(0, 1, 41)
+        masses.hist(confidences, bins=edges, weights=counts, color=color, alpha=0.5)
+    axes.set(ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
+    masses.set(xlabel="confidence: probability of the predicted class", ylabel="images")
+    axes.legend(loc="upper left", fontsize=_SMALL)
+    for panel in (axes, masses):
+        panel.tick_params(labelsize=_SMALL)
+        panel.grid(alpha=0.3)
     return figure
 
 
