@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,6 +160,13 @@ def test_main_evaluates_micro_on_cifar10(cifar10_archive, capsys):
     argv = ["--model", "micro", "--dataset", "cifar10", "--data_dir", str(cifar10_archive), "--json"]
     assert evaluate.main([*argv, "--test_split", "test[:200]"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["test/accuracy"] > 0.5
+
+
+def test_main_writes_paths_of_image_files(checkpoint, image_dir, run_cli, tmp_path):
+    flags = ["--dataset", f"folder:{image_dir}", "--test_split", "val", "--csv", tmp_path / "predictions.csv"]
+    assert run_cli("vit_jax.evaluate", ["--model", checkpoint, *flags]).code == 0
+    paths = [row[0] for row in csv.reader((tmp_path / "predictions.csv").read_text().splitlines())][1:]
+    assert len(paths) == 24 and all(Path(path).is_file() for path in paths)
 
 
 @pytest.mark.parametrize(

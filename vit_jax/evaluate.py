@@ -18,7 +18,6 @@ import numpy as np
 
 import vit_jax
 from vit_jax import data, pretrained
-from vit_jax.data.images import EncodedImages
 from vit_jax.run import load_run
 from vit_jax.runtime import sharding
 from vit_jax.runtime.arguments import add_model_arguments, create_parser, parse_arguments
@@ -127,19 +126,13 @@ def evaluate_on_dataset(arguments: argparse.Namespace) -> Measured:
 def write_predictions(path: Path, split: Split, evaluation: Evaluation) -> None:
     """Writes a CSV file with one line per image: path or row number, true class, predicted class, probabilities."""
     names = evaluation.class_names
+    images = range(len(split)) if split.paths is None else split.paths
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "true", "predicted", *(f"p({name})" for name in names)])
-        for row, probabilities in enumerate(evaluation.probabilities):
-            classes = [names[index[row]] for index in (evaluation.labels, evaluation.predictions)]
-            writer.writerow([_image_name(split, row), *classes, *(f"{value:.9g}" for value in probabilities)])
-
-
-def _image_name(split: Split, row: int) -> str:
-    """Returns the path of an image, or its row number in the split if it is not a file."""
-    images = split.images
-    path = images.open_image(images.numbers[row]) if isinstance(images, EncodedImages) else None
-    return str(path) if isinstance(path, str | Path) else str(row)
+        rows = zip(images, evaluation.labels, evaluation.predictions, evaluation.probabilities, strict=True)
+        for image, label, prediction, probabilities in rows:
+            writer.writerow([image, names[label], names[prediction], *(f"{value:.9g}" for value in probabilities)])
 
 
 def match_classes(names: Sequence[str], known: Sequence[str]) -> np.ndarray:
