@@ -124,7 +124,7 @@ def test_main_with_dataset_equals_main_without_dataset(workdir, capsys):
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     assert {key: last[key] for key in last if key.startswith("test/")}.items() <= default.items()
     assert default.pop("step") == 2
-    assert (explicit.pop("images"), explicit.pop("classes")) == (50, 10)
+    assert (explicit["images"], explicit["classes"], default.pop("validation_images")) == (50, 10, 40)
     assert explicit.items() <= default.items()
     assert default.keys() - explicit.keys() == {"test/temperature", "test/ece_calibrated", "test/loss_calibrated"}
 

@@ -97,11 +97,13 @@ def evaluate_run(arguments: argparse.Namespace) -> Measured:
     """Evaluates a run on its test split, also without EMA if it has EMA parameters; calibrates on validation images."""
     run = load_run(arguments.model, step=arguments.step)
     split = run.load_test_split(arguments.data_dir)
-    evaluation = run.measure(split, validation=run.load_validation_split(arguments.data_dir))
+    validation = run.load_validation_split(arguments.data_dir)
+    evaluation = run.measure(split, validation=validation)
     raw = {}
     if run.config.ema_decay:
         raw = load_run(arguments.model, step=run.step, use_ema=False).evaluate(split, prefix="test_raw")
-    return {"step": run.step}, split, evaluation, raw
+    facts = {"step": run.step, "images": len(split), "classes": len(run.class_names)}
+    return facts | ({} if validation is None else {"validation_images": len(validation)}), split, evaluation, raw
 
 
 def evaluate_on_dataset(arguments: argparse.Namespace) -> Measured:
