@@ -2,11 +2,15 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 from conftest import edit_run
 
+import vit_jax
 from configs import digits
 from vit_jax import compare, report, trainer
+from vit_jax.runtime.errors import UsageError, UserError
+from vit_jax.types import Split
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +137,67 @@ def test_compare_runs_joins_seeds(runs, run_cli, tmp_path):
     assert result.code == 0, result.stderr
     row = [cell.strip() for cell in result.stdout.splitlines()[2].split("|")]
     assert row[1:7] == ["full", "full", "2,970", "3", "60.00%", "10.00%"]
+    assert row[7] == "35.16% to 84.84%"  # Student's t: 4.302653 · 0.1 / √3
+
+
+def test_cells_shows_wilson_interval_of_single_run(runs):
+    row = dataclasses.replace(compare.read_row(runs / "full"), num_test=100, results={"test/accuracy": 0.9})
+    assert row.interval == pytest.approx((0.825634, 0.944770), abs=1e-6)
+
+
+def test_main_tests_differences_on_same_images(runs, run_cli):
+    result = run_cli("vit_jax.compare", ["--paired", runs / "full", runs / "head", runs / "full"])
+    assert result.code == 0, result.stderr
+    *_, title, head, full, note = result.stdout.splitlines()
+    assert title == "differences to full on the same 360 test images:"
+    accuracies = [vit_jax.load(runs / name).evaluate()["test/accuracy"] for name in ("head", "full")]
+    assert head.startswith(f"head: {100 * (accuracies[0] - accuracies[1]):+.2f} percentage points (95% interval ")
+    equal = "+0.00 percentage points (95% interval +0.00 to +0.00, McNemar p = 1): within noise of the test images"
+    assert full == f"full: {equal}"
+    assert note.startswith("with one seed, the noise between seeds is unknown")
+
+
+class FakeRun:
+    """A run whose first correct predictions are known."""
+
+    def __init__(self, num_correct, ids=(0, 1, 2, 3)):
+        self.split = Split(np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 1, 2, 3]), np.array(ids))
+        self.predictions = np.where(np.arange(4) < num_correct, self.split.labels, -1)
+
+    def load_test_split(self, data_dir):
+        return self.split
+
+    def measure(self, split):
+        return self
+
+
+def test_compare_correctness_compares_means_over_seeds(runs, monkeypatch):
+    row = compare.read_row(runs / "full")
+    fakes = {"a": FakeRun(1), "b": FakeRun(2), "c": FakeRun(3), "d": FakeRun(4)}
+    monkeypatch.setattr(compare, "load_run", fakes.__getitem__)
+    rows = [dataclasses.replace(row, workdirs=workdirs) for workdirs in (("a", "b"), ("c", "d"), ("d",))]
+    both, single = compare.compare_correctness(rows)
+    assert (both.difference, single.difference) == (0.875 - 0.375, 1 - 0.375)
+    assert not both.one_seed and single.one_seed
+    assert "larger" not in compare.format_comparisons(rows[:2], [both])
+    assert "--join_seeds" not in compare.format_comparisons(rows[:2], [both])
+
+
+def test_compare_correctness_rejects_other_images(runs, monkeypatch):
+    row = compare.read_row(runs / "full")
+    fakes = {"a": FakeRun(1), "b": FakeRun(2, ids=(0, 1, 2, 9))}
+    monkeypatch.setattr(compare, "load_run", fakes.__getitem__)
+    with pytest.raises(UserError, match="b has other test images or labels than a, or another order; compare runs"):
+        compare.compare_correctness([dataclasses.replace(row, workdirs=(name,)) for name in "ab"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--paired"], "--paired compares rows with the first, but there is 1"),
+        (["--data_dir", "d"], "requires --paired"),
+    ],
+)
+def test_main_rejects_options_that_need_others(runs, flags, message):
+    with pytest.raises(UsageError, match=message):
+        compare.main([*flags, str(runs / "full")])

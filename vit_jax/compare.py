@@ -1,4 +1,9 @@
-"""`python -m vit_jax.compare DIR DIR …`: prints a Markdown table of finished runs."""
+"""`python -m vit_jax.compare DIR DIR …`: prints a Markdown table of finished runs, and paired tests of them."""
+
+from vit_jax.runtime.startup import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before JAX is imported
 
 import dataclasses
 import datetime
@@ -13,11 +18,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vit_jax.config import load_config
+from vit_jax.run import load_run
 from vit_jax.runtime.arguments import create_parser, parse_arguments
 from vit_jax.runtime.errors import UserError, run_command
-from vit_jax.training import writer
+from vit_jax.training import significance, writer
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.run_info import RunInfo
+from vit_jax.training.significance import Comparison, Interval
+from vit_jax.types import Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +33,10 @@ class Row:
     """A finished run, or the mean over runs that differ only in their seed."""
 
     run: str  # name of its directory
+    workdirs: tuple[Path, ...]
     config: ConfigDict
     test_images: tuple[str, ...]  # dataset, split and classes
+    num_test: int  # images
     num_classes: int
     num_trainable: int  # parameters
     results: dict[str, float]  # of the evaluation after the last step
@@ -34,6 +44,7 @@ class Row:
     images_per_second: float  # median
     num_seeds: int = 0  # 0 if not averaged
     accuracy_std: float = 0.0  # sample std of the test accuracy over seeds; 0 for one seed
+    seed_interval: Interval | None = None  # 95% interval of the mean accuracy over seeds; None for one seed
 
     def cells(self) -> dict[str, str]:
         """Returns {column title: text}."""
@@ -47,26 +58,89 @@ class Row:
             **({"seeds": str(self.num_seeds)} if self.num_seeds else {}),
             "test accuracy": f"{self.results['test/accuracy']:.2%}",
             **({"±": f"{self.accuracy_std:.2%}"} if self.num_seeds else {}),
+            "95% interval": _format_interval(self.interval),
             "top-5 accuracy": f"{self.results['test/accuracy_top5']:.2%}" if self.num_classes > 5 else "–",
             "images": f"{self.results['step'] * self.config.batch_size:,.0f}",
             "time": f"{self.seconds:.1f} s" if self.seconds < 60 else str(time),
             "images/s": f"{self.images_per_second:,.0f}",
         }
 
+    @property
+    def interval(self) -> Interval | None:
+        """95% interval of the test accuracy: of the mean over seeds, or of one run over test images."""
+        if self.num_seeds:
+            return self.seed_interval
+        return significance.wilson_interval(round(self.results["test/accuracy"] * self.num_test), self.num_test)
+
+
+def _format_interval(interval: Interval | None) -> str:
+    return "–" if interval is None else f"{interval[0]:.2%} to {interval[1]:.2%}"
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table."""
+    """Prints the table and, with `--paired`, the differences to the first row."""
     parser = create_parser(
         "python -m vit_jax.compare",
-        "Print a Markdown table of finished runs.",
-        "runs/cifar100-head runs/cifar100-full",
+        "Print a Markdown table of finished runs, and tests of their differences.",
+        "runs/cifar100-head runs/cifar100-full --paired",
         "runs/digits-seed* --join_seeds",
     )
     parser.add_argument("workdirs", nargs="+", metavar="DIR", help="finished run directories with the same test split")
     parser.add_argument("--join_seeds", action="store_true", help="average runs that differ only in their seed")
+    parser.add_argument(
+        "--paired",
+        action="store_true",
+        help="classify the test images with each run, and test the differences to the first row",
+    )
+    parser.add_argument("--data_dir", metavar="DIR", help="with --paired: dataset, if it has moved since training")
     arguments = parse_arguments(parser, argv)
-    print(format_table(compare_runs(arguments.workdirs, join_seeds=arguments.join_seeds)))
+    if arguments.data_dir and not arguments.paired:
+        parser.error("--data_dir requires --paired; the table is read from the run directories")
+    rows = compare_runs(arguments.workdirs, join_seeds=arguments.join_seeds)
+    if arguments.paired and len(rows) < 2:
+        parser.error(f"--paired compares rows with the first, but there is {len(rows)}; give more runs")
+    print(format_table(rows))
+    if arguments.paired:
+        print(f"\n{format_comparisons(rows, compare_correctness(rows, data_dir=arguments.data_dir))}")
     return 0
+
+
+def compare_correctness(rows: Sequence[Row], *, data_dir: str | None = None) -> list[Comparison]:
+    """Classifies the test images with the runs of each row, and compares all rows with the first.
+
+    Raises:
+        UserError: a dataset cannot be read, or the runs have other test images or labels.
+    """
+    first: Split | None = None
+    correct: list[np.ndarray] = []  # [runs n] of each row
+    for row in rows:
+        runs = []
+        for workdir in row.workdirs:
+            run = load_run(workdir)
+            split = run.load_test_split(data_dir)
+            first = first or split
+            if not _has_same_images(split, first):
+                raise UserError(
+                    f"{workdir} has other test images or labels than {rows[0].workdirs[0]}, or another order; "
+                    "compare runs with the same test split"
+                )
+            runs.append(run.measure(split).predictions == split.labels)
+        correct.append(np.stack(runs))
+    return [significance.compare_correctness(others, correct[0]) for others in correct[1:]]
+
+
+def _has_same_images(split: Split, other: Split) -> bool:
+    ids = [np.array([]) if ids is None else ids for ids in (split.ids, other.ids)]
+    return np.array_equal(split.labels, other.labels) and np.array_equal(ids[0], ids[1])
+
+
+def format_comparisons(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> str:
+    """Formats the comparisons of all rows with the first, one line each."""
+    lines = [f"differences to {rows[0].run} on the same {rows[0].num_test:,} test images:"]
+    lines += [f"{row.run}: {comparison}" for row, comparison in zip(rows[1:], comparisons, strict=True)]
+    if any(comparison.one_seed for comparison in comparisons):
+        lines.append("with one seed, the noise between seeds is unknown; train several seeds and add --join_seeds")
+    return "\n".join(lines)
 
 
 def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) -> list[Row]:
@@ -102,8 +176,10 @@ def read_row(workdir: Path) -> Row:
         test_images = ("given from Python", f"{info.dataset.num_test:,} images", str(info.dataset.class_names))
     return Row(
         run=workdir.name,
+        workdirs=(workdir,),
         config=config,
         test_images=test_images,
+        num_test=info.dataset.num_test,
         num_classes=len(info.dataset.class_names),
         num_trainable=info.num_trainable,
         results=results,
@@ -118,11 +194,13 @@ def _mean(rows: Sequence[Row]) -> Row:
     return dataclasses.replace(
         rows[0],
         run=os.path.commonprefix([row.run for row in rows]).rstrip("-_") or rows[0].run,
+        workdirs=tuple(workdir for row in rows for workdir in row.workdirs),
         results={key: statistics.mean(row.results[key] for row in rows) for key in rows[0].results},
         seconds=statistics.mean(row.seconds for row in rows),
         images_per_second=statistics.mean(row.images_per_second for row in rows),
         num_seeds=len(rows),
         accuracy_std=statistics.stdev(accuracies) if len(rows) > 1 else 0.0,
+        seed_interval=significance.mean_interval(accuracies),
     )
 
 

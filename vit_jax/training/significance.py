@@ -61,9 +61,8 @@ class Comparison:
         """Returns the difference, its interval and the conclusion on one line."""
         points, low, high = (f"{100 * value:+.2f}" for value in (self.difference, *self.interval))
         p_value = "" if self.p_value is None else f", McNemar p = {self.p_value:.2g}"
-        conclusion = "within noise" if self.within_noise else "larger than noise"
-        seeds = " (of the test images; the noise between seeds needs more seeds)" if self.one_seed else ""
-        return f"{points} percentage points (95% interval {low} to {high}{p_value}): {conclusion}{seeds}"
+        conclusion = f"{'within' if self.within_noise else 'larger than'} noise{' of the test images' * self.one_seed}"
+        return f"{points} percentage points (95% interval {low} to {high}{p_value}): {conclusion}"
 
 
 def compare_correctness(
