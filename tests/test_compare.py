@@ -114,6 +114,14 @@ def test_main_rejects_different_test_images_and_unfinished_runs(run_cli, runs, t
     assert "is at step 20 of 40; expected a finished run" in error_of(num_steps=40)
 
 
+def test_compare_runs_rejects_other_made_test_splits(runs, tmp_path):
+    folders = {f"run{seed}": {"dataset.name": "folder:DIR", "dataset.split_seed": seed} for seed in (0, 1)}
+    workdirs = [copy_run(runs / "full", tmp_path / name, changes) for name, changes in folders.items()]
+    assert len(compare.compare_runs([workdirs[0], workdirs[0]])) == 2
+    with pytest.raises(UserError, match="run1: folder:DIR, test, .*, split_seed 1"):
+        compare.compare_runs(workdirs)
+
+
 @pytest.mark.parametrize(("argv", "code"), [([], 2), (["/nowhere"], 1)])
 def test_main_rejects_missing_runs_in_one_line(run_cli, argv, code):
     result = run_cli("vit_jax.compare", argv)
@@ -194,7 +202,7 @@ def test_compare_correctness_rejects_other_images(runs, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--paired"], "--paired compares rows with the first, but there is 1"),
+        (["--paired"], "--paired got 1 row; expected at least two to compare"),
         (["--data_dir", "d"], "requires --paired"),
     ],
 )

@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--data_dir requires --paired; the table is read from the run directories")
     rows = compare_runs(arguments.workdirs, join_seeds=arguments.join_seeds)
     if arguments.paired and len(rows) < 2:
-        parser.error(f"--paired compares rows with the first, but there is {len(rows)}; give more runs")
+        parser.error(f"--paired got {len(rows)} row; expected at least two to compare: give more runs")
     print(format_table(rows))
     if arguments.paired:
         print(f"\n{format_comparisons(rows, compare_correctness(rows, data_dir=arguments.data_dir))}")
@@ -172,6 +172,8 @@ def read_row(workdir: Path) -> Row:
     speeds = [line["images_per_second"] for line in lines]
     steps = np.diff([line["step"] for line in lines], prepend=0)
     test_images = tuple(str(config.dataset[key]) for key in ("name", "test_split", "classes"))
+    if config.dataset.name.startswith(("folder:", "csv:")):  # their test split may be made
+        test_images += tuple(f"{key} {config.dataset[key]}" for key in ("test_fraction", "split_seed"))
     if "dataset" in info.custom:
         test_images = ("given from Python", f"{info.dataset.num_test:,} images", str(info.dataset.class_names))
     return Row(

@@ -29,7 +29,7 @@ _CAPTIONS = {
     "curves": "Curves. Loss and accuracy of single training batches and of all test images, and the learning rate.",
     "confusion": "Confusion matrix. Numbers of test images by true class (rows) and predicted class (columns).",
     "reliability": "Reliability. Accuracy of test images by confidence: above the diagonal the model is too cautious, "
-    "below it too confident. Temperature scaling is fitted on the validation images.",
+    "below it too confident. With validation images, also after temperature scaling fitted on them.",
     "errors": "Most confident errors. Misclassified test images with the highest predicted probability.",
     "attention_rollout": "Attention rollout. Attention accumulated over all layers, beside random test images.",
     "attention_heads": "Attention heads. Attention of each head of each layer on one test image.",
