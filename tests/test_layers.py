@@ -15,7 +15,7 @@ ROWS = [  # a module or package imports from itself and from the rows above it
     ["training"],
     ["classifier"],
     ["run"],
-    ["trainer", "evaluate", "predict", "export", "compare", "visualize", "probe"],
+    ["trainer", "evaluate", "predict", "export", "compare", "visualize", "probe", "inspect"],
     ["report"],
 ]
 
@@ -62,7 +62,7 @@ def test_modules_have_tests():
 
 def test_package_has_few_top_level_modules():
     package = ROOT / "vit_jax"
-    assert len(list(package.glob("[!_]*.py"))) <= 12 and len(list(package.glob("*/__init__.py"))) <= 7
+    assert len(list(package.glob("[!_]*.py"))) <= 13 and len(list(package.glob("*/__init__.py"))) <= 7
 
 
 @pytest.mark.parametrize("unit", [unit for row in ROWS for unit in row])

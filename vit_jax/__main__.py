@@ -1,6 +1,7 @@
 """Lists the commands: `python -m vit_jax`."""
 
 COMMANDS = {
+    "inspect": "write a page about the images of a dataset, before training",
     "evaluate": "evaluate a run on its test images, or a run or checkpoint on a dataset",
     "probe": "test the features of a run or checkpoint on a dataset, by logistic regression and nearest neighbors",
     "predict": "classify image files with a run or checkpoint",

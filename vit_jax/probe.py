@@ -23,6 +23,7 @@ import vit_jax
 from vit_jax import data, pretrained
 from vit_jax.classifier import Classifier
 from vit_jax.config import add_dataset_arguments, parse_dataset
+from vit_jax.data import findings
 from vit_jax.data.fingerprint import count_images
 from vit_jax.run import Run
 from vit_jax.runtime.arguments import add_model_arguments, create_parser, parse_known_arguments
@@ -171,11 +172,15 @@ def config_of_run(classifier: Classifier, arguments: argparse.Namespace) -> Conf
 
 
 def load_dataset(config: ConfigDict, classifier: Classifier) -> Dataset:
-    """Loads the config's dataset, to be preprocessed as the classifier's test images."""
+    """Loads the config's dataset for the classifier's preprocessing; prints warnings on stderr, as training does."""
     config.update(image_size=classifier.image_size, augment="none")
     config.dataset.test_resize = classifier.metadata.test_resize
     config.ablation.test_augment = classifier.test_augment
-    return data.load_dataset(config.dataset.name, **experiment.dataset_options(config))
+    dataset = data.load_dataset(config.dataset.name, **experiment.dataset_options(config))
+    if dataset.train.paths is not None:
+        for line in findings.describe_warnings(dataset):
+            print(f"warning: {line}", file=sys.stderr)
+    return dataset
 
 
 def probe(train: Features, test: Features, validation: Features | None = None, *, seed: int = 0) -> list[Result]:

@@ -26,3 +26,11 @@ def test_format_report_escapes_strings_and_embeds_figures():
     assert "<tr><th>class</th><th>F1</th></tr>\n<tr><td>&lt;c&gt;</td><td>0.5</td></tr>" in page
     assert "<p>All &amp; more</p>" in page and "<h2>Curves</h2>\n<p>Loss &amp; accuracy.</p>" in page
     assert f'src="data:image/png;base64,{base64.b64encode(b"png").decode()}"' in page
+
+
+def test_format_inspection_formats_text_and_figures_in_order():
+    sections = {"Problems. None & nothing.": "a < b", "Samples. Of each class.": b"png"}
+    page = html.format_inspection("folder:<x>", "3 images", "$1", sections)
+    assert "<h1>folder:&lt;x&gt;</h1>" in page and "<x>" not in page and "$1" in page
+    assert "<h2>Problems</h2>\n<p>None &amp; nothing.</p>\n<pre>a &lt; b</pre>\n<h2>Samples</h2>" in page
+    assert f'src="data:image/png;base64,{base64.b64encode(b"png").decode()}"' in page

@@ -98,3 +98,32 @@ def test_plot_reliability_plots_accuracy_and_images_of_each_bin():
     assert [line.get_xydata().tolist() for line in lines] == [[[0.51, 0.4], [0.72, 0.8], [0.95, 1.0]]] * 2
     assert sum(patch.get_height() for patch in masses.patches) == 120
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["perfect calibration", "raw", "calibrated"]
+
+
+def test_plot_images_leaves_gap_and_keeps_sizes():
+    images = [np.zeros((4, 6, 3), np.uint8), None, np.zeros((5, 5, 3), np.uint8)]
+    figure = plotting.plot_images(images, ["a\nb", "", "c"], columns=2, title="images")
+    shown = [axes.images[0].get_array().shape if axes.images else None for axes in figure.axes]
+    assert shown == [(4, 6, 3), None, (5, 5, 3), None]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["a\nb", "", "c", ""]
+
+
+def test_plot_class_counts_plots_bars_of_each_split():
+    counts = {"train": np.array([30, 5]), "test": np.array([8, 0])}
+    train, test = plotting.plot_class_counts(counts, ["cat", "dog"]).axes
+    assert [bar.get_width() for bar in train.patches] == [30, 5] and train.get_title() == "train: 35"
+    assert [bar.get_width() for bar in test.patches] == [8, 0]
+    assert [label.get_text() for label in train.get_yticklabels()] == ["cat", "dog"]
+
+
+def test_plot_class_counts_sorts_numbers_of_many_classes():
+    (axes,) = plotting.plot_class_counts({"train": np.arange(100)}, [str(i) for i in range(100)]).axes
+    assert axes.lines[0].get_ydata().tolist() == list(range(99, -1, -1)) and not axes.patches
+
+
+def test_plot_image_sizes_scales_points_by_number_of_images():
+    sizes = np.array([[20, 10]] * 3 + [[8, 8]])
+    (axes,) = plotting.plot_image_sizes(sizes, image_size=16).axes
+    points = axes.collections[0]
+    assert points.get_offsets().tolist() == [[8, 8], [20, 10]] and points.get_sizes().tolist() == [87, 237]
+    assert axes.lines[0].get_xdata()[0] == 16

@@ -106,6 +106,14 @@ class TrainStep:
     def gradients(self, state: TrainState, examples: Examples) -> tuple[tuple[jax.Array, jax.Array], Params]:
         """Returns ((loss, accuracy), gradients of the trainable parameters)."""
         examples = jax.lax.with_sharding_constraint(examples, sharding.batch_sharding(self.mesh))
+        inputs, targets = self.prepare(examples)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return jax.value_and_grad(self.loss, has_aux=True)(
+                state.trainable, state.frozen, inputs, targets, examples.dropout_keys
+            )
+
+    def prepare(self, examples: Examples) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+        """Augments, normalizes and mixes examples; returns the model's inputs, and targets as in `loss`."""
         inputs = self.forward.preprocess(examples.augment_keys, examples.inputs, train=True)
         targets = [(examples.labels, jnp.ones(()))]
         if examples.partners is not None and examples.mix_keys is not None:
@@ -114,10 +122,7 @@ class TrainStep:
                 examples.mix_keys, inputs, partners, mixup_alpha=self.mixup_alpha, cutmix_alpha=self.cutmix_alpha
             )
             targets = [(examples.labels, weight), (examples.partners.labels, 1.0 - weight)]
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            return jax.value_and_grad(self.loss, has_aux=True)(
-                state.trainable, state.frozen, inputs, targets, examples.dropout_keys
-            )
+        return inputs, targets
 
     def loss(
         self,

@@ -34,6 +34,30 @@ def format_report(
     )
 
 
+def format_inspection(title: str, headline: str, summary: str, sections: Mapping[str, str | bytes]) -> str:
+    """Fills the template `assets/inspect.html`; escapes all values.
+
+    `sections` maps captions, "Title. Explanation.", to preformatted text or PNG files, in the order of the page.
+    """
+    texts = {"title": title, "headline": headline, "summary": summary}
+    return string.Template(_read_asset("inspect.html")).substitute(
+        {name: html.escape(text) for name, text in texts.items()},
+        style=_read_asset("style.css"),
+        sections="\n".join(_format_section(caption, content) for caption, content in sections.items()),
+    )
+
+
+def _format_section(caption: str, content: str | bytes) -> str:
+    if isinstance(content, bytes):
+        return _format_figure(caption, content)
+    title, _, text = map(html.escape, caption.partition(". "))
+    return f"<h2>{title}</h2>\n<p>{text}</p>\n<pre>{html.escape(content)}</pre>"
+
+
+def _read_asset(name: str) -> str:
+    return importlib.resources.files("vit_jax").joinpath(f"assets/{name}").read_text(encoding="utf-8")
+
+
 def _format_rows(rows: Rows) -> str:
     return "\n".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
 

@@ -255,6 +255,63 @@ def plot_reliability(curves: Mapping[str, Curve], *, title: str) -> Figure:
     return figure
 
 
+def plot_images(
+    images: Sequence[UInt8[np.ndarray, "_ _ 3"] | None], captions: Sequence[str], *, columns: int, title: str
+) -> Figure:
+    """Plots images of any size row by row, each below its caption of up to two lines; None leaves a gap."""
+    lines = max(caption.count("\n") + 1 for caption in captions)
+    figure, panels = _create_panels(-(-len(images) // columns), columns, title=title, captions=lines)
+    width = 114 // columns  # characters
+    for axes, image, caption in zip(panels.flat, images, captions, strict=False):
+        if image is not None:
+            axes.imshow(image, interpolation="nearest" if max(image.shape) <= 64 else "antialiased")
+            text = "\n".join(_shorten(line, width) for line in caption.splitlines())
+            axes.set_title(text, loc="left", fontsize=_SMALL, pad=3)
+    return figure
+
+
+_MAX_BARS = 40  # classes
+
+
+def plot_class_counts(counts: Mapping[str, Int[np.ndarray, " c"]], class_names: Sequence[str]) -> Figure:
+    """Plots the number of images of each class, in one panel per split; of many classes only the sorted numbers."""
+    few = len(class_names) <= _MAX_BARS
+    figure = _create_figure(1.2 + 0.2 * len(class_names) if few else 3.0, "Images per class")
+    panels = figure.subplots(1, len(counts), squeeze=False, sharey=few)[0]
+    for axes, (name, number), color in zip(panels, counts.items(), _COLORS, strict=False):
+        if few:
+            bars = axes.barh(range(len(number)), number, color=color)
+            axes.bar_label(bars, [f"{value:,}" for value in number], fontsize=_SMALL, padding=2)
+            axes.set(xlim=(0, 1.25 * max(1, number.max())), xlabel="images")
+        else:
+            axes.plot(np.sort(number)[::-1], color=color)
+            axes.set(ylim=(0, None), xlabel="classes, most frequent first")
+        axes.set_title(f"{name}: {number.sum():,}", fontsize=10)
+        axes.tick_params(labelsize=_SMALL)
+    if few:
+        panels[0].set_yticks(range(len(class_names)), [_shorten(name) for name in class_names])
+        panels[0].invert_yaxis()
+    else:
+        panels[0].set_ylabel("images")
+    return figure
+
+
+def plot_image_sizes(sizes: Int[np.ndarray, "n 2"], *, image_size: int) -> Figure:
+    """Plots (width, height) of images in pixels; the area of a point is the number of images of its size."""
+    figure = _create_figure(5.0, "Image sizes")
+    axes = figure.subplots()
+    unique, counts = np.unique(sizes, axis=0, return_counts=True)
+    axes.scatter(unique[:, 0], unique[:, 1], s=12 + 300 * counts / len(sizes), color=_TRAIN, alpha=0.5, linewidths=0)
+    for line in (axes.axvline, axes.axhline):
+        line(image_size, color=_TEST, linewidth=1, linestyle="--")
+    limit = 1.1 * max(image_size, sizes.max())
+    axes.set(xlabel="width, pixels", ylabel="height, pixels", xlim=(0, limit), ylim=(0, limit), aspect="equal")
+    axes.legend(
+        axes.lines[:1], [f"input of the model: {image_size} × {image_size}"], fontsize=_SMALL, loc="lower right"
+    )
+    return figure
+
+
 def _create_figure(height: float, title: str, *, pad: float = 0.04) -> Figure:
     """Creates a figure of `WIDTH`; `height` and `pad`, around each axes, are in inches."""
     figure = Figure(figsize=(WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=pad, h_pad=pad))
