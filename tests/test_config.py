@@ -82,7 +82,6 @@ def test_main_prints_every_key(capsys):
     ("key", "choices"),
     [
         ("architecture", models.ARCHITECTURES),
-        ("augment", preprocess.AUGMENTATIONS),
         ("ablation.test_augment", preprocess.AUGMENTATIONS),
         ("ablation.head_init", models.HEAD_INITS),
         ("optimizer.name", optim.OPTIMIZERS),
@@ -93,6 +92,13 @@ def test_main_prints_every_key(capsys):
 )
 def test_keys_accept_implemented_choices(key, choices):
     assert KEYS[key].check.expected == f"one of {', '.join(choices)}"
+
+
+def test_augment_accepts_implemented_names_and_tuples():
+    names = [*preprocess.AUGMENTATIONS, *preprocess.OPS]
+    assert KEYS["augment"].check.expected.startswith(f"one of {', '.join(names)}, or a tuple of different ones")
+    for value in [*names, ("flip",), ("erase", "trivial"), ["inception", "trivial", "color_jitter", "erase"]]:
+        settings.check_config(config_with(augment=value))
 
 
 def test_modes_equal_modes_of_optim():
@@ -175,6 +181,20 @@ def test_reference_results_match_dataset_of_config():
         ("schedule", "cosinus", "config.schedule is 'cosinus'; expected one of cosine, linear, constant"),
         ("optimizer.name", "lion", "config.optimizer.name is 'lion'; expected one of sgd, adam, adamw"),
         ("dataset.classes", "cat", "config.dataset.classes is 'cat'; expected a tuple of strings"),
+        (
+            "augment",
+            "trivail",
+            "config.augment is 'trivail'; expected one of none, flip, pad_crop, square_crop, inception",
+        ),
+        ("augment", ("inception", "trivail"), "config.augment is ('inception', 'trivail'); expected one of none, flip"),
+        ("augment", ("pad_crop", "inception"), "only the first may flip or crop"),
+        ("augment", ("trivial", "inception"), "only the first may flip or crop"),
+        ("augment", ("erase", "erase"), "or a tuple of different ones"),
+        ("augment", ("none", "erase"), "or a tuple"),
+        ("augment", (), "or a tuple"),
+        ("augment", (("erase",),), "or a tuple"),
+        ("augment", 3, "config.augment is 3; expected one of"),
+        ("dataset.sampling", "balance", "config.dataset.sampling is 'balance'; expected one of uniform, balanced"),
         ("trainable", "haed", "config.trainable is 'haed'; expected one of full, head, mlp, attention, bias, lora, or"),
         ("trainable", (), "or a tuple of regular expressions"),
         ("trainable", ("head/(",), "or a tuple of regular expressions"),
@@ -282,6 +302,8 @@ def test_check_key_accepts_keys_groups_and_model_arguments(name):
         ("epochs", "did you mean num_epochs?"),
         ("num_train_epochs", "did you mean num_epochs?"),
         ("max_steps", "did you mean num_steps?"),
+        ("random_erasing", "did you mean augment?"),
+        ("sampler", "did you mean dataset.sampling?"),
         ("warmup_epochs", "did you mean warmup_steps = epochs × (training images // batch_size)?"),
         ("momentum", "did you mean optimizer.momentum?"),
         ("test_augment", "did you mean ablation.test_augment?"),
@@ -314,6 +336,9 @@ def test_suggest_key_returns_keys_or_arguments_of_models():
         ("dataset.classes", "'cat','dog'", "'cat','dog'"),
         ("trainable", "head", "head"),
         ("trainable", "cls,", "('cls',)"),
+        ("augment", "inception", "inception"),
+        ("augment", "inception,trivial, erase", "('inception', 'trivial', 'erase')"),
+        ("augment", "('flip', 'erase')", "('flip', 'erase')"),
         ("trainable", "(lora|head)/.*", "('(lora|head)/.*',)"),
         ("trainable", r"head/.*,.*_\d{1,2}/.*", repr(("head/.*", r".*_\d{1,2}/.*"))),
         ("lora.targets", ".*/(query,value)/[a,b]", "('.*/(query,value)/[a,b]',)"),

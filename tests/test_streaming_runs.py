@@ -43,8 +43,8 @@ def config_for(image_dir, **changes):
     config = digits.get_config("scratch")
     config.model = dict(patch_size=4, hidden_size=16, num_layers=1, num_heads=2, mlp_dim=16)
     config.update(num_steps=6, warmup_steps=1, log_every_steps=1, eval_every_steps=3, checkpoint_every_steps=2)
-    config.update(batch_size=16, eval_batch_size=8, augment="inception", mixup_alpha=0.2)
-    config.dataset.update(name=f"folder:{image_dir}", storage="stream", num_workers=1)
+    config.update(batch_size=16, eval_batch_size=8, augment=("inception", "erase"), mixup_alpha=0.2)
+    config.dataset.update(sampling="balanced", name=f"folder:{image_dir}", storage="stream", num_workers=1)
     return set_keys(config, changes)
 
 
@@ -127,10 +127,19 @@ def test_evaluate_matches_in_memory_results_for_streamed_images(image_dir, unint
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"augment": "inception", "image_size": 8}, id="inception"),
+        pytest.param(
+            {"augment": ("inception", "trivial", "erase"), "image_size": 8, "dataset.sampling": "balanced"},
+            id="inception",
+        ),
         pytest.param({"augment": "pad_crop", "ablation.test_augment": "square_crop"}, id="pad_crop"),
         pytest.param(
-            {"augment": "inception", "trainable": "head", "features": "cached", "feature_views": 2, "mixup_alpha": 0.0},
+            {
+                "augment": ("inception", "color_jitter"),
+                "trainable": "head",
+                "features": "cached",
+                "feature_views": 2,
+                "mixup_alpha": 0.0,
+            },
             id="cached_views",
         ),
     ],

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float32, UInt8
 from vit_jax import pretrained
 from vit_jax.data import check_split, preprocess
 from vit_jax.data.batches import crop_when_decoded
+from vit_jax.data.crops import Augmentations
 from vit_jax.data.images import EncodedImages, decode_image
 from vit_jax.models import model_arguments
 from vit_jax.pretrained import ModelMetadata
@@ -193,7 +194,7 @@ class Classifier:
         images = crop_when_decoded(images, augment=self.test_augment, image_mean=self.metadata.image_mean)
         return images, inference
 
-    def _forward(self, model: ImageModel, augment: str = "none") -> ImageForward:
+    def _forward(self, model: ImageModel, augment: Augmentations = "none") -> ImageForward:
         data = self.metadata
         normalization = data.image_size, data.image_mean, data.image_std
         return ImageForward(model, *normalization, resize=data.test_resize, test_augment=augment)

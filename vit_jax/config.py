@@ -61,6 +61,11 @@ def _one_of(*choices: str) -> Check:
     return Check(f"one of {', '.join(choices)}", choices.__contains__)
 
 
+def _are_augmentations(names: tuple[object, ...] | list[object]) -> bool:
+    others = names[1:] if names and names[0] in _CROPS else names
+    return len(names) > 0 and all(name in _OPS and others.count(name) == 1 for name in others)
+
+
 _POSITIVE = Check("a positive integer below 2^31", partial(_is_integer, low=1))
 _COUNT = Check("a non-negative integer below 2^31", partial(_is_integer, low=0))
 _NUMBER = Check("a non-negative number", _is_number)
@@ -69,7 +74,13 @@ _STRING = Check("a string", lambda value: isinstance(value, str))
 _NAME = Check("a non-empty string", lambda value: isinstance(value, str) and value != "")
 _STRINGS = Check("a tuple of strings", partial(_are, check=_STRING.accepts))
 _DTYPE = _one_of("float32", "bfloat16")
-_AUGMENT = _one_of("none", "flip", "pad_crop", "square_crop", "inception")
+_CROPS, _OPS = ("flip", "pad_crop", "square_crop", "inception"), ("trivial", "color_jitter", "erase")
+_AUGMENT = _one_of("none", *_CROPS)
+_AUGMENTS = Check(
+    f"one of {', '.join(('none', *_CROPS, *_OPS))}, or a tuple of different ones except none, of which "
+    "only the first may flip or crop",
+    lambda value: _are_augmentations(value) if isinstance(value, tuple | list) else value in ("none", *_CROPS, *_OPS),
+)
 _PATTERNS = Check("a tuple of regular expressions", partial(_are, check=_is_pattern, lengths=range(1, _INT32_MAX)))
 _RESULTS = Check(
     "a tuple of (dataset, label, accuracy)", partial(_are, check=lambda row: [*map(type, row)] == [str, str, float])
@@ -135,7 +146,9 @@ KEYS = (
         "mean of red, green and blue; the model's input is (image - mean) / std, in [-1, 1] by default"),
     Key("image_std", (0.5, 0.5, 0.5), Check("three numbers in (0, 1]", partial(_are_3_numbers, low=_ABOVE_0)),
         "std of red, green and blue"),
-    Key("augment", "none", _AUGMENT, "augmentation of training images; pad_crop, square_crop and inception also flip"),
+    Key("augment", "none", _AUGMENTS,
+        "augmentations of training images, applied in order; pad_crop, square_crop and inception also flip; trivial: "
+        "TrivialAugment"),
 
     Key("trainable", "full", _TRAINABLE,
         "parameters to train: a mode, or regular expressions that match whole paths; mlp, attention, bias and lora "
@@ -198,12 +211,15 @@ KEYS = (
 # fmt: on
 
 
+_NAME_OR_TUPLE = ("trainable", "augment")  # keys whose value is a string or a tuple of strings
+
 _OTHER_NAMES = {  # key -> names in other projects
     "pretrained": "model_name model_name_or_path checkpoint ckpt weights init_from",
     "dataset.num_workers": "workers",
     "dataset.sampling": "sampler balanced balance_classes class_weights weighted_sampler oversample upsample",
     "image_size": "img_size input_size resolution",
-    "augment": "aug augmentation auto_augment aa",
+    "augment": "aug augmentation auto_augment aa trivial_augment randaugment rand_augment randaug color_jitter jitter "
+    "erase random_erasing random_erase reprob",
     "trainable": "freeze mode",
     "optimizer.name": "opt optim",
     "optimizer.weight_decay": "wd decay l2",
@@ -279,7 +295,8 @@ def get_config() -> ConfigDict:
     for key in KEYS:
         group, _, name = key.name.rpartition(".")
         (tree.setdefault(group, {}) if group else tree)[name] = key.default
-    config = ConfigDict(tree | {"trainable": FieldReference("full", field_type=object)}).lock()  # a string or a tuple
+    references = {name: FieldReference(tree[name], field_type=object) for name in _NAME_OR_TUPLE}
+    config = ConfigDict(tree | references).lock()
     config.model.unlock()
     return config
 
@@ -313,9 +330,9 @@ def to_tuple(name: str, text: str) -> str:
 
     Commas inside brackets do not separate: "(a,b)/.*,head/.*" has two items.
     """
-    if not any(key.name == name and key.check in (_STRINGS, _PATTERNS, _TRAINABLE) for key in KEYS):
+    if not any(key.name == name and key.check in (_STRINGS, _PATTERNS, _TRAINABLE, _AUGMENTS) for key in KEYS):
         return text
-    if name == "trainable" and re.fullmatch(r"\w+", text):  # a mode
+    if name in _NAME_OR_TUPLE and re.fullmatch(r"\w+", text):
         return text
     try:
         value = ast.literal_eval(text)

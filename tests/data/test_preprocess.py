@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import sklearn.datasets
 from PIL import Image
-from sklearn.datasets import load_sample_image
+from sklearn.datasets import load_sample_image, load_sample_images
 
 from vit_jax import data
-from vit_jax.data import crops, preprocess
+from vit_jax.data import augment, crops, preprocess
 from vit_jax.runtime import rng as sampling
 
 
@@ -127,6 +127,38 @@ def test_prepare_flips_horizontally_only():
     assert 16 < mirrored.sum() < 48  # 32 expected, within four standard deviations
 
 
+def test_prepare_applies_augmentations_in_order():
+    images = load_sample_images().images[0][None, :24, :24].repeat(16, axis=0)
+    keys, mean = jax.random.split(jax.random.PRNGKey(0), 16), (0.5, 0.4, 0.3)
+
+    def augment_in_order(*names):
+        pixels = np.asarray(prepare(keys, images, image_size=24, augment="flip", mean=mean, std=(1.0, 1.0, 1.0)))
+        pixels = np.round(255 * (pixels + np.array(mean))).astype(np.int32)
+        for name in names:
+            op = functools.partial(augment.OPS[name], fill=jnp.array([128, 102, 76]))
+            pixels = jax.jit(jax.vmap(op))(sampling.image_keys(keys, name), pixels)
+        return np.asarray(preprocess.normalize(pixels, mean=mean))
+
+    actual = prepare(keys, images, image_size=24, augment=("flip", "erase", "color_jitter"), mean=mean)
+    np.testing.assert_allclose(actual, augment_in_order("erase", "color_jitter"), atol=1e-6)
+    assert np.abs(actual - augment_in_order("color_jitter", "erase")).max() > 0.1
+    assert np.abs(actual - augment_in_order()).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("names", "in_memory", "expected"),
+    [
+        ("inception", True, ("inception",)),
+        ("inception", False, ("flip",)),
+        (["pad_crop", "trivial", "erase"], False, ("flip", "trivial", "erase")),
+        (("trivial", "erase"), False, ("none", "trivial", "erase")),
+        ("erase", True, ("none", "erase")),
+    ],
+)
+def test_device_augment_leaves_out_crops_of_streamed_images(names, in_memory, expected):
+    assert preprocess.device_augment(names, in_memory=in_memory) == expected
+
+
 def test_prepare_pads_with_gray_at_every_shift():
     images = np.full((400, 8, 8, 3), 255, np.uint8)
     keys = jax.random.split(jax.random.PRNGKey(1), 400)
@@ -206,9 +238,3 @@ def test_prepare_applies_custom_augment_before_resize():
     np.testing.assert_allclose(result, -preprocess.normalize(images[:, :, 1:5]), atol=1e-6)
     resized = prepare(keys, images, image_size=8, augment=augment)
     np.testing.assert_array_equal(resized, prepare(None, 255 - images[:, :, 1:5], image_size=8))
-
-
-def test_device_augment_returns_flip_for_streamed_crops():
-    assert preprocess.device_augment("inception", in_memory=True) == "inception"
-    assert preprocess.device_augment("inception", in_memory=False) == "flip"
-    assert preprocess.device_augment("none", in_memory=False) == "none"

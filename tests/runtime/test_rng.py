@@ -54,6 +54,14 @@ def test_step_keys_differ_between_images_and_between_augmentation_and_dropout():
     assert len({tuple(key) for key in np.concatenate([augment, dropout]).tolist()}) == 8
 
 
+def test_image_keys_differ_between_augmentations_and_from_crops_and_flips():
+    keys = rng.step_keys(KEY, 5, 4)[0]
+    streams = [rng.image_keys(keys, name) for name in ("trivial", "color_jitter", "erase")]
+    np.testing.assert_array_equal(streams[1][2], jax.random.fold_in(keys[2], 3))
+    streams += [jax.vmap(lambda key, i=i: jax.random.split(key)[i])(keys) for i in (0, 1)]  # of crops and flips
+    assert len({tuple(key) for key in np.concatenate(streams).tolist()}) == 5 * 4
+
+
 def test_mix_keys_use_separate_stream():
     np.testing.assert_array_equal(rng.mix_keys(KEY, 5, 4), jax.random.split(fold(2, 5), 4))
 

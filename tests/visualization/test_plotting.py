@@ -35,6 +35,13 @@ def test_plot_accuracies_plots_each_run_and_labels_its_final_accuracy():
     assert axes.lines[0].get_color() != axes.lines[1].get_color()
 
 
+def test_plot_rows_plots_each_image_below_name_of_row():
+    rows = {name: np.full((3, 4, 4, 3), value, np.uint8) for name, value in (("dark", 10), ("bright", 200))}
+    axes = plotting.plot_rows(rows, title="images").axes
+    assert [panel.get_title(loc="left") for panel in axes] == ["dark", "", "", "bright", "", ""]
+    assert [int(panel.images[0].get_array().max()) for panel in axes] == [10] * 3 + [200] * 3
+
+
 def test_plot_attention_of_single_image_fits_titles_into_figure():
     image, weights = np.zeros((1, 32, 32, 3), np.uint8), np.ones((1, 8, 8))
     title = "Attention of the patches, on average: layer 11, mean of its heads"

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 
 import flax.struct
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from vit_jax.data import preprocess
-from vit_jax.data.crops import CROPS
+from vit_jax.data.crops import CROPS, split_names
 from vit_jax.data.images import EncodedImages
 from vit_jax.data.streaming import BatchReader, training_batches
 from vit_jax.runtime import rng, sharding
@@ -151,16 +151,22 @@ def _gather(images: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def crop_when_decoded(
-    images: ImageSource, *, augment: str, image_mean: tuple[float, ...], num_views: int = 1, seed: int = 0
+    images: ImageSource,
+    *,
+    augment: str | Sequence[str],
+    image_mean: tuple[float, ...],
+    num_views: int = 1,
+    seed: int = 0,
 ) -> ImageSource:
     """Returns encoded images that are randomly cropped at full resolution when decoded; other images are unchanged.
 
     Contains each image `num_views` times, view after view. The rest of the augmentation is applied on the device, see
     `preprocess.device_augment`.
     """
-    if not isinstance(images, EncodedImages) or augment not in CROPS:
+    crop, _ = split_names(augment)
+    if not isinstance(images, EncodedImages) or crop not in CROPS:
         return images
     rows = np.arange(num_views * len(images))
     uniforms = jax.jit(lambda rows: preprocess.sample_uniforms(rng.row_keys(rows, seed=seed)))(rows)
     color = preprocess.margin_color(image_mean)
-    return images.crop(rows % len(images), augment=augment, uniforms=np.asarray(uniforms), margin_color=color)
+    return images.crop(rows % len(images), augment=crop, uniforms=np.asarray(uniforms), margin_color=color)

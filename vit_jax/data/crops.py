@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -81,7 +81,7 @@ def center(length: int, image_size: int) -> slice:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """A random crop and flip."""
+    """A random crop and flip, applied before an image is resized."""
 
     sample_box: BoxSampler | None = None  # None for the whole image
     pads: bool = False  # boxes may exceed the image by at most 1/8 of each side
@@ -98,6 +98,24 @@ AUGMENTATIONS = {
 
 # Augmentations that need images at full resolution.
 CROPS = tuple(name for name, augmentation in AUGMENTATIONS.items() if augmentation.sample_box)
+
+
+Augmentations = str | tuple[str, ...]
+"""Name of an augmentation, or names of several that are applied in this order; see `split_names`."""
+
+
+def split_names(names: str | Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Returns the crop or flip, a key of `AUGMENTATIONS`, and the other augmentations, keys of `augment.OPS`.
+
+    Examples:
+        >>> from vit_jax.data.crops import split_names
+        >>> split_names(("inception", "trivial", "erase"))
+        ('inception', ('trivial', 'erase'))
+        >>> split_names("erase")
+        ('none', ('erase',))
+    """
+    names = (names,) if isinstance(names, str) else tuple(names)
+    return (names[0], names[1:]) if names[0] in AUGMENTATIONS else ("none", names)
 
 
 def resize_weights(start: Number, length: Number, *, input_size: int, output_size: int, xp: ModuleType) -> Number:

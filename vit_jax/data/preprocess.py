@@ -1,4 +1,4 @@
-"""Preprocessing on the device, inside the jitted step: crop, resize, flip, mix, normalize.
+"""Preprocessing on the device, inside the jitted step: crop, resize, flip, augment, mix, normalize.
 
 Resized pixels equal those of `data.decode_image`, which uses Pillow; see `crops.resize_weights`.
 """
@@ -13,13 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Num, Shaped, UInt8
 
-from vit_jax.data.crops import AUGMENTATIONS, CROPS, WEIGHT_BITS, Box, Number, center, resize_weights, resized_size
+from vit_jax.data.augment import OPS
+from vit_jax.data.crops import (
+    AUGMENTATIONS,
+    CROPS,
+    WEIGHT_BITS,
+    Augmentations,
+    Box,
+    Number,
+    center,
+    resize_weights,
+    resized_size,
+    split_names,
+)
+from vit_jax.runtime import rng
 from vit_jax.runtime.errors import UsageError
 
 HALF = (0.5, 0.5, 0.5)  # mean and std that map pixels to [-1, 1], as for the pretrained models
 
-Augment = str | Callable[[Array, Array], Array]
-"""Name of an augmentation, or a user's function for one image, (key, uint8 [h w 3]) -> uint8 [h' w' 3]."""
+Augment = Augmentations | Callable[[Array, Array], Array]
+"""Names of augmentations, or a user's function for one image, (key, uint8 [h w 3]) -> uint8 [h' w' 3]."""
 
 
 def normalize(
@@ -40,15 +53,16 @@ def prepare(
     mean: Sequence[float] = HALF,
     std: Sequence[float] = HALF,
 ) -> Float32[Array, "b {image_size} {image_size} 3"]:
-    """Crops, resizes, flips and normalizes images of one size, with one random key per image.
+    """Crops, resizes, flips, augments and normalizes images of one size, with one random key per image.
 
     Random numbers depend only on the image's key, not on sharding or accumulation; `keys` may be None if nothing is
     sampled. `resize`, one of `types.RESIZES`, is that of images that are not cropped, unless they have the
-    `image_size`. `mean` and `std` are in [0, 1]; "pad_crop" pads with the color of the `mean`. A user's function is
-    applied before the resize, except to streamed images, which are already resized.
+    `image_size`. `mean` and `std` are in [0, 1]; "pad_crop" and "erase" fill with the color of the `mean`. A user's
+    function is applied before the resize, except to streamed images, which are already resized.
     """
-    images, augmentation = jnp.asarray(images), AUGMENTATIONS[augment if isinstance(augment, str) else "none"]
-    if not isinstance(augment, str):
+    crop_name, names = ("none", ()) if callable(augment) else split_names(augment)
+    images, augmentation = jnp.asarray(images), AUGMENTATIONS[crop_name]
+    if callable(augment):
         images = jax.vmap(augment)(cast(Array, keys), images)
         if getattr(images, "dtype", None) != jnp.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             found = f"{images.dtype} {list(images.shape[1:])}" if isinstance(images, Array) else type(images).__name__
@@ -70,12 +84,16 @@ def prepare(
     if augmentation.flips:
         flips = jax.vmap(lambda key: jax.random.bernoulli(jax.random.split(key)[1]))(keys)
         images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
+    for name in names:
+        op = functools.partial(OPS[name], fill=jnp.array(margin_color(mean)))
+        images = jax.vmap(op)(rng.image_keys(cast(Array, keys), name), images.astype(jnp.int32))
     return normalize(images, mean=mean, std=std)
 
 
-def device_augment(augment: str, *, in_memory: bool) -> str:
-    """Returns the augmentation to apply on the device; streamed images are already cropped when decoded."""
-    return "flip" if augment in CROPS and not in_memory else augment
+def device_augment(names: str | Sequence[str], *, in_memory: bool) -> Augmentations:
+    """Returns the augmentations to apply on the device; streamed images are already cropped when decoded."""
+    crop, others = split_names(names)
+    return ("flip" if crop in CROPS and not in_memory else crop, *others)
 
 
 def sample_uniforms(keys: Shaped[Array, "b ..."]) -> Float32[Array, "b 4"]:

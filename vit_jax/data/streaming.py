@@ -33,7 +33,7 @@ class BatchReader:
     """Reads the images, cropped but not flipped, and labels of a step, counted from 0."""
 
     split: Split  # of `EncodedImages`
-    augment: str
+    augment: str  # key of `crops.AUGMENTATIONS`; only its crop is applied
     margin_color: Color
     batch_size: int  # over all parts; the last partial batch of an epoch is dropped
     seed: int

@@ -8,7 +8,7 @@ import enum
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Int, Int32, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Int, Int32, PRNGKeyArray, Shaped
 
 
 class Stream(enum.IntEnum):
@@ -19,6 +19,17 @@ class Stream(enum.IntEnum):
     MIX = 2
     LORA = 3
     BALANCE = 4
+
+
+class ImageStream(enum.IntEnum):
+    """Streams of random numbers of one image; the value is folded into the image's key.
+
+    Crops and flips have the keys of `jax.random.split`, 0 and 1.
+    """
+
+    TRIVIAL = 2
+    COLOR_JITTER = 3
+    ERASE = 4
 
 
 def epoch_order(key: PRNGKeyArray, epoch: Int[ArrayLike, ""], num_images: int) -> Int32[Array, " n"]:
@@ -57,6 +68,11 @@ def step_keys(key: PRNGKeyArray, step: Int[ArrayLike, ""], batch_size: int) -> t
     """Returns the keys of a step's images, for augmentation and for dropout, [b] each."""
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, Stream.STEP), step))
     return jax.random.split(augment_key, batch_size), jax.random.split(dropout_key, batch_size)
+
+
+def image_keys(keys: Shaped[Array, "b ..."], augmentation: str) -> Shaped[Array, "b ..."]:
+    """Returns the keys of an augmentation that is named by its `ImageStream` in lower case, for the images' keys."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, ImageStream[augmentation.upper()]))(keys)
 
 
 def mix_keys(key: PRNGKeyArray, step: Int[ArrayLike, ""], batch_size: int) -> Array:

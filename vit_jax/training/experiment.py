@@ -18,7 +18,7 @@ from vit_jax import data, models
 from vit_jax.config import resolve_steps
 from vit_jax.data import DatasetFingerprint, DatasetInfo, batches, findings, preprocess
 from vit_jax.data.batches import Batch
-from vit_jax.data.crops import CROPS
+from vit_jax.data.crops import CROPS, split_names
 from vit_jax.data.datasets import DatasetOptions
 from vit_jax.data.preprocess import Augment
 from vit_jax.data.streaming import BatchReader
@@ -100,7 +100,7 @@ class Experiment(Plan):
             )
         read = BatchReader(
             self.dataset.train,
-            augment="none" if "augment" in self.info.custom else config.augment,
+            augment="none" if "augment" in self.info.custom else split_names(config.augment)[0],
             margin_color=preprocess.margin_color(config.image_mean),
             batch_size=config.batch_size,
             seed=config.seed,
@@ -344,7 +344,7 @@ def dataset_options(config: ConfigDict, *, storage: str = "") -> DatasetOptions:
         "image_size": config.image_size,
         "classes": config.dataset.classes,
         "test_resize": config.dataset.test_resize,
-        "crops": not {config.augment, config.ablation.test_augment}.isdisjoint(CROPS),
+        "crops": not {split_names(config.augment)[0], config.ablation.test_augment}.isdisjoint(CROPS),
         "storage": storage or config.dataset.storage,
         "device_bytes": sharding.device_memory(jax.local_devices()[0])[0],
     }

@@ -1,6 +1,7 @@
 """Cached features: a frozen backbone is applied once, and the head is trained on its outputs."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def compute_features(
     images: ImageSource,
     mesh: Mesh,
     *,
-    augment: str,
+    augment: str | Sequence[str],
     num_views: int = 1,
     seed: int = 0,
 ) -> np.ndarray:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from vit_jax.data import preprocess
 from vit_jax.data.batches import Batch, evaluation_batches
+from vit_jax.data.crops import Augmentations
 from vit_jax.data.preprocess import Augment
 from vit_jax.runtime import rng, sharding
 from vit_jax.runtime.progress import progress_bar
@@ -39,7 +40,7 @@ class ImageForward:
     image_std: tuple[float, ...] = preprocess.HALF
     resize: str = "squash"  # one of `types.RESIZES`
     augment: Augment = "none"
-    test_augment: str = "none"  # with the same random numbers at every evaluation
+    test_augment: Augmentations = "none"  # with the same random numbers at every evaluation
     dropout: bool = False  # enables the model's dropout in training
 
     def preprocess(self, keys: jax.Array, examples: jax.Array, *, train: bool = False) -> jax.Array:

@@ -75,6 +75,16 @@ def _plot_metric(axes: Axes, records: Records, key: str, *, label: str, color: s
     axes.grid(alpha=0.3)
 
 
+def plot_rows(rows: Mapping[str, UInt8[np.ndarray, "b h w 3"]], *, title: str) -> Figure:
+    """Plots rows of images, each below its name; rows have the same number of images."""
+    figure, panels = _create_panels(len(rows), max(map(len, rows.values())), title=title)
+    for axes, (name, images) in zip(panels, rows.items(), strict=True):
+        axes[0].set_title(name, loc="left", fontsize=_SMALL, pad=3)
+        for panel, image in zip(axes, images, strict=True):
+            panel.imshow(image)
+    return figure
+
+
 def plot_attention(
     images: UInt8[np.ndarray, "b h w 3"], maps: Float[np.ndarray, "b g g"], titles: Sequence[str], *, title: str
 ) -> Figure:
