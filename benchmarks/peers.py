@@ -111,7 +111,7 @@ def jax_program(step: Callable[[], Any], dtype: str, **fields: Any) -> Program:
 
 
 def create_vit_jax(case: Case, directory: Path, augment: str) -> Program:
-    """Builds the training step or the inference of this project; `augment` crops and flips inside the step."""
+    """Builds the training step or the inference of this project; `augment` names augmentations inside the step."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import jax
 
@@ -128,7 +128,8 @@ def create_vit_jax(case: Case, directory: Path, augment: str) -> Program:
     config.model = models.get_config(case.variant)
     config.model.gelu_approximate = False
     config.update(image_size=case.image_size, batch_size=case.batch_size, dtype=case.dtype)
-    config.update(augment=augment or "none", features="fresh", schedule="constant", learning_rate=LEARNING_RATE)
+    config.augment = tuple(augment.split(",")) if augment else "none"
+    config.update(features="fresh", schedule="constant", learning_rate=LEARNING_RATE)
     config.trainable = "full" if case.mode == "forward" else case.mode
     config.optimizer.update(name="sgd", momentum=MOMENTUM, clip_norm=CLIP_NORM)
     config.lora.update(rank=LORA_RANK, alpha=float(LORA_ALPHA))

@@ -8,7 +8,7 @@ A case is VARIANT:PIXELS:BATCHES:DTYPES:MODES; commas separate alternatives. A m
 forward, backward, clip and update of the parameters that it trains; or "forward". The first of `--peers` is compared
 with the others, those that are installed of
 
-    vit_jax, vit_jax:AUGMENT         without augmentation, or with one inside the step, such as vit_jax:inception
+    vit_jax, vit_jax:AUGMENT         without augmentation, or with some inside the step, such as vit_jax:inception,erase
     timm, timm:compile               eager, or with torch.compile; likewise transformers
     vision_transformer:DIR           the model of a clone of google-research/vision_transformer in DIR
 

@@ -59,8 +59,12 @@ def color_jitter(key: Key, image: Image, *, fill: Int32[Array, " 3"]) -> Image:
     order_key, factor_key = jax.random.split(key)
     order = jax.random.permutation(order_key, 3)
     factors = jax.random.uniform(factor_key, (3,), minval=1 - _JITTER, maxval=1 + _JITTER)
-    for i in range(3):
-        image = blend(image, degenerate(image, order[i]), factors[i])
+
+    def apply(image: Image, sampled: tuple[Index, Float32[Array, ""]]) -> tuple[Image, None]:
+        kind, factor = sampled
+        return blend(image, degenerate(image, kind), factor), None
+
+    image, _ = jax.lax.scan(apply, image, (order, factors))  # unrolled, XLA would compute each blend several times
     return image
 
 
