@@ -34,7 +34,7 @@ def test_add_model_arguments_accepts_workdir_or_model(parser, argv, model, step)
     [
         ([], "one of the arguments --workdir --model is required (see `tool --help`)"),
         (["--workdir", "a", "--model", "b"], "argument --model: not allowed with argument --workdir"),
-        (["--model", "a", "--step", "last"], "argument --step: invalid int value: 'last'"),
+        (["--model", "a", "--step", "last"], "argument --step: got 'last'; expected a step of the run, or best"),
         (["--model", "a", "--stp", "3"], "unrecognized arguments: --stp 3; did you mean --step?"),
         (["--model", "a", "--word_dir=3"], "unrecognized arguments: --word_dir=3; did you mean --workdir?"),
         (["--model", "a", "b"], "unrecognized arguments: b (see"),
