@@ -156,10 +156,9 @@ def test_train_accepts_image_directory(run_command, vit_b16_npz, tmp_path):
         directory.mkdir(parents=True)
         for i in range(2):
             Image.fromarray(rng.integers(0, 256, (size, size + i, 3)).astype(np.uint8)).save(directory / f"{i}.jpg")
-    command = [
-        word.replace("folder:DIR", f"folder:{tmp_path}/images") for word in command_with("cifar100.py", "folder:DIR")
-    ]
-    command[command.index("--workdir") + 1] = str(tmp_path / "run")
+    (command,) = [command for command in commands() if "configs/own_images.py" in command]
+    command = [word.replace("folder:photos", f"folder:{tmp_path}/images") for word in command]
+    command += ["--workdir", str(tmp_path / "run")]
     result = run_command(*command, f"--config.pretrained={vit_b16_npz}", *FEW_STEPS, timeout=600)
     assert result.returncode == 0, result.stderr
     assert "4 training and 4 test images of 224 × 224 pixels, 2 classes" in result.stdout
@@ -186,6 +185,8 @@ def test_your_own_images_in_five_minutes(run_command, tmp_path):
     outputs = []
     for command in commands(section):
         words = [re.sub(r"(?<![\w.])(runs|photos)(?=/|$)", rf"{tmp_path}/\1", word) for word in command]
+        if words[0] == "train.py":
+            words += ["--workdir", f"{tmp_path}/runs/own_images-micro"]  # its default, below another directory
         result = run_command(*words)
         assert result.returncode == 0, result.stderr
         outputs.append(result.stdout.replace(f"{tmp_path}/", ""))
