@@ -222,7 +222,9 @@ def format_page(config: ConfigDict, dataset: Dataset, figures: Mapping[str, byte
         "Equal images in several splits. The accuracy on images that were trained on is too high.": [
             " = ".join(paths) for paths in found.duplicates
         ],
-        "Images per class. Of many classes, the most and the least frequent.": [findings.describe_classes(dataset)],
+        "Images per class. The number in each split; of many classes, only the most and the least frequent are listed.": [
+            findings.describe_classes(dataset)
+        ],
     }
     sections: dict[str, str | bytes] = {caption: "\n".join(lines) for caption, lines in texts.items() if lines}
     sections |= {_CAPTIONS[name]: figures[name] for name in _CAPTIONS if name in figures}
