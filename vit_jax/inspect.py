@@ -222,7 +222,7 @@ def format_page(config: ConfigDict, dataset: Dataset, figures: Mapping[str, byte
         "Equal images in several splits. The accuracy on images that were trained on is too high.": [
             " = ".join(paths) for paths in found.duplicates
         ],
-        "Images per class. The number in each split; of many classes, only the most and the least frequent are listed.": [
+        "Images per class. The number in each split; of many classes, the most and the least frequent.": [
             findings.describe_classes(dataset)
         ],
     }
