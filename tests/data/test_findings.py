@@ -109,7 +109,7 @@ def test_describe_warnings_names_small_classes_and_imbalance():
     assert [*describe_warnings(create_dataset([10, 100], [1, 1]))] == []
     assert [*describe_warnings(create_dataset([9, 100], [1, 1]))] == [
         "classes with fewer than 10 training images (1): class0 (9)",
-        "classes are imbalanced: 100 training images of class1, 9 of class0",
+        "classes are imbalanced: 100 training images of class1, 9 of class0; consider dataset.sampling=balanced",
     ]
 
 

@@ -89,7 +89,7 @@ def describe_warnings(dataset: Dataset) -> Iterator[str]:
     if numbers[most] > MAX_IMBALANCE * numbers[least]:
         yield (
             f"classes are imbalanced: {numbers[most]:,} training images of {names[most]}, "
-            f"{numbers[least]:,} of {names[least]}"
+            f"{numbers[least]:,} of {names[least]}; consider dataset.sampling=balanced"
         )
 
 
