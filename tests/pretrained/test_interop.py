@@ -1,7 +1,10 @@
 """Tests of export to and import from Hugging Face transformers; they need the extra `interop`."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from PIL import Image
 
 import vit_jax
 from configs import digits
@@ -54,6 +57,25 @@ def test_export_safetensors_matches_logits_of_transformers(tmp_path, images):
     assert np.abs(logits).max() > 0.2
     np.testing.assert_allclose(transformers_logits(model, processor, images), logits, atol=1e-5)
     assert list(model.config.id2label.values()) == [str(i) for i in range(10)]
+
+
+@pytest.mark.parametrize("test_resize", ["squash", "center_crop"])
+def test_export_safetensors_keeps_preprocessing_of_photographs(tmp_path, test_resize):
+    """Pixels of transformers' processor differ by at most one level, as its two libraries for resizing round."""
+    from sklearn.datasets import load_sample_images
+
+    micro = vit_jax.load("micro")
+    classifier = dataclasses.replace(micro, metadata=dataclasses.replace(micro.metadata, test_resize=test_resize))
+    export.export_safetensors(classifier, tmp_path / "out")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    loaded = vit_jax.load(tmp_path / "out")
+    assert loaded.metadata.test_resize == test_resize
+    for i, photograph in enumerate(load_sample_images().images):
+        image = Image.fromarray(photograph[:, : 300 + 200 * i])  # portrait, landscape
+        image.save(tmp_path / f"{i}.png")
+        decoded = loaded.decode(tmp_path / f"{i}.png")
+        theirs = processor(images=[image], return_tensors="pt")["pixel_values"].numpy().transpose(0, 2, 3, 1)
+        np.testing.assert_allclose(theirs, loaded.preprocess(decoded[None]), atol=2.01 / 255, rtol=0)
 
 
 @pytest.mark.parametrize("hidden_act", ["gelu", "gelu_pytorch_tanh"])
