@@ -30,6 +30,7 @@ from vit_jax.runtime.arguments import add_model_arguments, create_parser, parse_
 from vit_jax.runtime.errors import UsageError, UserError, run_command
 from vit_jax.runtime.progress import progress_bar
 from vit_jax.training import experiment
+from vit_jax.training.significance import wilson_interval
 from vit_jax.types import Dataset, Json
 
 VALIDATION_FRACTION = 0.1
@@ -90,10 +91,7 @@ class Result:
     @property
     def interval(self) -> tuple[float, float]:
         """95% interval of the test accuracy (Wilson 1927)."""
-        from scipy.stats import binomtest
-
-        interval = binomtest(self.num_correct, self.num_images).proportion_ci(0.95, method="wilson")
-        return float(interval.low), float(interval.high)
+        return wilson_interval(self.num_correct, self.num_images)
 
     def to_json(self) -> dict[str, Json]:
         """Returns the accuracies and the chosen parameter as JSON values."""

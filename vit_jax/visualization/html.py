@@ -1,4 +1,4 @@
-"""Formats the report as one self-contained HTML file."""
+"""Formats reports and inspections as self-contained HTML files."""
 
 import base64
 import html
@@ -24,9 +24,9 @@ def format_report(
     "config"; `classes` maps column titles to cells, in each row; `figures` maps captions, "Title. Explanation.", to PNG
     files, in the order of the page.
     """
-    template = importlib.resources.files("vit_jax").joinpath("assets/report.html").read_text(encoding="utf-8")
-    return string.Template(template).substitute(
+    return string.Template(_read_asset("report.html")).substitute(
         {name: html.escape(text) for name, text in texts.items()},
+        style=_read_asset("style.css"),
         results=_format_rows(results),
         class_table=_format_table(classes),
         settings=_format_rows(settings),
