@@ -25,26 +25,26 @@ def photographs():
 
 def pillow_op(image, name, level, negative):
     """Returns an operation of TrivialAugment of an image, uint8 [s s 3]."""
-    picture, magnitude = Image.fromarray(image), (-1 if negative else 1) * level / 30
+    photo, magnitude = Image.fromarray(image), (-1 if negative else 1) * level / 30
     pixels = int(32 * magnitude)
 
     def transform(*matrix):
-        return picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
+        return photo.transform(photo.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
 
     def enhance(kind):
-        return kind(picture).enhance(1 + 0.99 * magnitude)
+        return kind(photo).enhance(1 + 0.99 * magnitude)
 
     ops = {
-        "identity": lambda: picture,
+        "identity": lambda: photo,
         "shear_x": lambda: transform(1, 0.99 * magnitude, 0, 0, 1, 0),
         "shear_y": lambda: transform(1, 0, 0, 0.99 * magnitude, 1, 0),
         "translate_x": lambda: transform(1, 0, -pixels, 0, 1, 0),
         "translate_y": lambda: transform(1, 0, 0, 0, 1, -pixels),
-        "rotate": lambda: picture.rotate(135 * magnitude),
-        "posterize": lambda: ImageOps.posterize(picture, 8 - round(level / 5)),
-        "solarize": lambda: ImageOps.solarize(picture, 255 - 8.5 * level),
-        "autocontrast": lambda: ImageOps.autocontrast(picture),
-        "equalize": lambda: ImageOps.equalize(picture),
+        "rotate": lambda: photo.rotate(135 * magnitude),
+        "posterize": lambda: ImageOps.posterize(photo, 8 - round(level / 5)),
+        "solarize": lambda: ImageOps.solarize(photo, 255 - 8.5 * level),
+        "autocontrast": lambda: ImageOps.autocontrast(photo),
+        "equalize": lambda: ImageOps.equalize(photo),
         "brightness": lambda: enhance(ImageEnhance.Brightness),
         "contrast": lambda: enhance(ImageEnhance.Contrast),
         "color": lambda: enhance(ImageEnhance.Color),
@@ -59,7 +59,7 @@ ALL_MAGNITUDES = [np.tile(np.arange(31), 2), np.repeat([0, 1], 31)]  # levels an
 
 @pytest.mark.parametrize("name", augment.TRIVIAL_OPS)
 def test_apply_op_matches_pillow(photographs, name):
-    """At every magnitude; where the exact value is a whole number, Pillow's or XLA's rounding may be one below it."""
+    """At every magnitude; where the exact value is an integer, Pillow's or XLA's rounding may be one below it."""
     for image in photographs:
         images = np.tile(image.astype(np.int32), (62, 1, 1, 1))
         actual = apply_ops(images, np.full(62, augment.TRIVIAL_OPS.index(name)), *ALL_MAGNITUDES)
@@ -94,10 +94,10 @@ def test_color_jitter_matches_pillow(photographs):
     for key, image in zip(keys, actual, strict=True):
         order_key, factor_key = jax.random.split(key)
         order, each = jax.random.permutation(order_key, 3), jax.random.uniform(factor_key, (3,), minval=0.6, maxval=1.4)
-        picture = Image.fromarray(photographs[0])
+        photo = Image.fromarray(photographs[0])
         for kind, factor in zip(order, each, strict=True):
-            picture = enhancers[kind](picture).enhance(float(factor))
-        differences = np.abs(image - np.asarray(picture, np.int32))
+            photo = enhancers[kind](photo).enhance(float(factor))
+        differences = np.abs(image - np.asarray(photo, np.int32))
         assert differences.max() <= 2 and np.mean(differences > 0) < 0.02  # two more roundings follow the first
         factors += each.tolist()
     assert min(factors) < 0.65 and max(factors) > 1.35
