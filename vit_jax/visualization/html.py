@@ -18,32 +18,39 @@ def format_report(
     settings: Rows,
     figures: Mapping[str, bytes],
 ) -> str:
-    """Fills the template `assets/report.html`; escapes all values.
+    """Returns the page of a report; escapes all values.
 
     The keys of `texts` are "title", "accuracy", "summary", "classes" (the caption of their table), "command" and
     "config"; `classes` maps column titles to cells, in each row; `figures` maps captions, "Title. Explanation.", to PNG
     files, in the order of the page.
     """
-    return string.Template(_read_asset("report.html")).substitute(
-        {name: html.escape(text) for name, text in texts.items()},
-        style=_read_asset("style.css"),
-        results=_format_rows(results),
-        class_table=_format_table(classes),
-        settings=_format_rows(settings),
-        figures="\n".join(_format_figure(title, png) for title, png in figures.items()),
-    )
+    escaped = {name: html.escape(text) for name, text in texts.items()}
+    sections = [
+        f'<h2>Results</h2>\n<table class="numbers">{_format_rows(results)}</table>',
+        f'<h2>Classes</h2>\n<p>{escaped["classes"]}</p>\n<table class="classes">{_format_table(classes)}</table>',
+        f"<h2>Settings</h2>\n<table>{_format_rows(settings)}</table>",
+        f"<h2>Command</h2>\n<pre>{escaped['command']}</pre>",
+        *(_format_figure(caption, png) for caption, png in figures.items()),
+        f"<h2>Config</h2>\n<pre>{escaped['config']}</pre>",
+    ]
+    return _format_page(texts["title"], texts["accuracy"], texts["summary"], sections)
 
 
 def format_inspection(title: str, headline: str, summary: str, sections: Mapping[str, str | bytes]) -> str:
-    """Fills the template `assets/inspect.html`; escapes all values.
+    """Returns the page of an inspection; escapes all values.
 
     `sections` maps captions, "Title. Explanation.", to preformatted text or PNG files, in the order of the page.
     """
+    return _format_page(title, headline, summary, [_format_section(*section) for section in sections.items()])
+
+
+def _format_page(title: str, headline: str, summary: str, sections: Sequence[str]) -> str:
+    """Fills the template `assets/page.html`; escapes all but the sections."""
     texts = {"title": title, "headline": headline, "summary": summary}
-    return string.Template(_read_asset("inspect.html")).substitute(
+    return string.Template(_read_asset("page.html")).substitute(
         {name: html.escape(text) for name, text in texts.items()},
         style=_read_asset("style.css"),
-        sections="\n".join(_format_section(caption, content) for caption, content in sections.items()),
+        sections="\n".join(sections),
     )
 
 
