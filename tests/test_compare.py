@@ -11,6 +11,9 @@ from configs import digits
 from vit_jax import compare, report, trainer
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.types import Split
+from vit_jax.visualization import plotting
+
+plot_accuracies = plotting.plot_accuracies
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +149,34 @@ def test_compare_runs_joins_seeds(runs, run_cli, tmp_path):
     row = [cell.strip() for cell in result.stdout.splitlines()[2].split("|")]
     assert row[1:7] == ["full", "full", "2,970", "3", "60.00%", "10.00%"]
     assert row[7] == "35.16% to 84.84%"  # Student's t: 4.302653 · 0.1 / √3
+
+
+def test_main_plots_mean_curve_over_seeds(runs, run_cli, tmp_path, monkeypatch):
+    """Means of 0.5, 0.7 and 0.1, 0.3; a step that one of the runs did not evaluate is left out."""
+    for seed, accuracies in enumerate(((0.5, 0.1), (0.7, 0.3))):
+        *lines, last = (runs / "full/metrics.jsonl").read_text().splitlines()
+        record = json.loads(last)
+        lines += [json.dumps({**record, "step": step, "test/accuracy": accuracies[0]}) for step in (10 + seed, 15)]
+        lines.append(json.dumps({**record, "test/accuracy": accuracies[1]}))
+        copy_run(runs / "full", tmp_path / f"full-{seed}", {"seed": seed}, metrics="\n".join(lines) + "\n")
+    plotted = []
+    monkeypatch.setattr(plotting, "plot_accuracies", lambda runs: plotted.append(runs) or plot_accuracies(runs))
+    workdirs = [tmp_path / "full-0", tmp_path / "full-1", runs / "head"]
+    assert compare.main(["--join_seeds", "--curves", str(tmp_path / "curves.png"), *map(str, workdirs)]) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert plotted[0]["full"] == [
+        {"step": 15, "test/accuracy": pytest.approx(0.6)},
+        {"step": 20, "test/accuracy": pytest.approx(0.2)},
+    ]
+    assert list(plotted[0]) == ["full", "head"]
+
+
+def test_write_curves_names_runs_of_equal_name_by_path(runs, tmp_path, monkeypatch):
+    copy_run(runs / "head", tmp_path / "full", {}, metrics=(runs / "head/metrics.jsonl").read_text())
+    plotted = []
+    monkeypatch.setattr(plotting, "plot_accuracies", lambda runs: plotted.append(runs) or plot_accuracies(runs))
+    compare.write_curves(compare.compare_runs([runs / "full", tmp_path / "full"]), tmp_path / "curves.png")
+    assert list(plotted[0]) == [str(runs / "full"), str(tmp_path / "full")]
 
 
 def test_cells_shows_wilson_interval_of_single_run(runs):

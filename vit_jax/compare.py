@@ -1,4 +1,4 @@
-"""`python -m vit_jax.compare DIR DIR …`: prints a Markdown table of finished runs, and paired tests of them."""
+"""`python -m vit_jax.compare DIR DIR …`: prints a Markdown table of finished runs, paired tests and curves of them."""
 
 from vit_jax.runtime.startup import prepare_process
 
@@ -21,11 +21,13 @@ from vit_jax.config import load_config
 from vit_jax.run import load_run
 from vit_jax.runtime.arguments import create_parser, parse_arguments
 from vit_jax.runtime.errors import UserError, run_command
+from vit_jax.runtime.files import write_atomically
 from vit_jax.training import significance, writer
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.run_info import RunInfo
 from vit_jax.training.significance import Comparison, Interval
 from vit_jax.types import Split
+from vit_jax.visualization import plotting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         "python -m vit_jax.compare",
         "Print a Markdown table of finished runs, and tests of their differences.",
         "runs/cifar100-head runs/cifar100-full --paired",
-        "runs/digits-seed* --join_seeds",
+        "runs/digits-seed* --join_seeds --curves curves.png",
     )
     parser.add_argument("workdirs", nargs="+", metavar="DIR", help="finished run directories with the same test split")
     parser.add_argument("--join_seeds", action="store_true", help="average runs that differ only in their seed")
@@ -93,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         help="classify the test images with each run, and test the differences to the first row",
     )
     parser.add_argument("--data_dir", metavar="DIR", help="with --paired: dataset, if it has moved since training")
+    parser.add_argument("--curves", metavar="PNG", help="write a figure of the test accuracies over the steps")
     arguments = parse_arguments(parser, argv)
     if arguments.data_dir and not arguments.paired:
         parser.error("--data_dir requires --paired; the table is read from the run directories")
@@ -100,9 +103,29 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.paired and len(rows) < 2:
         parser.error(f"--paired got {len(rows)} row; expected at least two to compare: give more runs")
     print(format_table(rows))
+    if arguments.curves:
+        write_curves(rows, Path(arguments.curves))
     if arguments.paired:
         print(f"\n{format_comparisons(rows, compare_correctness(rows, data_dir=arguments.data_dir))}")
     return 0
+
+
+def write_curves(rows: Sequence[Row], path: Path) -> None:
+    """Writes a figure of the test accuracy of each row over the steps: the mean over its runs."""
+    unique = len({row.run for row in rows}) == len(rows)
+    records: dict[str, list[writer.Record]] = {}
+    for row in rows:
+        tested: dict[int, list[float]] = {}  # test accuracies of all runs by step
+        for workdir in row.workdirs:
+            for record in writer.read_records(workdir / "metrics.jsonl"):
+                if "test/accuracy" in record:
+                    tested.setdefault(int(record["step"]), []).append(record["test/accuracy"])
+        records[row.run if unique else str(row.workdirs[0])] = [
+            {"step": step, "test/accuracy": statistics.mean(accuracies)}
+            for step, accuracies in tested.items()
+            if len(accuracies) == len(row.workdirs)
+        ]
+    write_atomically(path, plotting.to_png(plotting.plot_accuracies(records)))
 
 
 def compare_correctness(rows: Sequence[Row], *, data_dir: str | None = None) -> list[Comparison]:

@@ -25,7 +25,7 @@ WIDTH = 8.0
 # Okabe and Ito's palette, which color-blind readers can tell apart.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _TRAIN, _TEST, _VALIDATION = _COLORS[:3]
-_MARKERS = "os^Dv<>"
+_MARKERS = "os^Dv<>P"  # not as many as colors, so that 56 lines differ
 _SMALL = 8  # points
 
 
@@ -61,7 +61,7 @@ def plot_accuracies(runs: Mapping[str, Records], *, title: str = "") -> Figure:
         last = [f": {record['test/accuracy']:.1%}" for record in records if "test/accuracy" in record][-1:]
         color, marker = _COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]
         _plot_metric(axes, records, "test/accuracy", label="".join([name, *last]), color=color, marker=marker)
-    axes.set(ylabel="test accuracy", ylim=(0, 1.02))
+    axes.set_ylabel("test accuracy")
     axes.legend(loc="lower right")
     return figure
 
