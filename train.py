@@ -7,12 +7,16 @@ from pathlib import Path
 from vit_jax.config import parse_config
 from vit_jax.runtime.arguments import create_parser, parse_known_arguments
 from vit_jax.runtime.errors import UsageError, run_command
+from vit_jax.runtime.resources import split_cpu
 from vit_jax.runtime.startup import prepare_process
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the flags and trains; returns the exit code."""
     arguments = parse_flags(argv)
+    config = arguments.config
+    if arguments.coordinator is None and arguments.num_processes in (None, 1):
+        split_cpu(config.mesh.cpu_devices, batch_size=config.batch_size // (config.accumulation_steps or 1))
     from vit_jax.runtime import distributed
 
     with distributed.initialize_processes(

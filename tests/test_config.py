@@ -392,7 +392,7 @@ def test_check_same_ignores_resumable_keys(tmp_path):
 def test_keys_are_resumable_unless_results_depend_on_them():
     assert [key.name for key in settings.KEYS if key.resumable] == [
         "dataset.data_dir", "dataset.num_workers", "eval_batch_size", "remat", "mesh.fsdp", "mesh.data",
-        "log_every_steps", "eval_every_steps", "checkpoint_every_steps", "reference_results",
+        "mesh.cpu_devices", "log_every_steps", "eval_every_steps", "checkpoint_every_steps", "reference_results",
     ]  # fmt: skip
 
 

@@ -185,6 +185,9 @@ KEYS = (
         "activations recomputed in the backward pass; dots: all but matrix products; full: all", resumable=True),
     Key("mesh.fsdp", 1, _POSITIVE, "devices that shard parameters and optimizer state", resumable=True),
     Key("mesh.data", 0, _COUNT, "copies of parameters and optimizer state; 0: devices / fsdp", resumable=True),
+    Key("mesh.cpu_devices", 1, _COUNT,
+        "devices that train.py splits a CPU into, which is faster for small models; 0: one per core, at most 8; the "
+        "largest number that divides the batch is used", resumable=True),
 
     Key("num_epochs", 0, _COUNT,
         "passes over the training images; sets num_steps to num_epochs × (training images // batch_size); 0: num_steps "

@@ -71,3 +71,35 @@ def test_available_memory_and_cpus_work_without_proc(tmp_path):
     assert resources.total_memory() == 32 * GIB
     assert resources.available_memory() == 16 * GIB
     assert resources.available_cpus() >= 1
+
+
+@pytest.fixture
+def four_cores(monkeypatch):
+    """Removes the variables that `split_cpu` reads and sets; the machine has four cores."""
+    for name in ("JAX_NUM_CPU_DEVICES", "PJRT_NPROC", "XLA_FLAGS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(resources, "available_cpus", lambda: 4)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("maximum", "batch_size", "expected"),
+    [(0, 64, "4"), (0, 6, "3"), (0, 7, None), (1, 64, None), (2, 64, "2"), (6, 60, "6")],
+)
+def test_split_cpu_uses_largest_number_of_devices_that_divides_batch(four_cores, maximum, batch_size, expected):
+    resources.split_cpu(maximum, batch_size=batch_size)
+    assert os.environ.get("JAX_NUM_CPU_DEVICES") == expected
+    assert os.environ.get("PJRT_NPROC") == (str(4 + int(expected)) if expected else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("JAX_NUM_CPU_DEVICES", "3"), ("XLA_FLAGS", "--xla_force_host_platform_device_count=8")]
+)
+def test_split_cpu_keeps_settings_of_user(four_cores, name, value):
+    four_cores.setenv(name, value)
+    resources.split_cpu(2, batch_size=64)
+    assert (os.environ.get("JAX_NUM_CPU_DEVICES"), os.environ.get("PJRT_NPROC")) == (
+        "3" if name == "JAX_NUM_CPU_DEVICES" else None,
+        None,
+    )

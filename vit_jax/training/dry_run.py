@@ -39,7 +39,7 @@ def dry_run(config: ConfigDict) -> None:
 
     The pretrained checkpoint is loaded only if it is on disk; `config.model` must have sizes if it is not.
     """
-    mesh = sharding.create_mesh(**config.mesh)
+    mesh = sharding.create_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     config = resolve_config(config, mesh)
     info = describe_dataset(config)
     needs_file = needs_pretrained(config.model, config.architecture)

@@ -155,7 +155,7 @@ def create_experiment(
         )
     if augment is not None and not callable(augment):
         raise UsageError(f"augment is {augment!r}; expected a function (key, image) -> image; config.augment has names")
-    mesh = sharding.create_mesh(**config.mesh)
+    mesh = sharding.create_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     config = resolve_config(config, mesh)
     with distributed.main_process_first():
         storage = saved.storage if saved else config.dataset.storage
