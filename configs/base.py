@@ -1,6 +1,7 @@
 """Default config, which config files override, and helpers for config files.
 
-`python -m vit_jax.config` prints each key with its default, unit, type and range; `vit_jax/config.py` declares them.
+`python -m vit_jax.config` prints each key with its default, unit, type and range, as declared in
+`vit_jax/config/keys.py`.
 """
 
 from collections.abc import Iterable

@@ -156,6 +156,20 @@ def command_env(extra: dict[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(_EIGHT_DEVICES, ""), **(extra or {})}
 
 
+def config_with(**changes) -> ConfigDict:
+    """Returns the digits config with keys such as `optimizer.name` set to any value, without type checks."""
+    from configs import digits
+
+    config = digits.get_config().to_dict()
+    for key, value in changes.items():
+        *parents, name = key.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[name] = value
+    return ConfigDict(config)
+
+
 def set_keys(config: ConfigDict, changes: dict[str, object]) -> ConfigDict:
     """Sets keys such as "optimizer.name" of a config and returns the config."""
     for key, value in changes.items():

@@ -1,30 +1,22 @@
-"""Config keys: default, type, range and meaning of each. `python -m vit_jax.config` prints them."""
+"""Config keys: default, type, range and meaning of each."""
 
-import argparse
 import ast
 import difflib
-import json
 import math
 import re
-import sys
-import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import flags
-from ml_collections import ConfigDict, FieldReference, config_flags
+from ml_collections import ConfigDict, FieldReference
 
-from vit_jax.runtime.arguments import create_parser, parse_arguments, suggest_flag
-from vit_jax.runtime.errors import UsageError, UserError, one_line, run_command
-from vit_jax.runtime.files import write_atomically
+from vit_jax.runtime.errors import UsageError
 
 MODES = ("full", "head", "mlp", "attention", "bias", "lora")  # of `trainable`; patterns are in `training.optim`
 _ABOVE_0, _BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
 _INT32_MAX, _FLOAT32_MAX = 2**31 - 1, 1e38  # steps and seeds are int32 on the device
-_NUM_STEPS, _EVAL_EVERY_STEPS = 1000, 500  # defaults without num_epochs
+DEFAULT_NUM_STEPS, _EVAL_EVERY_STEPS = 1000, 500  # without num_epochs
 
 
 class Check(NamedTuple):
@@ -192,7 +184,7 @@ KEYS = (
     Key("num_epochs", 0, _COUNT,
         "passes over the training images; sets num_steps to num_epochs × (training images // batch_size); 0: num_steps "
         "counts"),
-    Key("num_steps", _NUM_STEPS, _COUNT, "updates; leave the default if num_epochs is set"),
+    Key("num_steps", DEFAULT_NUM_STEPS, _COUNT, "updates; leave the default if num_epochs is set"),
     Key("log_every_steps", 10, _POSITIVE, "updates between training lines of metrics.jsonl", resumable=True),
     Key("eval_every_steps", 0, _COUNT,
         "updates between evaluations; one more at the end; 0: once per epoch with num_epochs, else every 500",
@@ -243,44 +235,6 @@ _OTHER_NAMES = {  # key -> names in other projects
     "model.dropout_rate": "dropout drop drop_rate",
     "model.stochastic_depth_rate": "drop_path drop_path_rate stochastic_depth",
 }
-
-VARIANTS = {
-    # name: (patch_size, hidden_size, num_layers, num_heads, mlp_dim)
-    "Ti_16": (16, 192, 12, 3, 768),
-    "S_16": (16, 384, 12, 6, 1536),
-    "S_32": (32, 384, 12, 6, 1536),
-    "B_16": (16, 768, 12, 12, 3072),
-    "B_32": (32, 768, 12, 12, 3072),
-    "B_8": (8, 768, 12, 12, 3072),
-    "L_16": (16, 1024, 24, 16, 4096),
-    "L_32": (32, 1024, 24, 16, 4096),
-    "H_14": (14, 1280, 32, 16, 5120),
-    "micro_4": (4, 96, 4, 4, 384),
-    # Hybrids: patches of the feature map of a ResNet, see STEM_UNITS; the number in the name is in pixels.
-    "R50_B_16": (1, 768, 12, 12, 3072),
-    "R50_L_32": (1, 1024, 24, 16, 4096),
-    "R26_B_32": (1, 768, 12, 12, 3072),
-    "R26_S_32": (1, 384, 12, 6, 1536),
-    "R_Ti_16": (8, 192, 12, 3, 768),  # 32 pixels: the name does not count the root's max-pool
-}
-"""Sizes of the ViT variants. Dosovitskiy et al. 2021, table 1; Ti and S: Touvron et al. 2021, table 1; micro_4: this
-project; hybrids: Steiner et al. 2021, "How to train your ViT?"."""
-
-STEM_UNITS = {
-    "R50_B_16": (3, 4, 9),
-    "R50_L_32": (3, 4, 6, 3),
-    "R26_B_32": (2, 2, 2, 2),
-    "R26_S_32": (2, 2, 2, 2),
-    "R_Ti_16": (),
-}
-"""Number of bottlenecks in each block of a hybrid's ResNet."""
-
-
-def model_sizes(variant: str) -> dict[str, Any]:
-    """Returns the sizes of a variant as constructor arguments of `vit_jax.models.VisionTransformer`."""
-    names = ("patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim")
-    stem = {"stem_units": STEM_UNITS[variant]} if variant in STEM_UNITS else {}
-    return {**dict(zip(names, VARIANTS[variant], strict=True)), **stem}
 
 
 def get_config() -> ConfigDict:
@@ -356,7 +310,7 @@ def check_config(config: ConfigDict) -> None:
 def _complaints(config: ConfigDict) -> Iterator[str]:
     if not isinstance(config, ConfigDict):
         yield f"config is a {type(config).__name__}; expected a ConfigDict, as from vit_jax.config.get_config()"
-    values = _flatten(config.to_dict(), leaf="model")
+    values = flatten(config.to_dict(), leaf="model")
     for name in values:
         check_key(name)
     for key in KEYS:
@@ -383,7 +337,7 @@ def resolve_steps(config: ConfigDict, *, steps_per_epoch: int) -> ConfigDict:
     config, epochs = config.copy_and_resolve_references(), config.num_epochs
     if epochs:
         num_steps, found = epochs * steps_per_epoch, f"config.num_epochs is {epochs}"
-        if config.num_steps not in (0, _NUM_STEPS, num_steps):
+        if config.num_steps not in (0, DEFAULT_NUM_STEPS, num_steps):
             raise UsageError(
                 f"{found}, which is {num_steps} steps, and config.num_steps is {config.num_steps}; set one of them to 0"
             )
@@ -395,167 +349,10 @@ def resolve_steps(config: ConfigDict, *, steps_per_epoch: int) -> ConfigDict:
     return config
 
 
-def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | None = None) -> None:
-    """Raises UsageError if keys that must not change on resume differ; for `saved`, see `load_config`.
-
-    First replaces "auto", accumulation_steps 0 and the default num_steps in `config` by the choices of the run.
-    """
-    run_config = load_config(workdir, saved=saved)
-    _adopt_choices(config, run_config)
-    old, new = (_flatten(json.loads(json.dumps(each.to_dict()))) for each in (run_config, config))
-    fixed = sorted((old.keys() | new.keys()) - {key.name for key in KEYS if key.resumable})
-    changes = [f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in fixed if old.get(name) != new.get(name)]
-    if changes:
-        raise UsageError(
-            f"{workdir} was started with another config ({'; '.join(changes)}); delete it or give another --workdir"
-        )
-
-
-def _adopt_choices(config: ConfigDict, run_config: ConfigDict) -> None:
-    if config.dtype == "auto":
-        config.dtype = run_config.dtype
-    if config.dataset.test_resize == "auto":
-        config.dataset.test_resize = run_config.dataset.test_resize
-    if config.num_epochs and config.num_steps in (0, _NUM_STEPS):
-        config.num_steps = run_config.num_steps
-    if config.accumulation_steps == 0:
-        config.accumulation_steps = run_config.accumulation_steps
-    if config.model.get("attention", "auto") == "auto" and "attention" in run_config.model:
-        config.model.unlock().attention = run_config.model.attention
-
-
-def save_config(config: ConfigDict, workdir: Path) -> None:
-    """Writes `workdir/config.json`."""
-    write_atomically(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-
-
-def load_config(workdir: Path, *, saved: dict[str, Any] | None = None) -> ConfigDict:
-    """Loads the config of a run; keys that are newer than the run get their defaults.
-
-    `saved` is the config from a checkpoint, as JSON values; None reads config.json, which has no checksum.
-    """
-    path, config = workdir / ("config.json" if saved is None else "checkpoints"), get_config()
-    config.dataset.test_resize = "squash"  # before the key
-    try:
-        with config.unlocked():
-            config.update(json.loads(path.read_text()) if saved is None else saved)
-        check_config(config)
-    except (OSError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged, or of another version of vit_jax: {one_line(error)}") from error
-    return config
-
-
-def parse_config(parser: argparse.ArgumentParser, file: str, overrides: list[str]) -> ConfigDict:
-    """Loads a config file, FILE[:ARG], and sets the keys of `overrides`, --config.KEY=VALUE.
-
-    Raises:
-        UsageError: `overrides` has another flag, a key or value is invalid, or the config file fails; `parser` is that
-            of the other flags, from which the nearest name is suggested.
-    """
-    argv = [f"--config={file}", *_set_tuples(overrides)]
-    values = flags.FlagValues()  # a new one, so that one process can parse several command lines
-    try:
-        config_flags.DEFINE_config_file(
-            "config",
-            flag_values=values,
-            lock_config=False,  # --config.model.NAME may set new arguments
-            accept_new_attributes=True,
-            sys_argv=argv,
-        )
-        rest = values([sys.argv[0], *argv])[1:]
-        config: ConfigDict = values.config
-        missing = not (config and config.to_dict())  # a missing file raises when it is first used
-    except flags.UnrecognizedFlagError as error:
-        nearest = suggest_key(error.flagname)
-        near = f"--config.{nearest}" if nearest else suggest_flag(parser, error.flagname)
-        parser.error(f"unknown flag --{error.flagname}{f'; did you mean {near}?' if near else ''}")
-    except Exception as error:  # a config file is code: it can raise anything
-        # ml_collections puts a traceback before the error, or the names of all keys after it.
-        reason = str(error.args[0] if error.args else "").strip()
-        reason = re.sub("^'(Key .*) Other fields present.*", r"\1", reason, flags=re.DOTALL)
-        reason = reason.rsplit("\n", maxsplit=1)[-1].removeprefix("ValueError: ") or type(error).__name__
-        for key in KEYS:
-            expected = rf"config.{key.name} is \1; expected {key.check.expected}"
-            reason = re.sub(f"^flag --config.{key.name}=(.*?): .*", expected, reason)
-        parser.error(one_line(reason))
-    if rest:
-        raise UsageError(f"unexpected {' '.join(rest)}; keys are set as --config.key=value")
-    if missing:
-        raise UsageError(f"{file} returns no config; expected get_config() to return a ConfigDict with keys")
-    _override_duration(config, argv)
-    return config
-
-
-def _override_duration(config: ConfigDict, argv: Sequence[str]) -> None:
-    """Makes the unit of --config.num_epochs=… or --config.num_steps=… count, whichever the config file sets."""
-    given = {name: config[name] for name in ("num_epochs", "num_steps") if any(f".{name}=" in word for word in argv)}
-    if len(given) == 2 and all(given.values()):
-        raise UsageError("--config.num_epochs and --config.num_steps are both set; give one of them")
-    if given.get("num_epochs") and "num_steps" in config:
-        config.num_steps = 0
-    elif given.get("num_steps") and "num_epochs" in config:
-        config.num_epochs = 0
-
-
-def _set_tuples(words: Sequence[str]) -> list[str]:
-    """Checks the keys of --config.KEY=VALUE or --config.KEY VALUE, and converts comma-separated lists to tuples."""
-    joined: list[str] = []
-    for word in words:
-        if joined and re.fullmatch(r"--?config\.[^=]*", joined[-1]) and not word.startswith("--"):
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    for i, word in enumerate(joined):
-        if override := re.fullmatch(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", word, flags=re.DOTALL):
-            name, text = override.groups()
-            check_key(name)
-            joined[i] = word if text is None else f"--config.{name}={to_tuple(name, text)}"
-    return joined
-
-
-def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --config, --dataset and --data_dir, for `parse_dataset`."""
-    parser.add_argument("--config", metavar="FILE[:ARG]", help="config file that names the dataset and its splits")
-    parser.add_argument(
-        "--dataset", metavar="NAME", help="dataset, such as cifar10 or folder:DIR; replaces that of the config"
-    )
-    parser.add_argument("--data_dir", metavar="DIR", help="archive or directory of the dataset")
-
-
-def parse_dataset(parser: argparse.ArgumentParser, arguments: argparse.Namespace, overrides: list[str]) -> ConfigDict:
-    """Returns the config that the flags of `add_dataset_arguments` and --config.KEY=VALUE describe.
-
-    Raises:
-        UsageError: a flag, key or value is invalid, or no dataset is given.
-    """
-    config = parse_config(parser, arguments.config or __file__, overrides)
-    if arguments.dataset:
-        config.dataset.name = arguments.dataset
-    if arguments.data_dir is not None:
-        config.dataset.data_dir = arguments.data_dir
-    if not config.dataset.name:
-        parser.error("no dataset; give --dataset, such as folder:DIR, or a --config that sets dataset.name")
-    check_config(config)
-    return config
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "", *, leaf: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "", *, leaf: str = "") -> dict[str, Any]:
     """Flattens nested dictionaries, keys joined by dots; the dictionary of key `leaf` is kept."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         group = isinstance(value, dict) and name != leaf
-        flat |= _flatten(value, f"{prefix}{name}.") if group else {prefix + name: value}
+        flat |= flatten(value, f"{prefix}{name}.") if group else {prefix + name: value}
     return flat
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Prints every key with its default, meaning, unit, type and range."""
-    parse_arguments(create_parser("python -m vit_jax.config", "Print every config key.", ""), argv)
-    for key in KEYS:
-        text = f"{key.doc} ({key.check.expected}{'; may change on resume' if key.resumable else ''})"
-        print(f"{key.name} = {key.default!r}\n{textwrap.indent(textwrap.fill(text, 96), '    ')}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main))
