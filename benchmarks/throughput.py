@@ -19,8 +19,8 @@ sleeps while another is measured. PyTorch uses SDPA, the fused optimizer, TF32, 
 Prints rows for RESULTS.md. "relative time" is seconds of the software divided by seconds of the first peer in the same
 round: median (smallest to largest). "matmul" is the rate of the case's FLOPs, as XLA counts them for vit_jax, divided
 by the rate of the fastest software's product of two matrices of 1024² (GPU: 8192²). "memory" is the peak of the
-process, or of its allocations on the GPU. On a CPU with glibc, "allocator" is the faster one in a trial: the
-default, or that of `vit_jax.runtime.startup`.
+process, or of its allocations on the GPU. On a CPU, "setting" is the fastest one in a trial: the default allocator,
+that of `vit_jax.runtime.startup` ("tuned"), or, for this project, this one with `mesh.cpu_devices` ("2 devices").
 """
 
 import argparse
@@ -82,7 +82,7 @@ HEADS = (
     "matmul",
     "memory, GiB",
     "first step, s",
-    "allocator",
+    "setting",
 )
 
 
@@ -118,7 +118,7 @@ class Row:
             f"{self.matmul_fraction:.0%}" if self.matmul_fraction else "",
             f"{self.memory / GIB:.2f}",
             ", ".join(f"{value:.1f} {name}" for name, value in self.startup.items()),
-            "tuned" if "GLIBC_TUNABLES" in self.environment else "default",
+            name_setting(self.environment),
         ]
 
 
@@ -223,13 +223,29 @@ def write_inputs(case: Case, directory: Path) -> None:
     np.save(directory / "labels.npy", rng.integers(0, NUM_CLASSES, case.batch_size, np.int32))
 
 
-def start_fastest(peer: str, case: Case, directory: Path, environment: dict[str, str] | None, seconds: float) -> Worker:
-    """Starts and warms up a worker with the given environment, or with the allocator that is faster in a trial."""
-    candidates = [Worker(peer, case, directory, environment or {})]
+def name_setting(environment: dict[str, str]) -> str:
+    """Returns the text of a worker's environment for the table."""
+    names = ["tuned"] if "GLIBC_TUNABLES" in environment else []
+    if "JAX_NUM_CPU_DEVICES" in environment:
+        names.append(f"{environment['JAX_NUM_CPU_DEVICES']} devices")
+    return ", ".join(names) or "default"
+
+
+def cpu_environments(peer: str, case: Case) -> list[dict[str, str]]:
+    """Returns the environments to try on a CPU, besides the user's."""
     is_set = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
-    on_cpu = candidates[0].info["device"] == "cpu"
-    if environment is None and not is_set and on_cpu and platform.libc_ver()[0] == "glibc":
-        candidates.append(Worker(peer, case, directory, {"GLIBC_TUNABLES": TUNABLES}))
+    allocator = {} if is_set or platform.libc_ver()[0] != "glibc" else {"GLIBC_TUNABLES": TUNABLES}
+    cores = min(os.cpu_count() or 1, 8)
+    devices = {"JAX_NUM_CPU_DEVICES": str(cores), "PJRT_NPROC": str(2 * cores)}  # as `mesh.cpu_devices` 0
+    splits = peer.startswith("vit_jax") and cores > 1 and case.batch_size % cores == 0
+    return ([allocator] if allocator else []) + ([allocator | devices] if splits else [])
+
+
+def start_fastest(peer: str, case: Case, directory: Path, environment: dict[str, str] | None, seconds: float) -> Worker:
+    """Starts and warms up a worker with the given environment, or with the one that is fastest in a trial."""
+    candidates = [Worker(peer, case, directory, environment or {})]
+    if environment is None and candidates[0].info["device"] == "cpu":
+        candidates += [Worker(peer, case, directory, setting) for setting in cpu_environments(peer, case)]
     for worker in candidates:
         worker.measure(seconds)
         worker.measure(seconds)
@@ -237,8 +253,10 @@ def start_fastest(peer: str, case: Case, directory: Path, environment: dict[str,
         return candidates[0]
     trials = [[worker.measure(seconds) for worker in candidates] for _ in range(TRIALS)]
     medians = [statistics.median(column) for column in zip(*trials, strict=True)]
-    candidates.pop(medians.index(max(medians))).close()
-    return candidates[0]
+    fastest = candidates.pop(medians.index(min(medians)))
+    for worker in candidates:
+        worker.close()
+    return fastest
 
 
 def measure_startup(worker: Worker, case: Case, directory: Path) -> dict[str, float]:
@@ -351,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar=("PEER", "NAME=VALUE"),
-        help="environment variable of a peer, in place of the trial of allocators; = for none",
+        help="environment variable of a peer, in place of the trial of settings; = for none",
     )
     parser.add_argument("--time_limit", type=float, default=540.0, metavar="SECONDS", help="starts no case after it")
     parser.add_argument("--json", metavar="PATH", help="write all measurements")

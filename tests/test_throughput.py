@@ -17,7 +17,7 @@ DEFAULT_ALLOCATOR = ["--env", "vit_jax", "="]
 
 
 class FakeWorker:
-    """Takes 1 s per step; "slow" takes 3 s, "tuned" half a second. Records requests in `log`."""
+    """Takes 1 s per step; "slow" takes 3 s, each environment variable makes it faster. Records requests in `log`."""
 
     log: list[str] = []
     losses: dict[str, float] = {}
@@ -32,7 +32,7 @@ class FakeWorker:
 
     def measure(self, seconds):
         self.log.append(self.peer)
-        return {"slow": 3.0}.get(self.peer, 1.0) / (2 if self.environment else 1)
+        return {"slow": 3.0}.get(self.peer, 1.0) / (1 + len(self.environment))
 
     def ask(self, **request):
         return {"memory": 2**30} if "memory" in request else {"flops": 4e9}
@@ -106,10 +106,21 @@ def test_row_shows_median_and_range():
     assert row.cells()[7] == "3.0 cold, 1.0 warm"
 
 
-def test_start_fastest_keeps_faster_allocator(fake_workers, tmp_path):
-    worker = throughput.start_fastest("timm", parse_case(f"{TOY}:full")[0], tmp_path, None, 1.0)
-    found = "GLIBC_TUNABLES" in worker.environment
-    assert found == (throughput.platform.libc_ver()[0] == "glibc")
+@pytest.mark.parametrize(
+    ("peer", "case", "setting"),
+    [("timm", TOY, "tuned"), ("vit_jax", TOY, "tuned, 2 devices"), ("vit_jax", "micro_4:8:3:float32", "tuned")],
+)
+def test_start_fastest_keeps_fastest_setting(fake_workers, tmp_path, monkeypatch, peer, case, setting):
+    monkeypatch.setattr(throughput.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(throughput.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    worker = throughput.start_fastest(peer, parse_case(f"{case}:full")[0], tmp_path, None, 1.0)
+    assert throughput.name_setting(worker.environment) == setting
+    assert fake_workers.log.count(f"close {peer}") == setting.count(",") + 1
+
+
+def test_cpu_environments_keep_allocator_of_user(monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    assert throughput.cpu_environments("timm", parse_case(f"{TOY}:full")[0]) == []
 
 
 def test_main_leaves_out_software_that_fails(run_cli, fake_workers, monkeypatch):
