@@ -1,6 +1,7 @@
 # make train                  installs into .venv, then trains CONFIG (configs/digits.py unless given)
 # make train ARGS="…"         passes flags on, such as ARGS="--config.num_steps=100 --no_report"
 # make test, make test-slow   installs with the test extra, then runs lint and the quick tests, or the long tests
+# make study                  repeats Li's study with the micro ViT (docs/reproducing.md), or resumes it
 # make docs                   builds the pages of docs/ and the API reference into build/docs/site
 # make … PYTHON=python3.12    uses another interpreter, with an environment of its own
 
@@ -9,11 +10,28 @@ CONFIG ?= configs/digits.py
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow docs lint install clean
+# The study: a stem such as seed0/full is a seed and an argument of configs/two_classes.py.
+MODES := full mlp attention lora head scratch scratch_adam resnet
+ABLATIONS := $(addprefix full-,all pixels schedule head dropout test_augment warmup gelu decay clip)
+SEEDS := seed0 seed1 seed2
+stems = $(foreach arg,$(1),$(foreach seed,$(SEEDS),$(seed)/$(arg)))
+
+.PHONY: study train test test-slow docs lint install clean
 
 train: $(VENV)/installed
 	$(if $(EPOCHS),$(error EPOCHS is not a setting: pass ARGS="--config.num_epochs=$(EPOCHS)"))
 	$(BIN)/python train.py --config $(CONFIG) $(if $(WORKDIR),--workdir $(WORKDIR)) $(ARGS)
+
+study: $(patsubst %,runs/study/%/report.html,$(call stems,$(MODES) $(ABLATIONS)))
+	$(BIN)/python -m vit_jax.compare --join_seeds --curves runs/study/curves.png $(addprefix runs/study/,$(call stems,$(MODES)))
+	$(BIN)/python -m vit_jax.compare --join_seeds --paired $(addprefix runs/study/,$(call stems,$(MODES) $(ABLATIONS)))
+
+runs/study/%/report.html: runs/ViT-micro_4-eight.npz
+	$(BIN)/python train.py --config configs/two_classes.py:$(notdir $*) --config.seed=$(patsubst seed%/,%,$(dir $*)) --workdir $(@D) $(ARGS)
+
+runs/ViT-micro_4-eight.npz: | $(VENV)/installed
+	$(BIN)/python train.py --config configs/cifar10_micro.py:eight $(ARGS)
+	$(BIN)/python -m vit_jax.export --workdir runs/cifar10_micro-eight --format npz --out $@
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal

@@ -1,16 +1,19 @@
-"""Fine-tunes a micro ViT, pretrained without cats and dogs, on cat vs. dog; with ablations.
+"""Fine-tunes a micro ViT, pretrained without cats and dogs, on cat vs. dog: Li's study on a laptop, with ablations.
 
-    python train.py --config configs/two_classes.py:full         all parameters (the default)
-    python train.py --config configs/two_classes.py:mlp          the MLP layers and the head
-    python train.py --config configs/two_classes.py:head         only the head, on cached features
-    python train.py --config configs/two_classes.py:scratch      all parameters, randomly initialized
-    python train.py --config configs/two_classes.py:full-NAME    with one of `ABLATIONS`, settings of cifar100_li.py
-    python train.py --config configs/two_classes.py:full-all     with all of them
+    python train.py --config configs/two_classes.py:full          all parameters (the default)
+    python train.py --config configs/two_classes.py:mlp           the MLP layers and the head
+    python train.py --config configs/two_classes.py:attention     the attention layers and the head
+    python train.py --config configs/two_classes.py:lora          LoRA weights of queries and values, and the head
+    python train.py --config configs/two_classes.py:head          only the head, on cached features
+    python train.py --config configs/two_classes.py:scratch       all parameters, randomly initialized, SGD
+    python train.py --config configs/two_classes.py:scratch_adam  the same with Adam
+    python train.py --config configs/two_classes.py:resnet        a small ResNet, randomly initialized
+    python train.py --config configs/two_classes.py:full-NAME     with one of `ABLATIONS`, settings of cifar100_li.py
+    python train.py --config configs/two_classes.py:full-all      with all of them
 
-Needs `runs/ViT-micro_4-eight.npz`, made from `configs/cifar10_micro.py:eight` (README, "The micro ViT"). 10,000
-training and 2,000 test images, 3 epochs: at most three minutes on two CPU cores. Test accuracy, three seeds, on a JPEG
-copy of the images: full 0.685 ± 0.009, mlp 0.659 ± 0.003, head 0.660 ± 0.001, scratch 0.612 ± 0.001. The rest is in
-benchmarks/RESULTS.md.
+`make study` trains all of them with three seeds, after the checkpoint that they start from
+(`configs/cifar10_micro.py:eight`). 10,000 training and 2,000 test images, 5 epochs. Test accuracies, on a JPEG copy of
+the images: benchmarks/RESULTS.md.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +35,9 @@ ABLATIONS = {
     "gelu": {"model.gelu_approximate": False},
     "dropout": {"model.dropout_rate": 0.1},
 }
-ARGUMENTS = ("full", "mlp", "head", "scratch", *(f"full-{name}" for name in (*ABLATIONS, "all")))
+PRETRAINED = ("full", "mlp", "attention", "lora", "head")
+FROM_SCRATCH = ("scratch", "scratch_adam", "resnet")
+ARGUMENTS = (*PRETRAINED, *FROM_SCRATCH, *(f"full-{name}" for name in (*ABLATIONS, "all")))
 
 
 def get_config(arg: str = "full") -> ConfigDict:
@@ -40,21 +45,35 @@ def get_config(arg: str = "full") -> ConfigDict:
     base.check_argument(arg, ARGUMENTS, __file__)
     mode, _, ablation = arg.partition("-")
     config = base.get_config()
-    config.model = models.get_config("micro_4")
-    config.pretrained = "" if mode == "scratch" else "runs/ViT-micro_4-eight.npz"
     config.dtype = "auto"
+    config.mesh.cpu_devices = 0
     config.dataset.name = "cifar10"
     config.dataset.classes = ("cat", "dog")
-    config.image_size = 32
     config.augment = "none" if mode == "head" else "square_crop"
-    config.trainable = "full" if mode == "scratch" else mode
     config.optimizer.clip_norm = 1.0
     config.learning_rate = 0.01
-    config.warmup_steps = 47  # 10 %
+    config.warmup_steps = 78  # 10 %
     config.batch_size = 64
     config.eval_batch_size = 100
-    config.num_steps = 3 * _STEPS_PER_EPOCH
+    config.num_steps = 5 * _STEPS_PER_EPOCH
     config.eval_every_steps = config.checkpoint_every_steps = _STEPS_PER_EPOCH
+    if mode == "resnet":  # images are enlarged, as in cifar100_resnet50.py, since the root downsamples them by 4
+        config.architecture = "resnet50"
+        config.model = ConfigDict({"units": (1, 1, 1), "width": 32})
+        config.image_size = 64
+    else:
+        config.model = models.get_config("micro_4")
+        config.image_size = 32
+    if mode in PRETRAINED:
+        config.pretrained = "runs/ViT-micro_4-eight.npz"
+        config.trainable = mode
+    if mode == "lora":
+        config.learning_rate = 0.05
+    if mode == "scratch_adam":
+        config.optimizer.name = "adam"
+        config.learning_rate = 1e-3
+    if mode == "resnet":
+        config.learning_rate = 0.1
     for name in ABLATIONS if ablation == "all" else filter(None, [ablation]):
         config.update_from_flattened_dict(ABLATIONS[name])
     return config
