@@ -126,7 +126,7 @@ def test_train_prints_table_of_finished_run(finished, run_cli):
 def test_train_rejects_different_config_in_same_workdir(finished, run_cli):
     result = run_cli("train", arguments(finished[0], "--config.learning_rate=0.5", "--config.seed=3"))
     assert result.code == 2
-    assert "learning_rate: 0.001 → 0.5; seed: 0 → 3" in result.stderr
+    assert "learning_rate: 0.002 → 0.5; seed: 0 → 3" in result.stderr
     assert result.stderr.count("\n") == 1
 
 

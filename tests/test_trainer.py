@@ -121,7 +121,7 @@ def test_train_and_evaluate_prints_evaluation_call_for_own_dataset(tmp_path, cap
 def test_train_and_evaluate_restores_missing_config_json(interrupted_copy):
     before = (interrupted_copy / "config.json").read_text()
     (interrupted_copy / "config.json").unlink()
-    with pytest.raises(UsageError, match=r"another config \(learning_rate: 0.001 → 0.5\)"):
+    with pytest.raises(UsageError, match=r"another config \(learning_rate: 0.002 → 0.5\)"):
         trainer.train_and_evaluate(small_config(learning_rate=0.5, **INTERVALS), interrupted_copy)
     run = load_run(interrupted_copy)
     assert json.dumps(run.config.to_dict(), indent=2) + "\n" == before

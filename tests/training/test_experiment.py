@@ -26,7 +26,7 @@ def config_with(**changes):
 
 
 def plan(config, *, num_devices=8, num_images=1437):
-    mesh = sharding.create_mesh(jax.devices()[:num_devices], **config.mesh)
+    mesh = sharding.create_mesh(jax.devices()[:num_devices], data=config.mesh.data, fsdp=config.mesh.fsdp)
     model = experiment.create_model(config, None, num_classes=10)
     info = data.DatasetInfo(num_images, 360, (8, 8, 3), tuple("0123456789"), in_memory=True)
     return experiment.plan_experiment(config, model, mesh, info)
