@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import os
 import re
 import resource
 import sys
@@ -133,7 +134,7 @@ def create_vit_jax(case: Case, directory: Path, augment: str) -> Program:
     config.trainable = "full" if case.mode == "forward" else case.mode
     config.optimizer.update(name="sgd", momentum=MOMENTUM, clip_norm=CLIP_NORM)
     config.lora.update(rank=LORA_RANK, alpha=float(LORA_ALPHA))
-    mesh = sharding.create_mesh(jax.devices() if jax.default_backend() == "cpu" else jax.devices()[:1])
+    mesh = sharding.create_mesh(jax.devices()[: int(os.environ.get("JAX_NUM_CPU_DEVICES", "1"))])
     info = DatasetInfo(len(images), 1, images.shape[1:], tuple(map(str, range(NUM_CLASSES))), in_memory=True)
     model = experiment.create_model(config, None, num_classes=NUM_CLASSES)
     plan = experiment.plan_experiment(config, model, mesh, info)

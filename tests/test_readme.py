@@ -193,7 +193,7 @@ def test_your_own_images_in_five_minutes(run_command, tmp_path):
     (printed,) = re.findall(r"```text\n(folder:photos: .*?)```", section, re.S)
     assert printed in outputs[0]
     accuracy = re.search(r"test/accuracy +([\d.]+)", outputs[1])
-    assert accuracy and float(accuracy[1]) >= 0.9
+    assert accuracy and float(accuracy[1]) >= 14 / 16  # guessing reaches it in 0.2% of cases
     assert re.search(r"flower +[\d.]+%", outputs[2])
     folder, listed = (
         data.load_dataset(name, image_size=32, split_seed=3) for name in (f"folder:{tmp_path}/photos", f"csv:{table}")
