@@ -62,7 +62,7 @@ def plot_accuracies(runs: Mapping[str, Records], *, title: str = "") -> Figure:
         color, marker = _COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]
         _plot_metric(axes, records, "test/accuracy", label="".join([name, *last]), color=color, marker=marker)
     axes.set_ylabel("test accuracy")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the lines
     return figure
 
 
