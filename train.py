@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parses the flags and trains; returns the exit code."""
     arguments = parse_flags(argv)
     config = arguments.config
-    if arguments.coordinator is None and arguments.num_processes in (None, 1):
+    if arguments.coordinator is None and arguments.num_processes in (None, 1):  # several processes split the batch
         split_cpu(config.mesh.cpu_devices, batch_size=config.batch_size // (config.accumulation_steps or 1))
     from vit_jax.runtime import distributed
 

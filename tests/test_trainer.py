@@ -103,9 +103,8 @@ def test_train_and_evaluate_chooses_on_validation_and_stops_early(tmp_path, caps
 
 def test_train_and_evaluate_says_that_best_is_chosen_on_test(finished, capsys):
     trainer.train_and_evaluate(small_config(), finished[0])
-    expected = (
-        f"step 40 (--step best), test accuracy {finished[1]['test/accuracy']:.2%}; chosen on test, as there are no"
-    )
+    accuracy = f"{finished[1]['test/accuracy']:.2%}"
+    expected = f"step 40 (--step best), test accuracy {accuracy}; chosen on test, without validation images"
     assert expected in capsys.readouterr().out
 
 

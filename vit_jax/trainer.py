@@ -145,7 +145,7 @@ def evaluate(
     checkpoints: Checkpoints,
     writer: Writer,
 ) -> tuple[float, RunInfo]:
-    """Evaluates on validation, and at the end of the run on test; always on test if there are no validation images.
+    """Evaluates on validation, and at the end of the run on test; always on test without validation images.
 
     Returns the accuracy that determines the best checkpoint, and `info` with the evaluation counted.
     """
@@ -263,7 +263,7 @@ def summarize(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> di
     early = f", of {config.num_steps:,} (stopped early)" if step < config.num_steps else ""
     split = "validation" if "validation/accuracy" in results else "test"
     best = f"step {checkpoints.best_step():,} (--step best), {split} accuracy {checkpoints.best_accuracy():.2%}"
-    warning = "; chosen on test, as there are no validation images" if split == "test" else ""
+    warning = "; chosen on test, without validation images" if split == "test" else ""
     speeds = [record["images_per_second"] for record in records if "images_per_second" in record]
     rows = {
         "test accuracy": f"{results['test/accuracy']:.2%}",

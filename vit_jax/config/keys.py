@@ -191,7 +191,7 @@ KEYS = (
         resumable=True),
     Key("checkpoint_every_steps", 500, _POSITIVE, "updates; one more after each evaluation", resumable=True),
     Key("early_stopping_patience", 0, _COUNT,
-        "the run ends after this many evaluations without a higher accuracy on validation, or on test if there are no "
+        "the run ends after this many evaluations without a higher accuracy on validation, or on test without "
         "validation images; 0: off"),
     Key("reference_results", (), _RESULTS, "test accuracies of other work, for the report", resumable=True),
 
