@@ -1,4 +1,5 @@
 import functools
+import math
 import re
 import types
 
@@ -13,7 +14,7 @@ from vit_jax.models import attention
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UserError
 from vit_jax.training import device_fit, experiment
-from vit_jax.training.plan import memory_of
+from vit_jax.training.plan import Plan, memory_of
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,15 @@ def test_smallest_fitting_corrects_wrong_prediction(fixed, measured):
     assert (number, calls) == (4, measured)
 
 
+def test_smallest_fitting_continues_after_out_of_memory():
+    """Full and half batches cannot be compiled; from 4 microbatches on, 8 is predicted."""
+    calls = []
+    number = device_fit.smallest_fitting(
+        (1, 2, 4, 8, 16), lambda n: calls.append(n) or (math.inf if n < 4 else needed(n)), limit=6, fixed=2, added=1
+    )
+    assert (number, calls) == (8, [1, 2, 4, 8])
+
+
 def plan(**changes):
     """Plans a tiny model on one device with batches of 64 images."""
     config = digits.get_config("scratch")
@@ -116,6 +126,19 @@ def test_fit_accumulation_chooses_smallest_number_that_fits(set_memory, capsys):
         assert capsys.readouterr().out.endswith(f"accumulation_steps: {number}\n")
 
 
+def test_fit_accumulation_continues_if_compiler_is_out_of_memory(monkeypatch, capsys):
+    compile_train_step = Plan.compile_train_step
+
+    def compile_on_tpu(plan):
+        if plan.train_step.accumulation_steps == 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm")
+        return compile_train_step(plan)
+
+    monkeypatch.setattr(Plan, "compile_train_step", compile_on_tpu)
+    assert plan().config.accumulation_steps == 2
+    assert "microbatches of 64: out of memory\n" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_fit_accumulation_suggests_remat_if_nothing_fits(set_memory):
     set_memory(2**20)
@@ -129,11 +152,35 @@ def test_fit_accumulation_suggests_remat_if_nothing_fits(set_memory):
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "expected"),
-    [("gpu", "bfloat16", True), ("gpu", "float32", False), ("cpu", "bfloat16", False)],
+    ("device", "dtype", "expected"),
+    [
+        ({"platform": "gpu", "compute_capability": "8.0"}, "bfloat16", True),
+        ({"platform": "gpu", "compute_capability": "8.0"}, "float32", False),
+        ({"platform": "gpu", "compute_capability": "7.5"}, "bfloat16", False),  # T4
+        ({"platform": "cpu"}, "bfloat16", False),
+    ],
 )
-def test_can_use_cudnn_requires_gpu_and_16_bits(platform, dtype, expected):
-    assert device_fit.can_use_cudnn(types.SimpleNamespace(platform=platform), dtype) == expected
+def test_can_use_cudnn_requires_ampere_and_16_bits(device, dtype, expected):
+    assert device_fit.can_use_cudnn(types.SimpleNamespace(**device), dtype) == expected
+
+
+def test_find_attention_says_that_cudnn_is_not_used(capsys):
+    model = plan(accumulation_steps=1).image_forward.model
+    find = functools.partial(
+        device_fit.find_attention, model=model, device=jax.devices()[0], image_size=8, batch_size=1
+    )
+    capsys.readouterr()
+    assert find("auto") == "xla" and capsys.readouterr().out == ""
+    assert find("cudnn") == "xla"
+    assert capsys.readouterr().out.startswith("attention: xla (cudnn needs a GPU of compute capability 8.0")
+
+
+def test_find_attention_uses_xla_for_dropout_of_weights(monkeypatch):
+    model = plan(accumulation_steps=1).image_forward.model
+    monkeypatch.setattr(device_fit, "can_use_cudnn", lambda device, dtype: True)
+    monkeypatch.setattr(device_fit, "choose_attention", lambda shape: "cudnn")
+    choose = functools.partial(device_fit.find_attention, "auto", device=jax.devices()[0], image_size=8, batch_size=1)
+    assert (choose(model), choose(model.clone(attention_dropout_rate=0.1))) == ("cudnn", "xla")
 
 
 @pytest.fixture

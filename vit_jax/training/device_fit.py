@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -25,24 +26,31 @@ def auto_dtype(device: jax.Device) -> str:
 
     Older GPUs, such as the T4 (7.5), have no bfloat16 units, and CPUs compute faster in float32.
     """
-    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
-    has_bfloat16 = device.platform == "tpu" or (major.isdecimal() and int(major) >= 8)
-    return "bfloat16" if has_bfloat16 else "float32"
+    return "bfloat16" if device.platform == "tpu" or _is_ampere_or_later(device) else "float32"
 
 
 def can_use_cudnn(device: jax.Device, dtype: DTypeLike) -> bool:
-    """Returns True if cuDNN's attention, which is for GPUs and 16-bit dtypes, may work on the device."""
-    return device.platform == "gpu" and jnp.dtype(dtype).itemsize == 2
+    """Returns True if cuDNN's attention may work: it is for GPUs of compute capability 8.0 and 16-bit dtypes."""
+    return _is_ampere_or_later(device) and jnp.dtype(dtype).itemsize == 2
+
+
+def _is_ampere_or_later(device: jax.Device) -> bool:
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    return device.platform == "gpu" and major.isdecimal() and int(major) >= 8
 
 
 def find_attention(
     requested: str, model: VisionTransformer, device: jax.Device, *, image_size: int, batch_size: int
 ) -> str:
-    """Returns the attention for a device and images per device: as requested if the device has it, "auto" resolved."""
+    """Returns the attention for a device and images per device, "xla" or "cudnn"; runs the trial for "auto"."""
     if not can_use_cudnn(device, model.dtype):
+        if requested == "cudnn":
+            print("attention: xla (cudnn needs a GPU of compute capability 8.0 or higher, and bfloat16)")
         return "xla"
     if requested != "auto":
         return requested
+    if model.attention_dropout_rate:
+        return "xla"  # cuDNN's has no dropout of the attention weights here
     num_tokens = (image_size // model.pixels_per_patch) ** 2 + (model.pool == "cls")
     batch_size = max(1, min(batch_size, _MAX_TRIAL))
     return choose_attention((batch_size, num_tokens, model.num_heads, model.hidden_size // model.num_heads))
@@ -107,10 +115,17 @@ def fit_accumulation(plan: Plan) -> Plan:
     usable = -distributed.process_max(-int(_USABLE * available / 2**20)) * 2**20  # the same in all processes
     plans: dict[int, Plan] = {}
 
-    def measure(number: int) -> int:
+    def measure(number: int) -> float:
         step = dataclasses.replace(plan, train_step=dataclasses.replace(plan.train_step, accumulation_steps=number))
-        plans[number] = dataclasses.replace(step, compiled=step.compile_train_step())
-        needed = sum(memory_of(plans[number].compile_train_step())) + plan.example_bytes
+        try:
+            compiled = step.compile_train_step()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"microbatches of {batch_size // number}: out of memory")  # XLA for TPUs finds out while it compiles
+            return math.inf
+        plans[number] = dataclasses.replace(step, compiled=compiled)
+        needed = sum(memory_of(compiled)) + plan.example_bytes
         gib, usable_gib = needed / 2**30, usable / 2**30
         print(f"microbatches of {batch_size // number}: {gib:,.2f} GiB per device, {usable_gib:,.2f} GiB usable")
         return needed
@@ -136,13 +151,16 @@ def smallest_fitting(
 ) -> int | None:
     """Returns the smallest number of microbatches that needs at most `limit` bytes; None if the largest needs more.
 
-    `measure` compiles the step, so it is called as rarely as possible: `fixed` bytes are expected not to depend on the
-    number, the rest to be inversely proportional to it, and two or more microbatches to need `added` bytes more.
+    `measure` compiles the step, or returns infinity if it cannot, so it is called as rarely as possible: `fixed` bytes
+    are expected not to depend on the number, the rest to be inversely proportional to it, and two or more microbatches
+    to need `added` bytes more.
     """
     measured: dict[int, float] = {}
 
     def predict(number: int) -> float:
-        points = {1 / n: needed - added * (n > 1) for n, needed in measured.items()}
+        points = {1 / n: needed - added * (n > 1) for n, needed in measured.items() if needed < math.inf}
+        if not points:
+            return fixed
         if len(points) == 1:
             points[0] = fixed
         slope, offset = np.polyfit(list(points), list(points.values()), 1)

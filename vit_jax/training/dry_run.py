@@ -13,7 +13,7 @@ from vit_jax.data.batches import Batch
 from vit_jax.runtime import sharding
 from vit_jax.runtime.errors import UsageError, UserError
 from vit_jax.training import steps
-from vit_jax.training.experiment import create_model, describe_dataset, fit_attention, plan_experiment, resolve_config
+from vit_jax.training.experiment import create_model, describe_dataset, plan_experiment, resolve_config
 from vit_jax.training.inference import Inference
 from vit_jax.training.initialize import load_pretrained, needs_pretrained
 from vit_jax.training.plan import Plan, bytes_per_device, memory_of
@@ -50,7 +50,6 @@ def dry_run(config: ConfigDict) -> None:
         )
     source = load_pretrained(config.pretrained) if needs_file or pretrained.is_local(config.pretrained) else None
     model = create_model(config, source, num_classes=len(info.class_names))
-    config, model = fit_attention(config, model, mesh)
     plan = plan_experiment(config, model, mesh, info)
     config = plan.config
     training = measure(plan.compile_train_step(), mesh.size, config.batch_size // config.accumulation_steps)

@@ -175,7 +175,6 @@ def create_experiment(
             "or give another --workdir to start a new run"
         )
     model = create_model(config, source, num_classes=len(dataset.class_names), saved=saved)
-    config, model = fit_attention(config, model, mesh)
     plan = plan_experiment(config, model, mesh, DatasetInfo.from_dataset(dataset), augment=augment, optimizer=optimizer)
     info = RunInfo(
         model=ModelMetadata.from_model(
@@ -212,10 +211,11 @@ def plan_experiment(
 ) -> Plan:
     """Builds an experiment from shapes: nothing is loaded, and the devices of the mesh need not exist.
 
-    Resolves num_epochs. With accumulation_steps 0, compiles the training step to find the smallest number that fits;
-    see `device_fit`.
+    Resolves num_epochs, and what depends on the devices, see `device_fit`: attention "auto" by a trial, and
+    accumulation_steps 0 by compilations.
     """
     check_batch(config, num_shards=mesh.size, num_images=info.num_train)
+    config, model = fit_attention(config, model, mesh)
     steps_per_epoch = info.num_train // config.batch_size
     config = resolve_steps(config, steps_per_epoch=steps_per_epoch)
     print(f"training: {format_steps(config.num_steps, steps_per_epoch)} of {steps_per_epoch:,} steps")
