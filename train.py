@@ -4,10 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from vit_jax.config import parse_config
+from vit_jax.config import check_config, parse_config
 from vit_jax.runtime.arguments import create_parser, parse_known_arguments
 from vit_jax.runtime.errors import UsageError, run_command
-from vit_jax.runtime.resources import split_cpu
+from vit_jax.runtime.resources import is_cluster_job, split_cpu
 from vit_jax.runtime.startup import prepare_process
 
 
@@ -15,7 +15,8 @@ def main(argv: list[str] | None = None) -> int:
     """Parses the flags and trains; returns the exit code."""
     arguments = parse_flags(argv)
     config = arguments.config
-    if arguments.coordinator is None and arguments.num_processes in (None, 1):  # several processes split the batch
+    has_flags = arguments.coordinator is not None or arguments.num_processes is not None
+    if arguments.num_processes == 1 or not (has_flags or is_cluster_job()):  # several processes split the batch
         split_cpu(config.mesh.cpu_devices, batch_size=config.batch_size // (config.accumulation_steps or 1))
     from vit_jax.runtime import distributed
 
@@ -65,6 +66,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
         path, _, arg = arguments.config.partition(":")
         arguments.workdir = Path("runs") / "-".join(filter(None, (Path(path).stem, arg)))
     arguments.config = parse_config(parser, arguments.config, overrides)
+    check_config(arguments.config)
     return arguments
 
 

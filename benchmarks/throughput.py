@@ -49,11 +49,12 @@ from benchmarks.peers import CREATORS, MODES, NUM_CLASSES, Case
 from vit_jax.config import STEM_UNITS, VARIANTS, model_sizes
 from vit_jax.runtime.arguments import parse_arguments
 from vit_jax.runtime.errors import UsageError, UserError, one_line, run_command
+from vit_jax.runtime.resources import cpu_devices_environment
 from vit_jax.runtime.startup import TUNABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-3  # of the first losses
-TRIALS = 3  # measurements per allocator
+TRIALS = 3  # measurements per setting
 GIB = 2**30
 # Several processes share a GPU; the last line of a traceback is the error.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_TRACEBACK_FILTERING": "off"}
@@ -235,10 +236,8 @@ def cpu_environments(peer: str, case: Case) -> list[dict[str, str]]:
     """Returns the environments to try on a CPU, besides the user's."""
     is_set = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
     allocator = {} if is_set or platform.libc_ver()[0] != "glibc" else {"GLIBC_TUNABLES": TUNABLES}
-    cores = min(os.cpu_count() or 1, 8)
-    devices = {"JAX_NUM_CPU_DEVICES": str(cores), "PJRT_NPROC": str(2 * cores)}  # as `mesh.cpu_devices` 0
-    splits = peer.startswith("vit_jax") and cores > 1 and case.batch_size % cores == 0
-    return ([allocator] if allocator else []) + ([allocator | devices] if splits else [])
+    devices = cpu_devices_environment(0, batch_size=case.batch_size) if peer.startswith("vit_jax") else {}
+    return ([allocator] if allocator else []) + ([allocator | devices] if devices else [])
 
 
 def start_fastest(peer: str, case: Case, directory: Path, environment: dict[str, str] | None, seconds: float) -> Worker:

@@ -79,7 +79,7 @@ def test_train_exits_with_one_line_of_error(run_command, tmp_path, override, cod
         ),
         (["--config.features=cached"], "config.features is 'cached', but trainable 'full' trains more than the head"),
         (["--config.accumulation_steps=3"], "config.accumulation_steps is 3; it must divide batch_size 64"),
-        (["--config.mesh.fsdp=3"], "mesh: data 0 × fsdp 3 does not fit 8 devices"),
+        (["--config.mesh.fsdp=3"], "mesh.fsdp is 3; expected a divisor of the number of devices, 8"),
         (
             ["--config.model.num_layers=100000"],
             "100000; expected a positive integer up to 65,536",

@@ -493,7 +493,7 @@ def image_case(rng: np.random.Generator, number: int, directory: Path) -> Case:
 INTS = """
 seed dataset.split_seed
 image_size feature_views lora.rank batch_size eval_batch_size accumulation_steps mesh.fsdp mesh.data num_steps
-ablation.schedule_steps ablation.schedule_every_steps warmup_steps log_every_steps eval_every_steps
+mesh.cpu_devices ablation.schedule_steps ablation.schedule_every_steps warmup_steps log_every_steps eval_every_steps
 checkpoint_every_steps
 model.num_layers model.hidden_size model.num_heads model.mlp_dim model.patch_size
 """

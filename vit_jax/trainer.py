@@ -26,7 +26,7 @@ import filelock
 import jax
 from ml_collections import ConfigDict
 
-from vit_jax.config import check_config, check_same, save_config
+from vit_jax.config import check_config, resume_config, save_config
 from vit_jax.data.findings import save_findings, save_lines
 from vit_jax.data.images import DamagedImagesError
 from vit_jax.data.preprocess import Augment
@@ -71,9 +71,8 @@ def train_and_evaluate(
     """
     workdir = Path(workdir)
     check_config(config)
-    config = config.copy_and_resolve_references()
     with lock_workdir(workdir), Checkpoints(workdir) as checkpoints:
-        saved = check_resumable(config, workdir, checkpoints)
+        config, saved = find_run(config, workdir, checkpoints)
         step = checkpoints.latest_step() or 0
         if saved and saved.is_finished(step):
             print(f"already finished at step {step:,}, nothing trained")
@@ -182,24 +181,24 @@ def save(
 
 
 def fetch(tree: Any) -> Any:
-    """Copies device scalars to the host; the only place where training waits for the devices."""
+    """Copies device scalars to the host; training waits for the devices only here and to save a checkpoint."""
     return jax.tree.map(lambda leaf: leaf.item(), jax.device_get(tree))
 
 
-def check_resumable(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> RunInfo | None:
-    """Returns the `RunInfo` of the run to resume, None for a new run; raises UserError if config or files differ.
+def find_run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> tuple[ConfigDict, RunInfo | None]:
+    """Returns the config and the `RunInfo` of the run to resume, None for a new run; raises UserError if they differ.
 
-    Values of `config` that are chosen for the device, such as dtype "auto", are replaced by those of the run.
+    What was chosen for the device at the start of the run, such as dtype "auto", is set in the returned config.
     """
     step, metrics = checkpoints.latest_step(), workdir / "metrics.jsonl"
     saved = None if step is None else RunInfo.from_json(checkpoints.read_metadata(step))
     if saved or (workdir / "config.json").exists():
-        check_same(config, workdir, saved=saved.config if saved else None)
+        config = resume_config(config, workdir, saved=saved.config if saved else None)
     read_records(metrics)  # raises here, before compilation, if a line is damaged
     if saved and checksum_of(read_records(metrics, last_step=step)) != saved.metrics_checksum:
         print(f"warning: {metrics} was changed since step {step}", file=sys.stderr)
     distributed.sync_processes("checked what to resume")
-    return saved
+    return config, saved
 
 
 def report_stop(stopping: signal.Signals, message: str) -> None:

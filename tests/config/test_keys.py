@@ -265,6 +265,7 @@ def test_to_tuple_converts_lists_of_strings(name, text, expected):
 
 def test_keys_are_resumable_unless_results_depend_on_them():
     assert [key.name for key in keys.KEYS if key.resumable] == [
-        "dataset.data_dir", "dataset.num_workers", "eval_batch_size", "remat", "mesh.fsdp", "mesh.data",
-        "mesh.cpu_devices", "log_every_steps", "eval_every_steps", "checkpoint_every_steps", "reference_results",
+        "dataset.data_dir", "dataset.num_workers", "eval_batch_size", "accumulation_steps", "remat", "mesh.fsdp",
+        "mesh.data", "mesh.cpu_devices", "log_every_steps", "eval_every_steps", "checkpoint_every_steps",
+        "reference_results",
     ]  # fmt: skip

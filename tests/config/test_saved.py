@@ -4,7 +4,7 @@ import pytest
 from conftest import config_with, set_keys
 
 from configs import digits
-from vit_jax.config import check_same, load_config, save_config
+from vit_jax.config import load_config, resume_config, save_config
 from vit_jax.runtime.errors import UsageError, UserError
 
 
@@ -19,38 +19,38 @@ def write_text(workdir, text: str) -> None:
 def test_load_config_restores_saved_config(tmp_path):
     config = set_keys(digits.get_config(), {"trainable": ("head/.*", "cls"), "model.pool": "token"})
     save_config(config, tmp_path)
-    check_same(config, tmp_path)
+    resume_config(config, tmp_path)
     loaded = load_config(tmp_path)
     assert json.loads(json.dumps(loaded.to_dict())) == json.loads(json.dumps(config.to_dict()))
 
 
-def test_check_same_reports_differences(tmp_path):
+def test_resume_config_reports_differences(tmp_path):
     write_config(tmp_path)
     with pytest.raises(UsageError, match=r"learning_rate: 0.001 → 0.5; model.num_heads: 4 → 2; seed: 0 → 7\)"):
-        check_same(config_with(**{"learning_rate": 0.5, "seed": 7, "model.num_heads": 2}), tmp_path)
+        resume_config(config_with(**{"learning_rate": 0.5, "seed": 7, "model.num_heads": 2}), tmp_path)
 
 
-def test_check_same_adopts_steps_of_epochs(tmp_path):
+def test_resume_config_adopts_steps_of_epochs(tmp_path):
     write_config(tmp_path, num_epochs=3, num_steps=66)
     config = config_with(num_epochs=3, num_steps=0)
-    check_same(config, tmp_path)
-    assert config.num_steps == 66
+    assert resume_config(config, tmp_path).num_steps == 66
+    assert config.num_steps == 0
     with pytest.raises(UsageError, match=r"another config \(num_epochs: 3 → 4\); delete"):
-        check_same(config_with(num_epochs=4, num_steps=0), tmp_path)
+        resume_config(config_with(num_epochs=4, num_steps=0), tmp_path)
 
 
-def test_check_same_ignores_resumable_keys(tmp_path):
+def test_resume_config_ignores_resumable_keys(tmp_path):
     write_config(tmp_path)
     results = (("digits", "other work", 0.9),)
-    check_same(config_with(log_every_steps=1, eval_batch_size=7, reference_results=results), tmp_path)
+    resume_config(config_with(log_every_steps=1, eval_batch_size=7, reference_results=results), tmp_path)
 
 
-def test_check_same_prefers_config_of_checkpoint(tmp_path):
+def test_resume_config_prefers_config_of_checkpoint(tmp_path):
     write_config(tmp_path, seed=7)
     saved = json.loads(config_with().to_json())
-    check_same(config_with(log_every_steps=1), tmp_path, saved=saved)
+    resume_config(config_with(log_every_steps=1), tmp_path, saved=saved)
     with pytest.raises(UsageError, match="seed: 0 → 7"):
-        check_same(config_with(seed=7), tmp_path, saved=saved)
+        resume_config(config_with(seed=7), tmp_path, saved=saved)
 
 
 @pytest.mark.parametrize("text", [None, "{", '{"seed": 3}'])
@@ -67,9 +67,9 @@ def test_load_config_fills_missing_keys_with_defaults(tmp_path):
     assert load_config(tmp_path).dataset.storage == "auto"
     assert load_config(tmp_path).dataset.test_resize == "squash"  # as before the key
     assert load_config(tmp_path).ablation.head_init == "zeros"
-    check_same(digits.get_config(), tmp_path)
+    resume_config(digits.get_config(), tmp_path)
     with pytest.raises(UsageError, match="ablation.head_init: 'zeros' → 'xavier'"):
-        check_same(config_with(**{"ablation.head_init": "xavier"}), tmp_path)
+        resume_config(config_with(**{"ablation.head_init": "xavier"}), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -259,10 +259,10 @@ def read_logs(log: Path) -> list[str]:
 def test_initialize_processes_stops_all_processes_when_one_is_out_of_memory(tmp_path, failing):
     assert wait(start_failing(tmp_path / "log", "out of memory", failing), 60) == [1, 1]
     logs = read_logs(tmp_path / "log")
-    message = "RESOURCE_EXHAUSTED: Out of memory allocating 400000000000000 bytes."
-    assert logs[failing].startswith(f"error: {message} set --config.remat=full")
+    message = "RESOURCE_EXHAUSTED: Out of memory allocating 400000000000000 bytes"
+    assert logs[failing].startswith(f"error: {message}; to train, set more --config.accumulation_steps")
     assert logs[failing].count("\n") == 1
-    assert logs[1 - failing] == f"error: process {failing} of 2 failed: {message}{RESUME}\n"
+    assert logs[1 - failing] == f"error: process {failing} of 2 failed: {message}.{RESUME}\n"
 
 
 def test_initialize_processes_prints_traceback_only_in_failing_process(tmp_path):

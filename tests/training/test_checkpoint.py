@@ -1,3 +1,5 @@
+import errno
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,6 +184,26 @@ def test_restore_params_reports_out_of_memory(two_steps, monkeypatch):
     with Checkpoints(two_steps, read_only=True) as checkpoints:
         with pytest.raises(UserError, match="out of memory while reading .*/2/params: cannot allocate$"):
             checkpoints.restore_params(2, replicated())
+
+
+def test_restore_params_does_not_call_unreadable_files_damaged(two_steps, monkeypatch):
+    def fail(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "params")
+
+    monkeypatch.setattr(checkpoint, "mismatches", fail)
+    with Checkpoints(two_steps, read_only=True) as checkpoints:
+        with pytest.raises(UserError, match="^cannot read .*/2/params: .*Permission denied.*; check the file system"):
+            checkpoints.restore_params(2, replicated())
+
+
+def test_save_does_not_blame_space_for_other_errors(tmp_path, monkeypatch):
+    def fail(path):
+        raise PermissionError(errno.EACCES, "Permission denied", "checkpoints")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr("shutil.disk_usage", fail)
+        with pytest.raises(UserError, match="Permission denied.*; there is no earlier one; rerun the same command$"):
+            checkpoints.save(1, create_state(), {}, accuracy=None)
 
 
 def test_read_metadata_rejects_changed_file(two_steps):

@@ -2,7 +2,7 @@
 
 from vit_jax.config.command_line import add_dataset_arguments, main, parse_config, parse_dataset
 from vit_jax.config.keys import KEYS, MODES, check_config, get_config, resolve_steps
-from vit_jax.config.saved import check_same, load_config, save_config
+from vit_jax.config.saved import load_config, resume_config, save_config
 from vit_jax.config.variants import STEM_UNITS, VARIANTS, model_sizes
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "VARIANTS",
     "add_dataset_arguments",
     "check_config",
-    "check_same",
     "get_config",
     "load_config",
     "main",
@@ -20,5 +19,6 @@ __all__ = [
     "parse_config",
     "parse_dataset",
     "resolve_steps",
+    "resume_config",
     "save_config",
 ]

@@ -172,17 +172,18 @@ KEYS = (
     Key("batch_size", 128, _POSITIVE, "images per update, over all devices and processes"),
     Key("eval_batch_size", 256, _POSITIVE, "images; rounded up to a multiple of the device count", resumable=True),
     Key("accumulation_steps", 1, _COUNT,
-        "microbatches per update, to save memory; same update; 0: the smallest number that fits the device's memory"),
+        "microbatches per update, to save memory; same update; 0: the smallest number that fits the device's memory, "
+        "or, on resume, the run's number", resumable=True),
     Key("remat", "none", _one_of("none", "dots", "full"),
         "activations recomputed in the backward pass; dots: all but matrix products; full: all", resumable=True),
     Key("mesh.fsdp", 1, _POSITIVE, "devices that shard parameters and optimizer state", resumable=True),
-    Key("mesh.data", 0, _COUNT, "copies of parameters and optimizer state; 0: devices / fsdp", resumable=True),
+    Key("mesh.data", 0, _COUNT, "data-parallel replicas; 0: devices / fsdp", resumable=True),
     Key("mesh.cpu_devices", 1, _COUNT,
         "devices that train.py splits a CPU into, which is faster for small models; 0: one per core, at most 8; the "
         "largest number that divides the batch is used", resumable=True),
 
     Key("num_epochs", 0, _COUNT,
-        "passes over the training images; sets num_steps to num_epochs × (training images // batch_size); 0: num_steps "
+        "passes over the training images; sets num_steps to num_epochs × (training images // batch_size); 0: use "
         "counts"),
     Key("num_steps", DEFAULT_NUM_STEPS, _COUNT, "updates; leave the default if num_epochs is set"),
     Key("log_every_steps", 10, _POSITIVE, "updates between training lines of metrics.jsonl", resumable=True),

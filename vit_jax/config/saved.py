@@ -11,12 +11,15 @@ from vit_jax.runtime.errors import UsageError, UserError, one_line
 from vit_jax.runtime.files import write_atomically
 
 
-def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | None = None) -> None:
-    """Raises UsageError if keys that must not change on resume differ; for `saved`, see `load_config`.
+def resume_config(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | None = None) -> ConfigDict:
+    """Returns a copy of the config in which the run's choices replace "auto", accumulation_steps 0 and num_steps.
 
-    First replaces "auto", accumulation_steps 0 and the default num_steps in `config` by the choices of the run.
+    For `saved`, see `load_config`.
+
+    Raises:
+        UsageError: other keys differ from the run's that must not change on resume.
     """
-    run_config = load_config(workdir, saved=saved)
+    config, run_config = config.copy_and_resolve_references(), load_config(workdir, saved=saved)
     _adopt_choices(config, run_config)
     old, new = (flatten(json.loads(json.dumps(each.to_dict()))) for each in (run_config, config))
     fixed = sorted((old.keys() | new.keys()) - {key.name for key in KEYS if key.resumable})
@@ -25,6 +28,7 @@ def check_same(config: ConfigDict, workdir: Path, *, saved: dict[str, Any] | Non
         raise UsageError(
             f"{workdir} was started with another config ({'; '.join(changes)}); delete it or give another --workdir"
         )
+    return config
 
 
 def _adopt_choices(config: ConfigDict, run_config: ConfigDict) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from jax._src.distributed import global_state  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
+from vit_jax.runtime import resources
 from vit_jax.runtime.errors import UsageError, UserError, one_line, report_error
 
 SILENT_SECONDS = 30  # a process that publishes nothing for this long is considered dead; JAX's own limit is 100
@@ -42,7 +43,7 @@ def initialize_processes(
         wait_seconds: timeout for the connection.
     """
     detect = coordinator is None and num_processes is None and process_id is None
-    if num_processes == 1 or (detect and not _is_cluster()):
+    if num_processes == 1 or (detect and not resources.is_cluster_job()):
         yield
         return
     if not detect:
@@ -109,11 +110,6 @@ def gather_strings(text: str) -> list[str]:
     encoded = np.frombuffer(text.encode()[:256].ljust(256, b"\0"), np.uint8)
     gathered = np.reshape(multihost_utils.process_allgather(encoded), (jax.process_count(), 256))
     return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in gathered]
-
-
-def _is_cluster() -> bool:
-    is_slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    return is_slurm or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys()
 
 
 def _check_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

@@ -49,10 +49,11 @@ def report_error(error: BaseException) -> int | None:
             line, code = f"error: {one_line(error)}", 1
         case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):  # device memory
             advice = (
-                "set --config.remat=full, shard the parameters with --config.mesh.fsdp, lower eval_batch_size, or "
-                "start again with more accumulation_steps; --dry_run shows what is needed"
+                "to train, set more --config.accumulation_steps or --config.remat=full, shard the parameters with "
+                "--config.mesh.fsdp, or lower eval_batch_size (--dry_run shows what is needed); for other commands, "
+                "set JAX_PLATFORMS=cpu"
             )
-            line, code = f"error: {one_line(str(error).splitlines()[0])} {advice}", 1
+            line, code = f"error: {one_line(str(error).splitlines()[0]).rstrip('.')}; {advice}", 1
         case _:
             return None
     print(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Memory and CPUs of this process, within the limits of containers and batch jobs."""
+"""Memory, CPUs and batch job of this process; JAX is not imported."""
 
 import math
 import os
@@ -32,6 +32,12 @@ def available_cpus() -> int:
     return cpus
 
 
+def is_cluster_job() -> bool:
+    """Returns True in a SLURM step of several tasks and in an indexed Kubernetes job."""
+    is_slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    return is_slurm or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys()
+
+
 def split_cpu(num_devices: int, *, batch_size: int) -> None:
     """Lets JAX split the CPU into devices; must be called before JAX is imported.
 
@@ -43,15 +49,19 @@ def split_cpu(num_devices: int, *, batch_size: int) -> None:
         num_devices: maximum; 0: number of cores, at most 8.
         batch_size: images; the largest number of devices that divides it is used.
     """
-    if "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        return
+    if "JAX_NUM_CPU_DEVICES" not in os.environ and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        for name, value in cpu_devices_environment(num_devices, batch_size=batch_size).items():
+            os.environ.setdefault(name, value)
+
+
+def cpu_devices_environment(num_devices: int, *, batch_size: int) -> dict[str, str]:
+    """Returns the environment variables of `split_cpu`; none if the CPU remains one device."""
     cores = available_cpus()
     maximum = num_devices or min(cores, _MAX_CPU_DEVICES)
     num_devices = max(number for number in range(1, maximum + 1) if batch_size % number == 0)
-    if num_devices > 1:
-        os.environ["JAX_NUM_CPU_DEVICES"] = str(num_devices)
-        # A device that waits for the others blocks a thread of XLA's pool; without spare threads they can deadlock.
-        os.environ.setdefault("PJRT_NPROC", str(cores + num_devices))
+    # A device that waits for the others blocks a thread of XLA's pool; without spare threads they can deadlock.
+    spare = {"JAX_NUM_CPU_DEVICES": str(num_devices), "PJRT_NPROC": str(cores + num_devices)}
+    return spare if num_devices > 1 else {}
 
 
 def _memory_limits() -> list[tuple[int, int]]:

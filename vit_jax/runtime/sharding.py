@@ -25,14 +25,17 @@ def create_mesh(devices: Sequence[jax.Device] | None = None, *, data: int = 0, f
         devices: available devices; by default, all devices of all processes.
         data: number of copies of the parameters; 0: number of devices / `fsdp`.
         fsdp: number of devices that shard one copy.
+
+    Raises:
+        UsageError: the mesh needs more devices than available, or leaves some unused with several processes.
     """
     devices = jax.devices() if devices is None else list(devices)
     size = data * fsdp or len(devices)
-    if size > len(devices) or size % fsdp or (size < len(devices) and jax.process_count() > 1):
-        raise UsageError(
-            f"mesh: data {data} × fsdp {fsdp} does not fit {len(devices)} devices; fsdp must divide their number, "
-            "data 0 uses the rest, and several processes must use all"
-        )
+    if size % fsdp:
+        raise UsageError(f"mesh.fsdp is {fsdp}; expected a divisor of the number of devices, {len(devices)}")
+    if size > len(devices) or (size < len(devices) and jax.process_count() > 1):
+        expected = f"{'all' if jax.process_count() > 1 else 'at most'} {len(devices)} devices"
+        raise UsageError(f"mesh.data × mesh.fsdp is {data} × {fsdp} = {size}; expected {expected}")
     auto = (AxisType.Auto,) * 2  # under Explicit, JAX's default, Linen modules fail
     return jax.make_mesh((size // fsdp, fsdp), ("data", "fsdp"), axis_types=auto, devices=devices[:size])
 

@@ -8,8 +8,10 @@ array.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +32,8 @@ from vit_jax.training import optim
 from vit_jax.training.steps import TrainState
 from vit_jax.types import Json, Params
 
+# Errors of the file system, after which a checkpoint may still be intact.
+_UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)
 _Types = dict[str, list[Json]]  # name of an array, "<item>/<path>" -> [dtype, shape]
 
 
@@ -209,9 +213,11 @@ class Checkpoints:
             self._unfinished = set()
             last = self.latest_step()
             kept = "there is no earlier one" if last is None else f"the last good one is step {last}"
+            reason = one_line(error)[:200]
+            advice = "free some space and " if re.search("No space|the disk has", reason) else ""
             raise UserError(
-                f"the checkpoint could not be written to {self._directory} ({one_line(error)[:200]}); {kept}; "
-                "free some space and rerun the same command"
+                f"the checkpoint could not be written to {self._directory} ({reason}); {kept}; "
+                f"{advice}rerun the same command"
             ) from error
 
     @contextlib.contextmanager
@@ -224,6 +230,8 @@ class Checkpoints:
             reason = one_line(error)[:200]
             if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
                 raise UserError(f"out of memory while reading {path / item}: {reason}") from error
+            if isinstance(error, OSError) and error.errno in _UNREADABLE:
+                raise UserError(f"cannot read {path / item}: {reason}; check the file system and rerun") from error
             intact = [str(other) for other in self.steps() if other != step and _is_intact(path.with_name(str(other)))]
             advice = "no other checkpoint is intact; start again in another --workdir"
             if intact:

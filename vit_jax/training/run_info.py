@@ -21,7 +21,7 @@ class RunInfo:
     command: str  # that started the run
     custom: tuple[str, ...] = ()  # those of "dataset", "augment" and "optimizer" that were given from Python
     metrics_checksum: str = ""  # of metrics.jsonl up to the step of the checkpoint
-    stale_evaluations: int = 0  # since the accuracy was last exceeded
+    stale_evaluations: int = 0  # evaluations since the best accuracy
 
     def is_finished(self, step: int) -> bool:
         """Returns True if the run ended at this step: the last one, or that of early stopping."""
