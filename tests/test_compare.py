@@ -76,7 +76,7 @@ def copy_run(workdir, target, changes, **options):
         ({"image_std": [0.25, 0.5, 0.5]}, "image std", ["0.5, 0.5, 0.5", "0.25, 0.5, 0.5"]),
         ({"ablation.test_augment": "flip"}, "test augment", ["none", "flip"]),
         ({"dataset.data_dir": "/data"}, "data directory", ["default", "/data"]),
-        ({}, None, None),
+        ({"seed": 1}, None, None),
         ({"learning_rate": 0.5}, None, None),
     ],
 )
@@ -160,7 +160,7 @@ def test_main_plots_mean_curve_over_seeds(runs, run_cli, tmp_path, monkeypatch):
         lines.append(json.dumps({**record, "test/accuracy": accuracies[1]}))
         copy_run(runs / "full", tmp_path / f"full-{seed}", {"seed": seed}, metrics="\n".join(lines) + "\n")
     plotted = []
-    monkeypatch.setattr(plotting, "plot_accuracies", lambda runs: plotted.append(runs) or plot_accuracies(runs))
+    monkeypatch.setattr(plotting, "plot_accuracies", lambda runs, name: plotted.append(runs) or plot_accuracies(runs))
     workdirs = [tmp_path / "full-0", tmp_path / "full-1", runs / "head"]
     assert compare.main(["--join_seeds", "--curves", str(tmp_path / "curves.png"), *map(str, workdirs)]) == 0
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -174,9 +174,39 @@ def test_main_plots_mean_curve_over_seeds(runs, run_cli, tmp_path, monkeypatch):
 def test_write_curves_names_runs_of_equal_name_by_path(runs, tmp_path, monkeypatch):
     copy_run(runs / "head", tmp_path / "full", {}, metrics=(runs / "head/metrics.jsonl").read_text())
     plotted = []
-    monkeypatch.setattr(plotting, "plot_accuracies", lambda runs: plotted.append(runs) or plot_accuracies(runs))
+    monkeypatch.setattr(plotting, "plot_accuracies", lambda runs, name: plotted.append(runs) or plot_accuracies(runs))
     compare.write_curves(compare.compare_runs([runs / "full", tmp_path / "full"]), tmp_path / "curves.png")
     assert list(plotted[0]) == [str(runs / "full"), str(tmp_path / "full")]
+
+
+@pytest.mark.parametrize("validated", [(True, True), (True, False)])
+def test_main_shows_and_plots_validation_accuracy(runs, run_cli, tmp_path, monkeypatch, validated):
+    for name, has_validation in zip(("full", "head"), validated, strict=True):
+        *lines, last = (runs / name / "metrics.jsonl").read_text().splitlines()
+        lines.append(json.dumps({**json.loads(last), **({"validation/accuracy": 0.75} if has_validation else {})}))
+        copy_run(runs / name, tmp_path / name, {}, metrics="\n".join(lines) + "\n")
+    plotted = []
+    monkeypatch.setattr(plotting, "plot_accuracies", lambda runs, name: plotted.append(name) or plot_accuracies(runs))
+    result = run_cli("vit_jax.compare", [tmp_path / "full", tmp_path / "head", "--curves", tmp_path / "curves.png"])
+    assert result.code == 0, result.stderr
+    header, _, *rows = ([cell.strip() for cell in line.split("|")] for line in result.stdout.splitlines())
+    column = header.index("validation accuracy")
+    assert [row[column] for row in rows] == ["75.00%", "75.00%" if validated[1] else "–"]
+    assert plotted == ["validation/accuracy" if all(validated) else "test/accuracy"]
+
+
+def test_compare_runs_joins_seeds_of_different_machines(runs, tmp_path):
+    for seed, changes in enumerate(({}, {"mesh.fsdp": 2, "eval_batch_size": 7}, {"dataset.data_dir": "other"})):
+        metrics = (runs / "full/metrics.jsonl").read_text()
+        copy_run(runs / "full", tmp_path / f"full-{seed}", {**changes, "seed": seed}, metrics=metrics)
+    rows = compare.compare_runs([tmp_path / f"full-{seed}" for seed in range(3)], join_seeds=True)
+    assert [row.num_seeds for row in rows] == [2, 1]  # another directory may have other images
+
+
+def test_compare_runs_rejects_repeated_seed(runs, tmp_path):
+    copy_run(runs / "full", tmp_path / "copy", {}, metrics=(runs / "full/metrics.jsonl").read_text())
+    with pytest.raises(UserError, match=f"^{runs}/full, {tmp_path}/copy have the same config and seed; expected one"):
+        compare.compare_runs([runs / "full", tmp_path / "copy"], join_seeds=True)
 
 
 def test_cells_shows_wilson_interval_of_single_run(runs):

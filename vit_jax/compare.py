@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vit_jax.config import load_config
+from vit_jax.config.keys import KEYS, flatten
 from vit_jax.run import load_run
 from vit_jax.runtime.arguments import create_parser, parse_arguments
 from vit_jax.runtime.errors import UserError, run_command
@@ -28,6 +29,9 @@ from vit_jax.training.run_info import RunInfo
 from vit_jax.training.significance import Comparison, Interval
 from vit_jax.types import Split
 from vit_jax.visualization import plotting
+
+# Keys that change the results of a run by rounding at most; another data_dir may have other images.
+_IGNORED = tuple(key.name for key in KEYS if key.resumable and key.name != "dataset.data_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Row:
             **_test_settings(self.config),
             "parameters": f"{self.num_trainable:,}",
             **({"seeds": str(self.num_seeds)} if self.num_seeds else {}),
+            "validation accuracy": f"{self.results['validation/accuracy']:.2%}" if self.has_validation else "–",
             "test accuracy": f"{self.results['test/accuracy']:.2%}",
             **({"±": f"{self.accuracy_std:.2%}"} if self.num_seeds else {}),
             "95% interval": _format_interval(self.interval),
@@ -66,6 +71,11 @@ class Row:
             "time": f"{self.seconds:.1f} s" if self.seconds < 60 else str(time),
             "images/s": f"{self.images_per_second:,.0f}",
         }
+
+    @property
+    def has_validation(self) -> bool:
+        """True if the runs were evaluated on validation images, and on test images only after the last step."""
+        return "validation/accuracy" in self.results
 
     @property
     def interval(self) -> Interval | None:
@@ -95,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         help="classify the test images with each run, and test the differences to the first row",
     )
     parser.add_argument("--data_dir", metavar="DIR", help="with --paired: dataset, if it has moved since training")
-    parser.add_argument("--curves", metavar="PNG", help="write a figure of the test accuracies over the steps")
+    parser.add_argument("--curves", metavar="PNG", help="write a figure of the accuracies over the steps")
     arguments = parse_arguments(parser, argv)
     if arguments.data_dir and not arguments.paired:
         parser.error("--data_dir requires --paired; the table is read from the run directories")
@@ -111,21 +121,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_curves(rows: Sequence[Row], path: Path) -> None:
-    """Writes a figure of the test accuracy of each row over the steps: the mean over its runs."""
+    """Writes a figure of the accuracy of each row over the steps: the mean over its runs.
+
+    The accuracy is that on validation if all rows have it, as test images are then used once; otherwise on test.
+    """
+    name = "validation/accuracy" if all(row.has_validation for row in rows) else "test/accuracy"
     unique = len({row.run for row in rows}) == len(rows)
     records: dict[str, list[writer.Record]] = {}
     for row in rows:
-        tested: dict[int, list[float]] = {}  # test accuracies of all runs by step
+        measured: dict[int, list[float]] = {}  # accuracies of all runs by step
         for workdir in row.workdirs:
             for record in writer.read_records(workdir / "metrics.jsonl"):
-                if "test/accuracy" in record:
-                    tested.setdefault(int(record["step"]), []).append(record["test/accuracy"])
+                if name in record:
+                    measured.setdefault(int(record["step"]), []).append(record[name])
         records[row.run if unique else str(row.workdirs[0])] = [
-            {"step": step, "test/accuracy": statistics.mean(accuracies)}
-            for step, accuracies in tested.items()
+            {"step": step, name: statistics.mean(accuracies)}
+            for step, accuracies in measured.items()
             if len(accuracies) == len(row.workdirs)
         ]
-    write_atomically(path, plotting.to_png(plotting.plot_accuracies(records)))
+    write_atomically(path, plotting.to_png(plotting.plot_accuracies(records, name=name)))
 
 
 def compare_correctness(rows: Sequence[Row], *, data_dir: str | None = None) -> list[Comparison]:
@@ -178,7 +192,16 @@ def compare_runs(workdirs: Sequence[str | Path], *, join_seeds: bool = False) ->
         return rows
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(json.dumps({**row.config.to_dict(), "seed": None}, sort_keys=True), []).append(row)
+        keys = flatten(row.config.to_dict())
+        compared = {name: value for name, value in keys.items() if name not in ("seed", *_IGNORED)}
+        groups.setdefault(json.dumps(compared, sort_keys=True), []).append(row)
+    for group in groups.values():
+        seeds = [row.config.seed for row in group]
+        if len({*seeds}) < len(seeds):
+            names = ", ".join(str(row.workdirs[0]) for row in group if seeds.count(row.config.seed) > 1)
+            raise UserError(
+                f"{names} have the same config and seed; expected one run of each seed: leave out the others"
+            )
     return [_mean(group) for group in groups.values()]
 
 

@@ -53,15 +53,15 @@ def plot_curves(records: Records, *, title: str = "") -> Figure:
     return figure
 
 
-def plot_accuracies(runs: Mapping[str, Records], *, title: str = "") -> Figure:
-    """Plots test accuracy over the steps, one line per run."""
+def plot_accuracies(runs: Mapping[str, Records], *, name: str = "test/accuracy", title: str = "") -> Figure:
+    """Plots an accuracy over the steps, one line per run; `name` is its key in the records."""
     figure = _create_figure(4.5, title)
     axes = figure.subplots()
-    for i, (name, records) in enumerate(runs.items()):
-        last = [f": {record['test/accuracy']:.1%}" for record in records if "test/accuracy" in record][-1:]
+    for i, (run, records) in enumerate(runs.items()):
+        last = [f": {record[name]:.1%}" for record in records if name in record][-1:]
         color, marker = _COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]
-        _plot_metric(axes, records, "test/accuracy", label="".join([name, *last]), color=color, marker=marker)
-    axes.set_ylabel("test accuracy")
+        _plot_metric(axes, records, name, label="".join([run, *last]), color=color, marker=marker)
+    axes.set_ylabel(name.replace("/", " "))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the lines
     return figure
 
