@@ -8,8 +8,8 @@
     python train.py --config configs/cifar100.py:full_bwconrad    all parameters, settings of bwconrad/vit-finetune
     python train.py --config configs/cifar100.py:lora_bwconrad    the same for LoRA weights and the head
 
-Hardware: one GPU; the batch is split into as many parts as fit its memory; on a CPU expect days (minutes for the head).
-The first run downloads 413 MB of weights and 169 MB of images.
+Hardware: one GPU; the batch is split into as few microbatches as fit its memory. On a CPU it takes days (the head:
+minutes). The first run downloads 413 MB of weights and 169 MB of images.
 Time: not yet measured. Test accuracy: not yet measured; results of other work with other settings are in `PUBLISHED`.
 The head trains for 50 epochs × 256, the others for 5,000 steps × 128.
 

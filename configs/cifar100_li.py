@@ -8,7 +8,8 @@ Li, "Fine-tuning of ViT-B16 on CIFAR-10 and CIFAR-100", github.com/ZipperLii/ViT
     python train.py --config configs/cifar100_li.py:readme_head    the head, first configuration of its README
     python train.py --config configs/cifar100_li.py:readme_full    listed in its README without a result
 
-Settings that differ from `cifar100.py`, and the option that resets each of them:
+Settings that differ from `cifar100.py:full`, besides epochs, batch size and the interval of evaluations, and the option
+that resets each of them:
 
     test images are cropped and flipped at random            --config.ablation.test_augment=none
     images are normalized by CIFAR-100's statistics, while pre-training used [-1, 1]
@@ -22,6 +23,8 @@ Settings that differ from `cifar100.py`, and the option that resets each of them
     Xavier-uniform initialization of the head                --config.ablation.head_init=zeros
     exact GELU, while pre-training used the tanh form        --config.model.gelu_approximate=True
     dropout of 0.1, also in frozen layers                    --config.model.dropout_rate=0
+    mlp also trains the norm before each MLP                 --config.trainable=mlp
+    float32 activations                                      --config.dtype=auto
 
 Its code and text disagree on epochs × batch size of full fine-tuning (20 × 64, 50 × 32 or 30 × 32; here 20 × 64), and
 do not give the README's learning rates (here 0.01 for SGD, 0.001 for Adam) and the optimizer of its full run (here

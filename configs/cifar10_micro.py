@@ -1,4 +1,4 @@
-"""Trains the micro ViT from scratch on CIFAR-10 at 32 px, as was the checkpoint that is part of the package.
+"""Trains the micro ViT from scratch on CIFAR-10 at 32 px; the checkpoint "micro" of the package was trained with it.
 
     python train.py --config configs/cifar10_micro.py          all classes, 72 epochs
     python train.py --config configs/cifar10_micro.py:eight    without cats and dogs, 36 epochs

@@ -1,4 +1,4 @@
-"""Fine-tunes a micro ViT, pretrained without cats and dogs, on cat vs. dog: Li's study on a laptop, with ablations.
+"""Fine-tunes a micro ViT, pretrained without cats and dogs, on cat vs. dog: Li's comparison, with ablations.
 
     python train.py --config configs/two_classes.py:full          all parameters (the default)
     python train.py --config configs/two_classes.py:mlp           the MLP layers and the head
@@ -11,8 +11,13 @@
     python train.py --config configs/two_classes.py:full-NAME     with one of `ABLATIONS`, settings of cifar100_li.py
     python train.py --config configs/two_classes.py:full-all      with all of them
 
-`make study` trains all of them with three seeds, after the checkpoint that they start from
-(`configs/cifar10_micro.py:eight`). 10,000 training and 2,000 test images, 5 epochs. Test accuracies, on a JPEG copy of
+`make study` trains all of them with three seeds. Before, it trains the checkpoint that all but `scratch`,
+`scratch_adam` and `resnet` start from:
+
+    python train.py --config configs/cifar10_micro.py:eight
+    python -m vit_jax.export --workdir runs/cifar10_micro-eight --format npz --out runs/ViT-micro_4-eight.npz
+
+10,000 training and 2,000 test images, 5 epochs. Test accuracies, on a JPEG copy of
 the images: benchmarks/RESULTS.md.
 """
 

@@ -84,7 +84,8 @@ class Run(Classifier):
         split, class_names = experiment.load_split(config, name, storage=storage)
         if class_names != self.class_names:
             ours, theirs = (
-                f"{len(names)} classes ({', '.join(names[:5])}, …)" for names in (self.class_names, class_names)
+                f"{len(names)} classes ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
+                for names in (self.class_names, class_names)
             )
             raise UserError(
                 f"the run has {ours}, the dataset {theirs}; give the --data_dir that the run was trained on"
