@@ -1,7 +1,7 @@
 # make train                  installs into .venv, then trains CONFIG (configs/digits.py unless given)
 # make train ARGS="…"         passes flags on, such as ARGS="--config.num_steps=100 --no_report"
 # make test, make test-slow   installs with the test extra, then runs lint and the quick tests, or the long tests
-# make study                  repeats Li's study with the micro ViT (docs/reproducing.md), or resumes it
+# make study                  repeats Li's comparison with the micro ViT (docs/reproducing.md), or resumes it
 # make docs                   builds the pages of docs/ and the API reference into build/docs/site
 # make … PYTHON=python3.12    uses another interpreter, with an environment of its own
 
@@ -10,9 +10,10 @@ CONFIG ?= configs/digits.py
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-# The study: a stem such as seed0/full is a seed and an argument of configs/two_classes.py.
+# A stem such as seed0/full is a seed and an argument of configs/two_classes.py.
 MODES := full mlp attention lora head scratch scratch_adam resnet
-ABLATIONS := $(addprefix full-,all pixels schedule head dropout test_augment warmup gelu decay clip)
+ABLATIONS := $(addprefix full-,all cifar_mean_std schedule_100_epochs xavier_head dropout test_augment no_warmup exact_gelu \
+	weight_decay no_clip)
 SEEDS := seed0 seed1 seed2
 stems = $(foreach arg,$(1),$(foreach seed,$(SEEDS),$(seed)/$(arg)))
 

@@ -28,16 +28,16 @@ from configs import base, models
 _STEPS_PER_EPOCH = base.steps_per_epoch(10_000, 64)
 ABLATIONS = {
     "test_augment": {"ablation.test_augment": "square_crop"},
-    "pixels": {"image_mean": (0.4914, 0.4822, 0.4465), "image_std": (0.247, 0.2435, 0.2616)},
-    "schedule": {
+    "cifar_mean_std": {"image_mean": (0.4914, 0.4822, 0.4465), "image_std": (0.247, 0.2435, 0.2616)},
+    "schedule_100_epochs": {
         "ablation.schedule_steps": 100 * _STEPS_PER_EPOCH,
         "ablation.schedule_every_steps": _STEPS_PER_EPOCH,
     },
-    "warmup": {"warmup_steps": 0},
-    "clip": {"optimizer.clip_norm": 0.0},
-    "decay": {"optimizer.weight_decay": 1e-4},
-    "head": {"ablation.head_init": "xavier"},
-    "gelu": {"model.gelu_approximate": False},
+    "no_warmup": {"warmup_steps": 0},
+    "no_clip": {"optimizer.clip_norm": 0.0},
+    "weight_decay": {"optimizer.weight_decay": 1e-4},
+    "xavier_head": {"ablation.head_init": "xavier"},
+    "exact_gelu": {"model.gelu_approximate": False},
     "dropout": {"model.dropout_rate": 0.1},
 }
 PRETRAINED = ("full", "mlp", "attention", "lora", "head")
