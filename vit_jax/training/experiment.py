@@ -1,4 +1,4 @@
-"""Builds everything that training needs from a config; the only module below the trainer that reads the config."""
+"""Builds everything that training needs from a config, and unpacks its keys for the modules that compute."""
 
 import dataclasses
 import functools

@@ -40,7 +40,10 @@ def split_params(params: Params, patterns: Sequence[str]) -> tuple[Params, Param
     flat = flatten_dict(params, sep="/")
     for pattern in patterns:
         if not any(_is_match(path, [pattern]) for path in flat):
-            raise UsageError(f"trainable: {pattern!r} matches no parameter; paths look like {', '.join([*flat][-4:])}")
+            raise UsageError(
+                f"trainable: {pattern!r} matches no parameter; expected full, head, bias, or regular expressions of "
+                f"whole paths, such as {', '.join([*flat][-4:])}"
+            )
     trainable = {path: leaf for path, leaf in flat.items() if _is_match(path, patterns)}
     frozen = {path: leaf for path, leaf in flat.items() if path not in trainable}
     return unflatten_dict(trainable, sep="/"), unflatten_dict(frozen, sep="/")

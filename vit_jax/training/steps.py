@@ -33,7 +33,7 @@ class TrainState:
     first_nonfinite_step: jax.Array  # int32, first step whose loss or update was not finite; 0 if none
 
 
-class Examples(NamedTuple):
+class KeyedBatch(NamedTuple):
     """A batch or microbatch with the random keys of its examples; every leaf is [b …]."""
 
     inputs: jax.Array
@@ -41,7 +41,7 @@ class Examples(NamedTuple):
     augment_keys: jax.Array
     dropout_keys: jax.Array | None = None
     mix_keys: jax.Array | None = None
-    partners: "Examples | None" = None
+    partners: "KeyedBatch | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +91,10 @@ class TrainStep:
         learning_rate = {"learning_rate": self.schedule(state.step)} if self.schedule else {}
         return new_state, {"train/loss": loss, "train/accuracy": accuracy, **learning_rate}
 
-    def with_keys(self, batch: Batch, state: TrainState) -> Examples:
+    def with_keys(self, batch: Batch, state: TrainState) -> KeyedBatch:
         """Adds the random keys of this step, and the partners for mixup and CutMix."""
         augment_keys, dropout_keys = rng.step_keys(state.key, state.step, self.batch_size)
-        examples = Examples(batch.inputs, batch.labels, augment_keys)
+        examples = KeyedBatch(batch.inputs, batch.labels, augment_keys)
         if self.mixup_alpha > 0 or self.cutmix_alpha > 0:
             # The partner of an image is its neighbor in the full batch, independent of accumulation.
             examples = examples._replace(
@@ -103,7 +103,7 @@ class TrainStep:
             )
         return examples._replace(dropout_keys=dropout_keys)
 
-    def gradients(self, state: TrainState, examples: Examples) -> tuple[tuple[jax.Array, jax.Array], Params]:
+    def gradients(self, state: TrainState, examples: KeyedBatch) -> tuple[tuple[jax.Array, jax.Array], Params]:
         """Returns ((loss, accuracy), gradients of the trainable parameters)."""
         examples = jax.lax.with_sharding_constraint(examples, sharding.batch_sharding(self.mesh))
         inputs, targets = self.prepare(examples)
@@ -112,7 +112,7 @@ class TrainStep:
                 state.trainable, state.frozen, inputs, targets, examples.dropout_keys
             )
 
-    def prepare(self, examples: Examples) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+    def prepare(self, examples: KeyedBatch) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
         """Augments, normalizes and mixes examples; returns the model's inputs, and targets as in `loss`."""
         inputs = self.forward.preprocess(examples.augment_keys, examples.inputs, train=True)
         targets = [(examples.labels, jnp.ones(()))]
