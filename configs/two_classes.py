@@ -17,8 +17,9 @@
     python train.py --config configs/cifar10_micro.py:eight
     python -m vit_jax.export --workdir runs/cifar10_micro-eight --format npz --out runs/ViT-micro_4-eight.npz
 
-10,000 training and 2,000 test images, 5 epochs. Test accuracies, on a JPEG copy of
-the images: benchmarks/RESULTS.md.
+10,000 training and 2,000 test images, 5 epochs, a minute or two on two CPU cores. Test accuracy on a JPEG copy of the
+images, three seeds: full 0.723, mlp 0.716, attention 0.714, lora 0.705, head 0.686, scratch 0.618, scratch_adam 0.638,
+resnet 0.762; benchmarks/RESULTS.md.
 """
 
 from ml_collections import ConfigDict

@@ -23,9 +23,9 @@ WIDTH = 8.0
 """Width of every figure in inches: at 800 pixels, text of 8 points and more is readable."""
 
 # Okabe and Ito's palette, which color-blind readers can tell apart.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
 _TRAIN, _TEST, _VALIDATION = _COLORS[:3]
-_MARKERS = "os^Dv<>P"  # not as many as colors, so that 56 lines differ
+_MARKERS = "os^Dv<>"  # not as many as colors, so that 56 lines differ
 _SMALL = 8  # points
 
 
