@@ -48,7 +48,7 @@ def test_load_test_split_rejects_dataset_with_other_classes(finished_run):
     run = load_run(finished_run)
     other = dataclasses.replace(run, metadata=dataclasses.replace(run.metadata, class_names=("cat", "dog")))
     with pytest.raises(
-        UserError, match=r"the run has 2 classes \(cat, dog, …\), the dataset 10 classes \(0, 1, 2, 3, 4, …\)"
+        UserError, match=r"the run has 2 classes \(cat, dog\), the dataset 10 classes \(0, 1, 2, 3, 4, …\)"
     ):
         other.load_test_split()
 
