@@ -60,8 +60,8 @@ def cpu_devices_environment(num_devices: int, *, batch_size: int) -> dict[str, s
     maximum = num_devices or min(cores, _MAX_CPU_DEVICES)
     num_devices = max(number for number in range(1, maximum + 1) if batch_size % number == 0)
     # A device that waits for the others blocks a thread of XLA's pool; without spare threads they can deadlock.
-    spare = {"JAX_NUM_CPU_DEVICES": str(num_devices), "PJRT_NPROC": str(cores + num_devices)}
-    return spare if num_devices > 1 else {}
+    variables = {"JAX_NUM_CPU_DEVICES": str(num_devices), "PJRT_NPROC": str(cores + num_devices)}
+    return variables if num_devices > 1 else {}
 
 
 def _memory_limits() -> list[tuple[int, int]]:
