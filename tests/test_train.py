@@ -247,5 +247,5 @@ def test_train_reports_full_disk_in_one_line(tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=command_env(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert "the disk has" in line and "there is no earlier one; free some space" in line
+    assert "the disk has" in line and "none was saved before; free some space" in line
     assert "Traceback" not in result.stderr

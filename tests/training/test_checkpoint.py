@@ -202,7 +202,7 @@ def test_save_does_not_blame_space_for_other_errors(tmp_path, monkeypatch):
 
     with Checkpoints(tmp_path) as checkpoints:
         monkeypatch.setattr("shutil.disk_usage", fail)
-        with pytest.raises(UserError, match="Permission denied.*; there is no earlier one; rerun the same command$"):
+        with pytest.raises(UserError, match="Permission denied.*; none was saved before; rerun the same command$"):
             checkpoints.save(1, create_state(), {}, accuracy=None)
 
 

@@ -212,7 +212,7 @@ class Checkpoints:
             _remove_half_written(self._directory)
             self._unfinished = set()
             last = self.latest_step()
-            kept = "there is no earlier one" if last is None else f"the last good one is step {last}"
+            kept = "none was saved before" if last is None else f"the last good one is step {last}"
             reason = one_line(error)[:200]
             advice = "free some space and " if re.search("No space|the disk has", reason) else ""
             raise UserError(
