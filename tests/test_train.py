@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, command_env, command_line
 
+import train
 from configs import digits
 from vit_jax import trainer
 from vit_jax.run import load_run
+from vit_jax.runtime import distributed
 from vit_jax.runtime.errors import UserError
 from vit_jax.training import optim
 
@@ -249,3 +252,30 @@ def test_train_reports_full_disk_in_one_line(tmp_path):
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "the disk has" in line and "none was saved before; free some space" in line
     assert "Traceback" not in result.stderr
+
+
+SLURM_STEP = {"SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "splits"),
+    [
+        ({}, [], True),
+        (SLURM_STEP, [], False),
+        (SLURM_STEP, ["--num_processes=1"], True),
+        ({}, ["--coordinator=localhost:1", "--num_processes=2", "--process_id=0"], False),
+    ],
+)
+def test_main_splits_cpu_only_of_single_process(monkeypatch, environment, flags, splits):
+    """Several processes split the batch; each of them is one device."""
+    calls = []
+    stop = mock.Mock(side_effect=UserError("stopped before training"))
+    monkeypatch.setattr(train, "split_cpu", lambda maximum, **options: calls.append((maximum, options)))
+    monkeypatch.setattr(distributed, "initialize_processes", stop)
+    for name in SLURM_STEP:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="stopped before training"):
+        train.main(["--config", "configs/digits.py", "--config.mesh.cpu_devices=0", *flags])
+    assert calls == ([(0, {"batch_size": 64})] if splits else [])
